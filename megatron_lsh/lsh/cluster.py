@@ -1,0 +1,101 @@
+"""Clusters of rows: within each expert, rows whose codes all agree form one cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_KEY_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which rows travel together. All tensors live on the device of the rows.
+
+    Attributes:
+        cluster_N: int64, cluster of each row, in [0, C). Clusters are numbered by their first rows, so that the
+            centroids of one expert are contiguous.
+        sizes_C: int64, rows per cluster, all >= 1.
+        counts_E: int64, clusters per expert; sums to C.
+        order_N: int64, rows sorted by cluster (stable: equal clusters keep row order).
+        offsets_C: int64, start of each cluster in ``order_N``.
+    """
+
+    cluster_N: Tensor
+    sizes_C: Tensor
+    counts_E: Tensor
+    order_N: Tensor
+    offsets_C: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.cluster_N.shape[0]
+
+    @property
+    def num_clusters(self) -> int:
+        return self.sizes_C.shape[0]
+
+    @staticmethod
+    def from_assignment(cluster_N: Tensor, sizes_C: Tensor, counts_E: Tensor) -> Clusters:
+        """Complete an assignment of rows to clusters with the order the segment sums need."""
+        return Clusters(
+            cluster_N=cluster_N,
+            sizes_C=sizes_C,
+            counts_E=counts_E,
+            order_N=torch.argsort(cluster_N, stable=True),
+            offsets_C=sizes_C.cumsum(0) - sizes_C,
+        )
+
+
+@torch.no_grad()
+def cluster_by_code(codes_NQ: Tensor, counts_E: Tensor, num_codes: int) -> Clusters:
+    """Group the rows of each expert that agree in all Q codes (the paper's buckets).
+
+    Args:
+        codes_NQ: int64 in [0, num_codes), rows sorted by expert.
+        counts_E: int64, rows per expert; sums to N.
+        num_codes: values one code can take, 2 W for cross-polytope hashes.
+
+    The number of clusters depends on the data, so this synchronises with the host once.
+    """
+    num_rows, num_experts = codes_NQ.shape[0], counts_E.shape[0]
+    experts = torch.arange(num_experts, device=codes_NQ.device)
+    key_N = experts.repeat_interleave(counts_E, output_size=num_rows)
+    key_range = num_experts
+    for codes_N in codes_NQ.unbind(1):
+        if key_range * num_codes > _KEY_LIMIT:
+            # Rank the keys so far: the same order and equalities in a range of at most N.
+            key_N = torch.unique(key_N, return_inverse=True)[1]
+            key_range = num_rows
+        key_N = key_N * num_codes + codes_N
+        key_range *= num_codes
+    _, cluster_N, sizes_C = torch.unique(key_N, return_inverse=True, return_counts=True)
+    cluster_N, sizes_C = _number_by_first_row(cluster_N, sizes_C)
+    return Clusters.from_assignment(cluster_N, sizes_C, _clusters_per_expert(cluster_N, counts_E))
+
+
+def _number_by_first_row(cluster_N: Tensor, sizes_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Renumber clusters in the order of their first rows.
+
+    Rows are sorted by expert, so clusters are too. And without any merging centroids lie in row order, hence every sum
+    over rows in an expert's backward runs as it would uncompressed, to the bit.
+    """
+    rows_N = torch.arange(cluster_N.shape[0], device=cluster_N.device)
+    first_C = torch.full_like(sizes_C, cluster_N.shape[0]).scatter_reduce_(0, cluster_N, rows_N, "amin")
+    by_first_C = torch.argsort(first_C)
+    number_C = torch.empty_like(by_first_C)
+    number_C[by_first_C] = torch.arange(sizes_C.shape[0], device=sizes_C.device)
+    return number_C[cluster_N], sizes_C[by_first_C]
+
+
+def _clusters_per_expert(cluster_N: Tensor, counts_E: Tensor) -> Tensor:
+    """Count the clusters of each expert, given that clusters are numbered in expert order."""
+    if cluster_N.shape[0] == 0:
+        return torch.zeros_like(counts_E)
+    # The largest cluster number up to an expert's last row ends its range; an empty expert repeats its predecessor's.
+    end_N = cluster_N.cummax(0).values + 1
+    row_end_E = counts_E.cumsum(0)
+    end_E = torch.where(row_end_E > 0, end_N[(row_end_E - 1).clamp(min=0)], 0)
+    return end_E.diff(prepend=end_E.new_zeros(1))

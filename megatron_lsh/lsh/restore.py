@@ -1,0 +1,44 @@
+"""Restore rows from the experts' outputs on centroids.
+
+    y_n = E(c_j) + r_n    for j = cluster(n)      (--lsh-residual identity; equations 4 and 5 of the paper)
+    y_n = E(c_j)                                  (--lsh-residual none)
+
+Backward: the expert's output of cluster j receives the sum of its rows' gradients; the residual receives g unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lsh.lsh.cluster import Clusters
+from megatron_lsh.lsh.segments import segment_sum
+
+
+class _Spread(torch.autograd.Function):
+    """Copy each cluster's row to all of its members. (index_select's own backward is atomic on GPUs.)"""
+
+    @staticmethod
+    def forward(ctx: Any, out_CD: Tensor, clusters: Clusters) -> Tensor:
+        ctx.clusters = clusters
+        return out_CD.index_select(0, clusters.cluster_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return segment_sum(grads[0].contiguous(), ctx.clusters), None
+
+
+def restore(expert_out_CD: Tensor, residual_ND: Tensor | None, clusters: Clusters) -> Tensor:
+    """Give every row its centroid's expert output, plus its residual if there is one.
+
+    Args:
+        expert_out_CD: [C, D], the expert's output for each centroid, in the order of the centroids.
+        residual_ND: [N, D] from :func:`megatron_lsh.lsh.compress`, or None.
+
+    Returns:
+        [N, D] in the dtype of ``expert_out_CD``.
+    """
+    rows_ND = _Spread.apply(expert_out_CD, clusters)
+    return rows_ND if residual_ND is None else rows_ND + residual_ND
