@@ -1,0 +1,164 @@
+"""From a command line (and a YAML file) to a :class:`Config`.
+
+argparse only splits the command line into flags and their words; it learns the flags from the dataclasses and from the
+tables in ``compat.py``. What the words mean is decided in one place, :class:`_Reader`, for the command line and the YAML
+file alike. Values are checked against their type here, and against bounds and each other in ``validate.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, VALUE
+from megatron_lsh.config.config import Config
+from megatron_lsh.config.config_file import read_config_file
+from megatron_lsh.config.settings import (
+    Setting,
+    Spelling,
+    as_key,
+    named,
+    sections_of,
+    settings_of,
+    spellings_of,
+    summary,
+)
+from megatron_lsh.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_args(argv: Sequence[str] | None = None, config_class: type[C] = Config) -> C:  # type: ignore[assignment]
+    """Parse flags with Megatron-LM's names into a configuration. Give it to ``validate`` next.
+
+    Args:
+        argv: the words after the program's name; by default those of this process.
+        config_class: Config, or a subclass with further parts (see there).
+
+    Returns:
+        The configuration. Its ``notices`` name the flags that were accepted but have no effect.
+
+    Raises:
+        ConfigError: naming every unknown or unsupported flag and every value of a wrong type.
+    """
+    settings = settings_of(config_class)
+    reader = _Reader(spellings_of(settings))
+    parser = _build_parser(config_class, settings)
+    known, strays = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    written = vars(known)
+
+    values: dict[str, Any] = {}
+    path = written.pop("config", None)
+    if path is not None:
+        values |= reader.read(read_config_file(path, sections_of(config_class)))
+    values |= reader.read(written)  # the command line wins
+    reader.refuse_strays(strays)
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+
+    cfg = config_class()
+    for name, value in values.items():
+        settings[name].set(cfg, value)
+    if reader.ignored:
+        cfg.notices.append("no effect here: " + " ".join(dict.fromkeys(reader.ignored)))
+    return cfg
+
+
+class _Reader:
+    """Turns what was written into values of settings, and collects everything that is wrong with it."""
+
+    def __init__(self, spellings: Mapping[str, Spelling]) -> None:
+        self.spellings = spellings
+        self.problems: list[str] = []
+        self.ignored: list[str] = []
+
+    def read(self, written: Mapping[str, Any]) -> dict[str, Any]:
+        """Field name -> value of the right type, from key -> words (command line) or YAML value."""
+        no_effect = {as_key(flag): flag for flag in NO_EFFECT}
+        rejected = {as_key(flag): flag for flag in REJECTED}
+        values: dict[str, Any] = {}
+        for key, raw in written.items():
+            if key in self.spellings:
+                setting = self.spellings[key].setting
+                try:
+                    values[setting.name] = self.spellings[key].convert(raw)
+                except ValueError as error:
+                    self.problems.append(f"{named(setting.path, raw)} {error}: change {self.spellings[key].flag}")
+            elif raw is None or raw is False:
+                continue  # a YAML file that says no to something we do not have
+            elif key in no_effect:
+                self.ignored.append(no_effect[key])
+            elif key in rejected:
+                self._reject(rejected[key], raw)
+            else:
+                self._refuse_unknown("--" + key.replace("_", "-"))
+        return values
+
+    def refuse_strays(self, strays: Sequence[str]) -> None:
+        """Words that no flag takes: unknown flags, each named once, or else loose values."""
+        unknown = dict.fromkeys(word.split("=")[0] for word in strays if word.startswith("-"))
+        for flag in unknown:
+            self._refuse_unknown(flag)
+        if strays and not unknown:
+            self.problems.append(f"{' '.join(strays)} must follow a flag that takes it: drop it, or see --help")
+
+    def _reject(self, flag: str, raw: Any) -> None:
+        words = " ".join(map(str, raw if isinstance(raw, list) else [raw]))
+        if words == SAME_AS_HERE.get(flag):
+            self.ignored.append(flag)
+        else:
+            self.problems.append(f"{flag} is Megatron-LM's and not supported here: {REJECTED[flag]}")
+
+    def _refuse_unknown(self, flag: str) -> None:
+        known = [spelling.flag for spelling in self.spellings.values()] + [*NO_EFFECT, *REJECTED, "--config"]
+        (nearest,) = difflib.get_close_matches(flag, known, n=1, cutoff=0)
+        self.problems.append(f"{flag} is unknown; the nearest flag is {nearest}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def _build_parser(config_class: type[Config], settings: Mapping[str, Setting]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [FLAGS]",
+        description="Flags have the names, defaults and meaning of Megatron-LM's unless their help says otherwise. "
+        "A switch may be followed by false, which undoes it.",
+        epilog="docs/flags.md lists these flags, and the Megatron-LM flags that have no effect or are rejected.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that only what the user wrote comes out
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="read settings from a YAML file or a saved config.json; flags win over it"
+    )
+    for section, part in sections_of(config_class).items():
+        group = parser.add_argument_group(section, summary(part))
+        for setting in settings.values():
+            if setting.section == section:
+                group.add_argument(
+                    setting.flag, *setting.aliases, dest=as_key(setting.flag), **_argparse_options(setting)
+                )
+    arities: Mapping[str, dict[str, Any]] = {
+        SWITCH: {"action": "store_const", "const": True},
+        VALUE: {},
+        LIST: {"nargs": "*"},
+    }
+    spellings = spellings_of(settings)
+    for flag, arity in [*NO_EFFECT.items(), *((flag, LIST) for flag in REJECTED)]:
+        if as_key(flag) not in spellings:
+            parser.add_argument(flag, help=argparse.SUPPRESS, **arities[arity])
+    return parser
+
+
+def _argparse_options(setting: Setting) -> dict[str, Any]:
+    default = f" (default: {setting.default_text})" if setting.default_text and setting.kind is not bool else ""
+    options: dict[str, Any] = {"help": (setting.explanation + default).replace("%", "%%")}
+    if setting.is_list:
+        return options | {"nargs": "+", "metavar": setting.kind.__name__.upper()}
+    if setting.kind is bool:
+        return options | {"nargs": "?", "const": True, "metavar": "false"}
+    return options | {"metavar": setting.kind.__name__.upper()}

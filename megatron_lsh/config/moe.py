@@ -1,0 +1,81 @@
+"""Mixture-of-experts settings: router, experts, token dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lsh.config.flag import flag
+
+
+def _pattern_text(value: Any) -> str:
+    """YAML may hold an integer or a list where the command line has ``2`` or ``[0,1]``."""
+    return str(value)
+
+
+@dataclass
+class MoEConfig:
+    """Router, experts and dispatcher. Names, defaults and meaning are Megatron-LM's unless the help says otherwise."""
+
+    num_experts: int | None = flag(None, "Number of experts E per MoE layer (absent: a dense model)", at_least=1)
+    moe_layer_freq: str = flag(
+        "1",
+        "Which layers are MoE: an integer n (every n-th, starting at layer 0) or a list such as ([0]*3+[1]*58)",
+        parse=_pattern_text,
+    )
+    moe_ffn_hidden_size: int | None = flag(None, "Width F of one expert (default: --ffn-hidden-size)", at_least=1)
+    moe_shared_expert_intermediate_size: int | None = flag(
+        None, "Width of the shared expert (absent: none)", at_least=1
+    )
+    moe_shared_expert_gate: bool = flag(False, "Scale the shared expert by a learned sigmoid gate per token")
+    moe_grouped_gemm: bool = flag(False, "Accepted for compatibility: experts always use a grouped GEMM where it runs")
+    moe_router_topk: int = flag(2, "Experts per token, K", at_least=1)
+    moe_router_load_balancing_type: str = flag(
+        "aux_loss",
+        "Load-balancing loss",
+        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    )
+    moe_router_dtype: str = flag(
+        "fp32", "Precision of the router's logits and scores (Megatron: the model's)", choices=("fp32", "fp64")
+    )
+    moe_router_score_function: str = flag("softmax", "Score of the logits", choices=("softmax", "sigmoid"))
+    moe_router_pre_softmax: bool = flag(False, "Softmax before the top-k instead of after it")
+    moe_router_topk_scaling_factor: float | None = flag(None, "Multiply the routing weights by this", above=0)
+    moe_router_enable_expert_bias: bool = flag(
+        False, "Balance by a bias per expert that moves with the load instead of a loss (sigmoid scores only)"
+    )
+    moe_router_bias_update_rate: float = flag(1e-3, "Step of the expert bias per iteration", at_least=0)
+    moe_router_force_load_balancing: bool = flag(False, "Route at random and evenly (for benchmarks)")
+    moe_aux_loss_coeff: float = flag(0.0, "Weight of the load-balancing loss", at_least=0)
+    moe_z_loss_coeff: float | None = flag(None, "Weight of the router z-loss (absent: none)", at_least=0)
+    moe_input_jitter_eps: float | None = flag(
+        None, "Multiply router inputs by uniform noise in [1-eps, 1+eps]", at_least=0, below=1
+    )
+    moe_token_dispatcher_type: str = flag(
+        "alltoall",
+        "How rows reach their experts: alltoall, allgather, lsh, or a name registered by a plug-in "
+        "(Megatron's default is allgather)",
+    )
+    moe_expert_capacity_factor: float | None = flag(
+        None, "Rows per expert, as a multiple of the mean (absent: dropless)", above=0
+    )
+    moe_token_drop_policy: str = flag("probs", "Which rows to drop beyond the capacity", choices=("probs", "position"))
+    moe_layer_recompute: bool = flag(False, "Recompute the MoE layer in the backward pass")
+    moe_per_layer_logging: bool = flag(False, "Log router and dispatcher statistics per layer")
+
+
+@dataclass
+class LSHConfig:
+    """The LSH token dispatcher (``--moe-token-dispatcher-type lsh``). See docs/lsh.md."""
+
+    lsh_num_hashes: int = flag(
+        2, "Number q of cross-polytope hashes that must agree for two rows to share a cluster", at_least=1
+    )
+    lsh_hash_width: int = flag(8, "Width w of one hash: 2 w possible values", at_least=1)
+    lsh_residual: str = flag(
+        "identity",
+        "What a row adds to its centroid's expert output: row - centroid, or nothing",
+        choices=("none", "identity"),
+    )
+    lsh_seed: int = flag(1234, "Seed of the random rotations; the same on every rank and after a resume", at_least=0)
+    lsh_warmup_iters: int = flag(0, "Run the exact all-to-all for this many first iterations", at_least=0)

@@ -1,0 +1,71 @@
+"""How the model is cut over ranks, and what each rank computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lsh.config.flag import flag
+
+
+@dataclass
+class ParallelConfig:
+    """Process groups and devices."""
+
+    tensor_model_parallel_size: int = flag(1, "Ranks that share each dense layer (TP)", at_least=1)
+    pipeline_model_parallel_size: int = flag(1, "Pipeline stages; only 1 is implemented", at_least=1)
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "Parsed for compatibility; needs pipeline stages", at_least=1
+    )
+    context_parallel_size: int = flag(1, "Ranks that share each sequence; only 1 is implemented", at_least=1)
+    expert_model_parallel_size: int = flag(1, "Ranks over which the experts are spread (EP)", at_least=1)
+    expert_tensor_parallel_size: int | None = flag(
+        None, "Ranks that share each expert; only 1 is implemented (default: 1; Megatron: the TP size)", at_least=1
+    )
+    sequence_parallel: bool = flag(
+        False,
+        "Split activations along the sequence outside TP regions; MoE with TP > 1 turns it on (Megatron: an error)",
+    )
+    use_distributed_optimizer: bool = flag(
+        False, "Shard parameters' fp32 copies and optimizer state over data-parallel ranks"
+    )
+    distributed_backend: str = flag(
+        "auto",
+        "Backend of the process groups; auto is nccl on GPUs and gloo on CPUs (Megatron: nccl)",
+        choices=("auto", "nccl", "gloo"),
+    )
+    distributed_timeout_minutes: float = flag(10.0, "Time-out of every process group", above=0)
+    device: str = flag("auto", "Where to train; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    world_size: int | None = flag(
+        None, "Ranks assumed by --dry-run (default: the environment's WORLD_SIZE, else 1)", at_least=1
+    )
+
+
+@dataclass
+class PrecisionConfig:
+    """Arithmetic. Without a flag everything is fp32."""
+
+    bf16: bool = flag(False, "Compute in bf16 with fp32 master weights, fp32 gradient accumulation and reduction")
+
+
+@dataclass
+class RecomputeConfig:
+    """Activation recomputation: trade arithmetic for memory."""
+
+    recompute_activations: bool = flag(False, "Same as --recompute-granularity selective")
+    recompute_granularity: str | None = flag(
+        None, "full: whole layers; selective: the modules of --recompute-modules", choices=("full", "selective")
+    )
+    recompute_method: str | None = flag(
+        None,
+        "Which layers full recomputation covers: uniform (all) or block (the first --recompute-num-layers) "
+        "(default: uniform)",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int | None = flag(
+        None, "Layers per recomputed chunk (uniform) or number of them (block) (default: 1)", at_least=1
+    )
+    recompute_modules: list[str] = flag(
+        ["core_attn"],
+        "Modules that selective recomputation covers",
+        choices=("core_attn", "moe", "mlp", "layernorm"),
+    )

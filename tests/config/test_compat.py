@@ -1,0 +1,104 @@
+"""Every Megatron-LM flag a MoE pretraining user may pass is ours, without effect, or rejected with advice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, VALUE
+from megatron_lsh.config.settings import as_key, settings_of, spellings_of
+from megatron_lsh.errors import ConfigError
+from tests.config.command_lines import SMALL
+
+# name = default [kind], of Megatron-Core 0.12 to main of August 2026
+LINES = (Path(__file__).parent / "megatron_flags.txt").read_text().splitlines()
+MEGATRON = {
+    match[1]: (match[2], match[3]) for line in LINES if (match := re.fullmatch(r"(--\S+) = (.*) \[(.*)\]", line))
+}
+OURS = spellings_of(settings_of(Config))
+
+# Defaults that differ on purpose; each is explained by the flag's help.
+OTHER_DEFAULT = {
+    "--distributed-backend": "auto takes gloo where there is no GPU",
+    "--moe-token-dispatcher-type": "alltoall sends less than allgather",
+    "--moe-router-dtype": "routing is always at least fp32",
+    "--recompute-modules": "Megatron fills in core_attn later",
+    "--profile-ranks": "Megatron profiles rank 0 if the list is empty",
+}
+
+
+def test_the_list_is_complete() -> None:
+    assert len(MEGATRON) == len([line for line in LINES if line.startswith("--")]) == 285
+
+
+@pytest.mark.parametrize("flag", MEGATRON)
+def test_every_flag_is_known_exactly_once(flag: str) -> None:
+    assert (as_key(flag) in OURS) + (flag in NO_EFFECT) + (flag in REJECTED) == 1
+
+
+def test_the_tables_hold_nothing_else() -> None:
+    assert set(NO_EFFECT) | set(REJECTED) <= set(MEGATRON)
+    assert set(SAME_AS_HERE) <= set(REJECTED)
+    assert set(NO_EFFECT.values()) == {SWITCH, VALUE, LIST}
+    assert all(advice and not advice.endswith(".") and "\n" not in advice for advice in REJECTED.values())
+
+
+@pytest.mark.parametrize("flag", [flag for flag in MEGATRON if as_key(flag) in OURS])
+def test_defaults_are_megatrons(flag: str) -> None:
+    default, kind = MEGATRON[flag]
+    setting = OURS[as_key(flag)].setting
+    if flag in OTHER_DEFAULT:
+        assert str(setting.default) != default
+    elif kind.startswith("flag"):
+        off = "turns off" in kind or default == "None"  # --no-save-optim and its kin are None in Megatron
+        assert setting.default is off and (setting.off == flag) is off
+    elif default == "None":
+        assert setting.default is None
+    else:
+        assert setting.default == setting.convert(default)
+
+
+@pytest.mark.parametrize("flag", NO_EFFECT)
+def test_flags_without_effect_take_their_words_and_are_listed_once(flag: str) -> None:
+    kind = MEGATRON[flag][1]
+    arity = SWITCH if kind.startswith("flag") else LIST if "list" in kind else VALUE
+    assert NO_EFFECT[flag] == arity
+    words = {SWITCH: [], VALUE: ["1"], LIST: ["p2p", "a2a"]}[arity]
+    cfg = parse_args([flag, *words, "--num-layers", "3", flag, *words])
+    assert cfg.model.num_layers == 3
+    assert cfg.notices == [f"no effect here: {flag}"]
+
+
+@pytest.mark.parametrize("flag", REJECTED)
+def test_rejected_flags_say_what_to_use_instead(flag: str) -> None:
+    for words in ([], ["7"], ["a", "b"]):
+        with pytest.raises(ConfigError) as error:
+            parse_args([flag, *words, "--num-layers", "3"])
+        assert str(error.value) == f"{flag} is Megatron-LM's and not supported here: {REJECTED[flag]}"
+
+
+@pytest.mark.parametrize("flag", SAME_AS_HERE)
+def test_asking_for_what_happens_anyway_is_accepted(flag: str) -> None:
+    assert parse_args([flag, SAME_AS_HERE[flag]]).notices == [f"no effect here: {flag}"]
+
+
+def test_advice_names_only_flags_that_exist() -> None:
+    for advice in REJECTED.values():
+        for flag in re.findall(r"--[\w-]+", advice):
+            assert as_key(flag) in OURS or flag == "--config", f"{flag} in {advice!r}"
+
+
+@pytest.mark.parametrize(
+    "flag", ["--pipeline-model-parallel-size", "--context-parallel-size", "--expert-tensor-parallel-size"]
+)
+def test_parallel_sizes_that_are_not_implemented_parse_and_are_then_refused(flag: str) -> None:
+    cfg = parse_args([*SMALL, flag, "2"])
+    with pytest.raises(ConfigError) as error:
+        validate(cfg, 2)
+    (line,) = str(error.value).splitlines()
+    assert re.fullmatch(
+        rf"parallel.{as_key(flag)} \(2\) must be 1, because .* is not implemented: set {flag} 1, and .*", line
+    )

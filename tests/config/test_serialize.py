@@ -1,0 +1,104 @@
+"""JSON and back, across versions of the package, and what is printed at start-up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lsh.config import Config, describe, differences_from_default, from_dict, from_json, to_dict, to_json
+from megatron_lsh.config.settings import Setting, settings_of
+from megatron_lsh.errors import ConfigError
+from tests.config.command_lines import small
+
+SETTINGS = settings_of(Config)
+
+
+def values_of(setting: Setting) -> st.SearchStrategy:
+    kinds = {
+        bool: st.booleans(),
+        int: st.integers(),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text(),
+    }
+    values = st.lists(kinds[setting.kind]) if setting.is_list else kinds[setting.kind]
+    return st.none() | values if setting.optional else values
+
+
+ANY_CONFIG = st.fixed_dictionaries({}, optional={name: values_of(setting) for name, setting in SETTINGS.items()})
+
+
+@settings(deadline=None, max_examples=25)
+@given(ANY_CONFIG)
+def test_round_trip(values: dict[str, Any]) -> None:
+    cfg = Config()
+    for name, value in values.items():
+        SETTINGS[name].set(cfg, value)
+    text = to_json(cfg)
+    assert from_json(text) == cfg
+    assert to_json(from_json(text)) == text
+    assert set(differences_from_default(cfg)) == {
+        SETTINGS[name].path for name, value in values.items() if value != SETTINGS[name].default
+    }
+
+
+def test_derived_values_are_remembered() -> None:
+    cfg = small(world_size=2)
+    assert cfg.derived["global_batch_size"] == 4
+    loaded = from_json(to_json(cfg))
+    assert loaded == cfg and loaded.derived == cfg.derived
+
+
+def test_other_versions_of_the_package() -> None:
+    document = to_dict(small())
+    document["config"]["model"]["future_setting"] = 1
+    document["config"]["future_part"] = {"x": 2}
+    document["derived"].append("future_setting")
+    del document["config"]["lsh"]
+    del document["config"]["moe"]["num_experts"]
+    cfg = from_dict(document)
+    assert cfg.notices == ["ignored settings that this version does not have: model.future_setting, future_part.x"]
+    assert cfg.lsh == Config().lsh and cfg.moe.num_experts is None and cfg.model.num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, r"version \(99\) must be at most 1: update megatron_lsh"),
+        ({"version": "1"}, "must hold 'version' and 'config'"),
+        ({"config": [1]}, "must hold 'version' and 'config'"),
+        ({"config": {"model": 1}}, "must hold 'version' and 'config'"),
+        ({"config": {"model": {"num_layers": "x"}}}, r"model.num_layers \(x\) must be an integer"),
+    ],
+)
+def test_documents_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(to_dict(Config()) | change)
+
+
+def test_text_that_is_not_json() -> None:
+    with pytest.raises(ConfigError, match="must be JSON"):
+        from_json("{")
+
+
+def test_json_is_plain() -> None:
+    document = json.loads(to_json(small()))
+    assert document["version"] == 1 and document["config"]["moe"]["num_experts"] == 8
+    assert "ffn_hidden_size" in document["derived"]
+    assert set(document) == {"version", "derived", "config"}
+
+
+def test_start_up_shows_what_differs_or_everything() -> None:
+    cfg = small()
+    text = describe(cfg)
+    lines = text.splitlines()
+    assert any(line.split() == ["model.num_layers", "4"] for line in lines)
+    assert any(line.split() == ["model.ffn_hidden_size", "256", "(derived)"] for line in lines)
+    assert not any("lsh_num_hashes" in line for line in lines)
+    assert lines[-1].strip().startswith(f"({len(SETTINGS) - len(lines) + 2} settings at their default")
+    cfg.logging.print_full_config = True
+    assert len(describe(cfg).splitlines()) == len(SETTINGS) + 1
+    assert "lsh.lsh_num_hashes" in describe(cfg)
