@@ -1,0 +1,1 @@
+"""The initializer: process groups and meshes, tensor parallel layers, collectives with gradients, data parallelism."""

@@ -1,0 +1,190 @@
+"""Data parallelism over the two meshes: sharding the model, accumulating, finalising and clipping gradients.
+
+Gradients follow one convention: after ``finalize_gradients`` the gradient of any parameter is the mean over data
+parallel ranks (dp = world / tp of them) of the gradient of each one's loss. For dense parameters this is what
+fully_shard computes. Experts see the tokens of all data parallel ranks of their expert parallel group, so the sum
+over the copies of an expert is already the sum over all of dp, and only the divisor differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from megatron_lsh.config.parallel import PrecisionConfig
+from megatron_lsh.parallel.context import DENSE_DATA, EXPERT_DATA, Group, ParallelContext
+from megatron_lsh.parallel.parameters import NOTES, is_expert
+
+
+def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConfig) -> nn.Module:
+    """Make every parameter a DTensor over its data parallel mesh, in place, and return `model`.
+
+    Modules with ``expert_fsdp_unit = True`` go over ctx.expert_mesh, those with ``fsdp_unit = True`` and the rest of
+    the model over ctx.dense_mesh. With bf16 the DTensors stay fp32 (the master weights), forward sees bf16 copies and
+    gradients are accumulated and reduced in fp32.
+
+    What fully_shard asks of the model: parameters are gathered when their unit is called, so they are used inside its
+    forward() only; and every rank calls the same units and gets a gradient (of zeros, if need be) for the same
+    parameters, also an expert rank without tokens. Otherwise ranks disagree on what to reduce, and wait for ever.
+    """
+    if ctx.dense_mesh is None or ctx.expert_mesh is None:
+        raise ValueError("shard_model needs a context made by initialize(); this one has no process groups")
+    notes = {name: {note: getattr(param, note) for note in NOTES if hasattr(param, note)}
+             for name, param in model.named_parameters()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    dense, expert = ctx.dense_mesh[DENSE_DATA], ctx.expert_mesh[EXPERT_DATA]
+    for module in model.modules():
+        if getattr(module, "expert_fsdp_unit", False):
+            _fully_shard(module, expert, policy)
+    for module in model.modules():
+        if module is not model and getattr(module, "fsdp_unit", False):
+            _fully_shard(module, dense, policy)
+    if not isinstance(model, FSDPModule):
+        _fully_shard(model, dense, policy)
+    for name, param in model.named_parameters():
+        for note, value in notes[name].items():
+            setattr(param, note, value)
+    model.register_forward_hook(_reshard_after_evaluation)
+    return model
+
+
+def _reshard_after_evaluation(model: nn.Module, _inputs: object, _output: object) -> None:
+    """Backward reshards; without it model.parameters() would go on naming gathered copies that nothing updates."""
+    if not torch.is_grad_enabled():
+        reshard(model)
+
+
+def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    shards = mesh.size(1)
+
+    def placement(param: nn.Parameter) -> Shard:
+        """A dimension that tensor or expert parallelism has not split, and that splits evenly; else the first."""
+        taken = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
+        free = [dim for dim, size in enumerate(param.shape) if dim not in taken and size % shards == 0]
+        return Shard(free[0] if free else 0)
+
+    fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False)
+
+
+def accumulate(model: nn.Module, last: bool) -> None:
+    """Call before each micro-batch: gradients are reduced over ranks, and parameters resharded, after the last only.
+
+    Until then model.parameters() are the gathered parameters of this rank, and their .grad is not to be looked at.
+    """
+    for module in _roots(model):
+        module.set_requires_gradient_sync(last)
+        module.set_reshard_after_backward(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered parameters. Needed only where a forward with gradients enabled was not followed by backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _roots(model: nn.Module) -> Iterator[FSDPModule]:
+    if isinstance(model, FSDPModule):
+        yield model
+        return
+    for child in model.children():
+        yield from _roots(child)
+
+
+def expert_grad_scale(ctx: ParallelContext) -> float:
+    """What turns the mean over the copies of an expert into a sum divided by the data parallel size."""
+    return ctx.layout.edp / ctx.layout.dp
+
+
+@torch.no_grad()
+def finalize_gradients(model: nn.Module, ctx: ParallelContext) -> None:
+    """Call once after the last micro-batch's backward, before clipping."""
+    scale = expert_grad_scale(ctx)
+    if scale == 1.0:
+        return
+    for param in model.parameters():
+        if is_expert(param) and param.grad is not None:
+            _local(param.grad).mul_(scale)
+
+
+@torch.no_grad()
+def global_norm(tensors: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
+    """L2 norm, fp32 and identical on all ranks, of tensors spread over any meshes. One all-reduce.
+
+    A tensor that n ranks hold alike contributes on each of them with weight 1/n. A plain tensor counts as held by all
+    ranks. Raises ValueError for a DTensor with pending partial sums.
+    """
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_copies[_copies(tensor, ctx.world.size)].append(_local(tensor))
+    total = torch.zeros((), dtype=torch.float32, device=ctx.device)
+    for copies, parts in sorted(by_copies.items()):
+        total += torch.nn.utils.get_total_norm(parts).float().square() / copies
+    if ctx.world.size > 1 and ctx.world.process_group is not None:
+        dist.all_reduce(total, group=ctx.world.process_group)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float, ctx: ParallelContext) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before.
+
+    The norm is an fp32 scalar, identical on all ranks; it is not finite if any gradient on any rank is not.
+    """
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    norm = global_norm(grads, ctx)
+    if max_norm > 0:
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            _local(grad).mul_(coefficient)
+    return norm
+
+
+def grads_are_finite(norm: Tensor) -> bool:
+    """Whether every gradient on every rank is finite, read off the result of ``clip_grad_norm`` (same on all ranks)."""
+    return bool(torch.isfinite(norm))
+
+
+def all_ranks_finite(value: Tensor, group: Group) -> bool:
+    """Whether `value` (a loss) is finite on every rank of `group`; the same answer on all of them."""
+    finite = torch.isfinite(value.detach()).all().float()
+    if group.size > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=group.process_group)
+    return bool(finite)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, each counted once, whatever the layout."""
+    return sum(math.prod(getattr(param, "global_shape", param.shape)) for param in model.parameters())
+
+
+def num_local_parameters(model: nn.Module) -> int:
+    """Parameters of which this rank holds the values (with a sharded optimizer: its shards)."""
+    return sum(_local(param).numel() for param in model.parameters())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(tensor: Tensor, world_size: int) -> int:
+    """How many ranks hold the same elements."""
+    if not isinstance(tensor, DTensor):
+        return world_size
+    mesh, copies = tensor.device_mesh, world_size // tensor.device_mesh.size()
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_partial():
+            raise ValueError(f"a gradient has pending sums ({tensor.placements}): shard_model was not called")
+        if placement.is_replicate():
+            copies *= mesh.size(dim)
+    return copies

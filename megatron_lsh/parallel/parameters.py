@@ -1,0 +1,136 @@
+"""Making and initialising parameters that may be sharded over tensor or expert parallel ranks.
+
+Every rank allocates its own shard only. Where the group has more than one rank the parameter is a DTensor, so that
+fully_shard and torch.distributed.checkpoint know the global shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.parallel.context import EP, TP, ParallelContext
+from megatron_lsh.parallel.random import derive_seed
+
+# What ``parameter`` notes on a parameter besides its value; fully_shard makes new objects and these are copied over.
+NOTES = ("init_spec", "is_expert", "global_shape", "shard_index")
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter starts: "normal" (mean 0, `std`), "zeros", "ones", or "constant" (`value`)."""
+
+    kind: str
+    std: float = 0.0
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("normal", "zeros", "ones", "constant"):
+            raise ValueError(f"Init.kind is {self.kind!r}; it must be normal, zeros, ones or constant")
+
+
+def parameter(
+    shape: Iterable[int],
+    ctx: ParallelContext,
+    *,
+    init: Init,
+    tp_dim: int | None = None,
+    expert: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Parameter:
+    """An uninitialised parameter of global shape `shape`, of which this rank holds its shard.
+
+    Dense: split along `tp_dim` over the tensor parallel group, replicated there if None. Expert: dimension 0 counts
+    the experts and is split over the expert parallel group; `tp_dim` must be None. Raises ConfigError if the dimension
+    does not divide. Fill it with ``initialize_parameters``.
+    """
+    shape = torch.Size(shape)
+    if expert and tp_dim is not None:
+        raise ValueError("an expert parameter is sharded over expert parallel ranks only (expert tensor parallel is 1)")
+    group, mesh, dim_name = (ctx.ep, ctx.expert_mesh, EP) if expert else (ctx.tp, ctx.dense_mesh, TP)
+    dim = 0 if expert else tp_dim
+    local_shape = list(shape)
+    if dim is not None:
+        if shape[dim] % group.size:
+            flag = "expert_model_parallel_size" if expert else "tensor_model_parallel_size"
+            what = "number of experts" if expert else f"dimension {dim} of a {list(shape)} weight"
+            raise ConfigError(f"{what} is {shape[dim]}; it must be divisible by {flag}, which is {group.size}")
+        local_shape[dim] //= group.size
+    data = torch.empty(local_shape, dtype=dtype, device=ctx.device)
+    if mesh is not None and group.size > 1:
+        placement = Replicate() if dim is None else Shard(dim)
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        data = DTensor.from_local(data, mesh[dim_name], [placement], run_check=False, shape=shape, stride=stride)
+    result = nn.Parameter(data)
+    result.init_spec = init  # type: ignore[attr-defined]
+    result.is_expert = expert  # type: ignore[attr-defined]
+    result.global_shape = shape  # type: ignore[attr-defined]
+    result.shard_index = 0 if dim is None else group.rank  # type: ignore[attr-defined]
+    return result
+
+
+def local(param: Tensor, partial_grad: bool = False) -> Tensor:
+    """This rank's shard as a plain tensor, differentiable.
+
+    `partial_grad` is for a parameter replicated over tensor parallel ranks and applied to a sequence-sharded
+    activation: its gradient is then this rank's share of a sum over those ranks, which fully_shard carries out.
+    """
+    if not isinstance(param, DTensor):
+        return param
+    return param.to_local(grad_placements=[Partial()] if partial_grad else None)
+
+
+def is_expert(param: Tensor) -> bool:
+    """Whether `param` was made with ``expert=True``."""
+    return bool(getattr(param, "is_expert", False))
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of `model` made by ``parameter``.
+
+    Each value is a pure function of (seed, name of the parameter in `model`[, index of the expert]): the full tensor is
+    drawn in fp32 on the CPU and this rank's slice is kept, so every layout and device starts from the same weights.
+    Call it before ``shard_model``. Raises ValueError for a parameter that was not made by ``parameter``.
+    """
+    for name, param in model.named_parameters():
+        spec: Init | None = getattr(param, "init_spec", None)
+        if spec is None:
+            raise ValueError(f"{name} has no init_spec: make it with megatron_lsh.parallel.parameters.parameter")
+        target = param.to_local() if isinstance(param, DTensor) else param
+        if isinstance(param, DTensor) and param.device_mesh.ndim > 1:
+            raise ValueError(f"{name} is sharded over data parallel ranks: initialise before shard_model")
+        if target.is_meta:
+            continue
+        if spec.kind != "normal":
+            target.fill_({"zeros": 0.0, "ones": 1.0, "constant": spec.value}[spec.kind])
+        elif is_expert(param):
+            first = _note(param, "shard_index") * target.shape[0]
+            for index, expert in enumerate(target):
+                expert.copy_(_normal(expert.shape, spec.std, derive_seed(seed, name, first + index)))
+        else:
+            full = _normal(_note(param, "global_shape"), spec.std, derive_seed(seed, name))
+            target.copy_(_own_slice(full, target.shape, _note(param, "shard_index")))
+
+
+def _note(param: Tensor, name: str) -> Any:
+    return getattr(param, name)
+
+
+def _normal(shape: Iterable[int], std: float, seed: int) -> Tensor:
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+
+
+def _own_slice(full: Tensor, shape: torch.Size, index: int) -> Tensor:
+    """Shard number `index` of `full`; the split dimension is the one that is shorter in `shape`."""
+    for dim, (whole, part) in enumerate(zip(full.shape, shape, strict=True)):
+        if whole != part:
+            return full.narrow(dim, index * part, part)
+    return full
