@@ -1,0 +1,160 @@
+"""Self-attention with grouped queries, tensor parallel over the heads.
+
+Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, G query groups (key/value
+heads) and H query heads of this tensor-parallel rank, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lsh.config.model import ModelConfig
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.models.norms import build_norm
+from megatron_lsh.models.recompute import RecomputePlan, recomputed
+from megatron_lsh.models.rotary import Rotary
+from megatron_lsh.models.shape import ModelShape
+from megatron_lsh.moe.experts import output_init
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.parameters import Init
+from megatron_lsh.parallel.random import tensor_parallel_rng
+from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over the heads of this rank, with Megatron's packed QKV projection.
+
+    ``linear_qkv.weight`` is [groups * (heads per group + 2) * d, D]: for each group its query heads, then its key head,
+    then its value head. Cutting it over tensor-parallel ranks along dim 0 keeps groups whole.
+    """
+
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, recompute: RecomputePlan) -> None:
+        super().__init__()
+        shape = ModelShape.from_config(cfg)
+        if shape.query_groups % ctx.tp.size:
+            raise ConfigError(
+                f"key/value heads ({shape.query_groups}) must be divisible by --tensor-model-parallel-size "
+                f"({ctx.tp.size}); lower the latter or raise --num-query-groups"
+            )
+        self.ctx = ctx
+        self.groups = shape.query_groups // ctx.tp.size
+        self.heads_per_group = shape.heads // shape.query_groups
+        self.head_dim = shape.head_dim
+        self.dropout = cfg.attention_dropout
+        self.recompute_core = "core_attn" in recompute.modules
+
+        packed = shape.query_groups * (self.heads_per_group + 2) * shape.head_dim
+        self.linear_qkv = ColumnParallelLinear(
+            shape.hidden,
+            packed,
+            ctx,
+            init=Init("normal", cfg.init_method_std),
+            bias=cfg.add_bias_linear or cfg.add_qkv_bias,
+        )
+        self.linear_proj = RowParallelLinear(
+            shape.heads * shape.head_dim, shape.hidden, ctx, init=output_init(cfg), bias=cfg.add_bias_linear
+        )
+        if cfg.qk_layernorm:  # every rank normalizes its own heads with the same weight
+            self.q_layernorm = build_norm(cfg, shape.head_dim, ctx, sharded_input=ctx.tp.size > 1)
+            self.k_layernorm = build_norm(cfg, shape.head_dim, ctx, sharded_input=ctx.tp.size > 1)
+        self.qk_layernorm = cfg.qk_layernorm
+
+    def forward(
+        self,
+        x_sBD: Tensor,
+        *,
+        rotary: Rotary | None = None,
+        causal: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend and project back: [s, B, D] -> [s, B, D]. Arguments as in ``attend``."""
+        return self.attend(self.linear_qkv(x_sBD), rotary=rotary, causal=causal, attention_mask=attention_mask)
+
+    def attend(
+        self,
+        qkv_SBP: Tensor,
+        *,
+        rotary: Rotary | None = None,
+        causal: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Everything after the QKV projection; apart from it so that a layer can recompute norm and projection together.
+
+        Args:
+            qkv_SBP: packed queries, keys and values of this rank's groups.
+            rotary: rotation of queries and keys, if positions are rotary.
+            causal: a position sees itself and earlier ones only.
+            attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; applied on top of `causal`.
+        """
+        q_SBHd, k_SBGd, v_SBGd = self._unpack(qkv_SBP)
+        if self.qk_layernorm:
+            q_SBHd, k_SBGd = self.q_layernorm(q_SBHd), self.k_layernorm(k_SBGd)
+        if rotary is not None:
+            q_SBHd, k_SBGd = rotary(q_SBHd), rotary(k_SBGd)
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return core_attention(
+                q, k, v, self.ctx, causal=causal, mask=attention_mask, dropout=self.dropout if self.training else 0.0
+            )
+
+        heads_SBP = recomputed(core, q_SBHd, k_SBGd, v_SBGd) if self.recompute_core else core(q_SBHd, k_SBGd, v_SBGd)
+        return self.linear_proj(heads_SBP)
+
+    def _unpack(self, qkv_SBP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, B, G * (H/G + 2) * d] -> queries [S, B, H, d], keys and values [S, B, G, d]."""
+        S, B, _ = qkv_SBP.shape
+        qkv = qkv_SBP.view(S, B, self.groups, self.heads_per_group + 2, self.head_dim)
+        q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        return q.reshape(S, B, self.groups * self.heads_per_group, self.head_dim), k.squeeze(3), v.squeeze(3)
+
+
+def core_attention(
+    q_SBHd: Tensor,
+    k_TBGd: Tensor,
+    v_TBGd: Tensor,
+    ctx: ParallelContext,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attention of H query heads over G key/value heads (G divides H), scaled by 1/sqrt(d); returns [S, B, H * d].
+
+    A query that may attend to nothing yields zeros.
+    """
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_TBGd, v_TBGd))  # [B, heads, S, d]
+    if causal and mask is not None:
+        mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Flash attention takes neither, the next best kernel takes no groups, and the one after it stores all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            enable_gqa=grouped,
+        )
+
+    if dropout > 0.0:
+        with tensor_parallel_rng(ctx):  # each rank has other heads
+            out_BHSd = attend()
+    else:
+        out_BHSd = attend()
+    return out_BHSd.permute(2, 0, 1, 3).flatten(2)
+
+
+def document_attention_mask(document_ids_BS: Tensor) -> Tensor:
+    """The mask of ``--reset-attention-mask``: bool [B, 1, S, S], True where both positions lie in the same document.
+
+    Causality is left to the attention.
+    """
+    return (document_ids_BS[:, None, :] == document_ids_BS[:, :, None]).unsqueeze(1)

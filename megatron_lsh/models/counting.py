@@ -1,0 +1,59 @@
+"""How many parameters a model has, counted on its real module tree without allocating it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.models.gpt import GPTModel
+from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.context import offline_context
+from megatron_lsh.parallel.layout import ParallelLayout
+from megatron_lsh.parallel.parameters import is_expert
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters; a tied embedding counts once.
+
+    total: of the whole model.
+    active: used by one token: all of the dense part, and K of the E routed experts of each MoE layer.
+    dense_per_rank, expert_per_rank: held by one rank before any sharding over data-parallel ranks
+        (``--use-distributed-optimizer`` divides the former by DP and the latter by expert-DP).
+    """
+
+    total: int
+    active: int
+    dense_per_rank: int
+    expert_per_rank: int
+
+    @property
+    def per_rank(self) -> int:
+        return self.dense_per_rank + self.expert_per_rank
+
+
+def parameter_counts(cfg: Config, vocab_size: int, layout: ParallelLayout) -> ParameterCounts:
+    """Count the parameters of the GPT that `cfg` describes.
+
+    Args:
+        vocab_size: padded vocabulary.
+        layout: how the ranks share the model.
+
+    Raises:
+        ConfigError: for sizes that are missing or do not fit together or the layout.
+    """
+    dense, expert = _count(cfg, vocab_size, ParallelLayout(1))
+    active = dense
+    if expert and cfg.moe.num_experts:
+        active += expert * cfg.moe.moe_router_topk // cfg.moe.num_experts
+    dense_per_rank, expert_per_rank = _count(cfg, vocab_size, layout)
+    return ParameterCounts(dense + expert, active, dense_per_rank, expert_per_rank)
+
+
+def _count(cfg: Config, vocab_size: int, layout: ParallelLayout) -> tuple[int, int]:
+    """Dense and expert parameters of rank 0."""
+    ctx = offline_context(layout)
+    telemetry = MoETelemetry([], 0, ctx.device)  # nothing runs
+    parameters = list(GPTModel(cfg, vocab_size, ctx, telemetry).parameters())
+    expert = sum(p.numel() for p in parameters if is_expert(p))
+    return sum(p.numel() for p in parameters) - expert, expert

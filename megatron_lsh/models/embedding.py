@@ -1,0 +1,61 @@
+"""Token and position embedding in front of the transformer block.
+
+Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lsh.config.model import ModelConfig
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.models.shape import ModelShape
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.parameters import Init, local, parameter
+from megatron_lsh.parallel.tensor_parallel import VocabParallelEmbedding
+
+
+class PositionEmbedding(nn.Module):
+    """One learned vector per position, held in full by every tensor-parallel rank: ``weight`` [positions, D]."""
+
+    def __init__(self, positions: int, hidden: int, ctx: ParallelContext, init: Init) -> None:
+        super().__init__()
+        self.positions = positions
+        self.ctx = ctx
+        self.weight = parameter((positions, hidden), ctx, init=init)
+
+    def forward(self, positions_S_or_BS: Tensor) -> Tensor:
+        """int64 [S] or [B, S] -> [s, 1 or B, D]: the vectors of this rank's share of the sequence."""
+        positions = positions_S_or_BS if positions_S_or_BS.dim() == 2 else positions_S_or_BS.unsqueeze(0)
+        if positions.shape[1] > self.positions:
+            raise ValueError(
+                f"a sequence of {positions.shape[1]} tokens is longer than --max-position-embeddings ({self.positions})"
+            )
+        sharded = self.ctx.sequence_parallel
+        if sharded:
+            positions = positions.chunk(self.ctx.tp.size, dim=1)[self.ctx.tp.rank]
+        return F.embedding(positions.t(), local(self.weight, partial_grad=sharded))
+
+
+class LanguageModelEmbedding(nn.Module):
+    """dropout(word embedding + learned position embedding, if positions are learned)."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int, ctx: ParallelContext) -> None:
+        super().__init__()
+        shape = ModelShape.from_config(cfg)
+        init = Init("normal", cfg.init_method_std)
+        self.word_embeddings = VocabParallelEmbedding(vocab_size, shape.hidden, ctx, init=init)
+        self.position_embeddings: PositionEmbedding | None = None
+        if cfg.position_embedding_type == "learned_absolute" and cfg.add_position_embedding:
+            if cfg.max_position_embeddings is None:
+                raise ConfigError("learned positions need --max-position-embeddings; give it, or use rope")
+            self.position_embeddings = PositionEmbedding(cfg.max_position_embeddings, shape.hidden, ctx, init)
+        self.dropout = nn.Dropout(cfg.hidden_dropout)
+
+    def forward(self, tokens_BS: Tensor, positions: Tensor) -> Tensor:
+        """int64 tokens and their positions ([S] or [B, S]) -> [s, B, D]."""
+        x_sBD = self.word_embeddings(tokens_BS)
+        if self.position_embeddings is not None:
+            x_sBD = x_sBD + self.position_embeddings(positions)
+        return self.dropout(x_sBD)

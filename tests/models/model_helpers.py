@@ -1,0 +1,86 @@
+"""Small models for the tests of this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.models.gpt import GPTModel, build_gpt
+from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.context import ParallelContext, offline_context
+
+VOCAB = 64
+
+
+def make_config(**settings: Any) -> Config:
+    """A config of 2 layers, D = 32, 4 heads, no dropout; `settings` are fields of any of its parts."""
+    cfg = Config()
+    small = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "seq_length": 16,
+        "max_position_embeddings": 16,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "micro_batch_size": 2,
+    }
+    for name, value in {**small, **settings}.items():
+        part = next(part for part in vars(cfg).values() if hasattr(part, name))
+        setattr(part, name, value)
+    return cfg
+
+
+LLAMA_LIKE = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "untie_embeddings_and_output_weights": True,
+}
+MOE = {
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 16,
+    "moe_layer_freq": "([0]*1+[1]*1)",
+    "moe_aux_loss_coeff": 1e-2,
+    "moe_z_loss_coeff": 1e-3,
+}
+
+
+def make_gpt(cfg: Config, ctx: ParallelContext | None = None, vocab_size: int = VOCAB) -> GPTModel:
+    ctx = ctx or offline_context(device="cpu")
+    return build_gpt(cfg, vocab_size, ctx, MoETelemetry(moe_layers(cfg), cfg.moe.num_experts or 0, ctx.device))
+
+
+def make_batch(batch: int = 2, length: int = 16, vocab_size: int = VOCAB, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random tokens and labels, [B, S] each."""
+    tokens = torch.randint(vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name, gathered over tensor- and expert-parallel ranks."""
+    grads = {}
+    for name, param in model.named_parameters():
+        assert param.grad is not None, f"{name} has no gradient"
+        grad = param.grad
+        grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().clone()
+    return grads
+
+
+def randomize(model: nn.Module, scale: float = 0.2) -> nn.Module:
+    """Larger weights and non-trivial norms and biases, so that no term hides behind a zero."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for param in model.parameters():
+            noise = torch.randn(param.shape, generator=generator) * scale
+            param.copy_(param + noise if param.dim() == 1 else noise)
+    return model

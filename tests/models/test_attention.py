@@ -1,0 +1,110 @@
+"""Self-attention on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.models.attention import SelfAttention, core_attention, document_attention_mask
+from megatron_lsh.models.recompute import RecomputePlan
+from megatron_lsh.models.rotary import rotary_embedding
+from megatron_lsh.parallel.context import offline_context
+from megatron_lsh.parallel.layout import ParallelLayout
+from megatron_lsh.parallel.parameters import initialize_parameters
+from tests.models.model_helpers import make_config, randomize
+
+
+def make_attention(**settings: object) -> SelfAttention:
+    attention = SelfAttention(make_config(**settings).model, offline_context(device="cpu"), RecomputePlan())
+    initialize_parameters(attention, seed=0)
+    randomize(attention)
+    return attention
+
+
+def naive_attention(q_SBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor, allowed_SS: Tensor) -> Tensor:
+    scores = torch.einsum("sbhd,tbhd->bhst", q_SBHd, k_SBHd) / q_SBHd.shape[-1] ** 0.5
+    probs = scores.masked_fill(~allowed_SS, float("-inf")).softmax(-1)
+    return torch.einsum("bhst,tbhd->sbhd", probs, v_SBHd).flatten(2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_core_attention_is_the_formula(causal: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 2, 4, 8).unbind()
+    mask = torch.rand(2, 1, 6, 6) > 0.4
+    mask |= torch.eye(6, dtype=torch.bool)
+    allowed = torch.ones(6, 6, dtype=torch.bool)
+    allowed = (allowed.tril() if causal else allowed) & (mask if masked else True)
+    out = core_attention(
+        q, k, v, offline_context(device="cpu"), causal=causal, mask=mask if masked else None, dropout=0.0
+    )
+    torch.testing.assert_close(out, naive_attention(q, k, v, allowed))
+
+
+def test_a_query_that_sees_nothing_yields_zeros() -> None:
+    q, k, v = torch.randn(3, 4, 1, 2, 8, requires_grad=True).unbind()
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    mask[..., 2, :] = False
+    out = core_attention(q, k, v, offline_context(device="cpu"), causal=False, mask=mask, dropout=0.0)
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+    (grad,) = torch.autograd.grad(out.square().sum(), q)
+    assert torch.isfinite(grad).all()
+
+
+def test_grouped_queries_equal_repeated_heads() -> None:
+    """Two key/value heads serving four query heads are four heads with each key/value head written twice."""
+    grouped = make_attention(group_query_attention=True, num_query_groups=2)
+    full = make_attention()
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            source = getattr(grouped.linear_qkv, name).unflatten(0, (2, 4, 8))  # group, (q, q, k, v), channel
+            heads = [torch.cat((source[g, q : q + 1], source[g, 2:])) for g in range(2) for q in range(2)]
+            getattr(full.linear_qkv, name).copy_(torch.stack(heads).flatten(0, 2))
+    full.linear_proj.load_state_dict(grouped.linear_proj.state_dict())
+    x = torch.randn(10, 2, 32)
+    rotary = rotary_embedding(torch.arange(10), 8)
+    torch.testing.assert_close(grouped(x, rotary=rotary), full(x, rotary=rotary))
+
+
+def test_causality() -> None:
+    attention = make_attention(qk_layernorm=True)
+    x = torch.randn(8, 1, 32)
+    changed = x.clone()
+    changed[5] += 1
+    before, after = attention(x), attention(changed)
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.equal(before[5:], after[5:])
+    assert not torch.equal(attention(x, causal=False)[0], attention(changed, causal=False)[0])
+
+
+def test_query_and_key_norms_work_per_head() -> None:
+    """With qk-layernorm, scaling the queries and keys before the norm changes nothing."""
+    attention = make_attention(qk_layernorm=True, normalization="RMSNorm", add_bias_linear=False)
+    assert attention.q_layernorm.weight.shape == attention.k_layernorm.weight.shape == (8,)
+    x = torch.randn(8, 1, 32)
+    before = attention(x)
+    with torch.no_grad():
+        attention.linear_qkv.weight.unflatten(0, (4, 3, 8))[:, :2] *= 50
+    torch.testing.assert_close(attention(x), before, rtol=1e-3, atol=1e-3)
+
+
+def test_document_mask_separates_documents() -> None:
+    """Two documents packed into one sequence are attended as if each were alone."""
+    mask = document_attention_mask(torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    assert mask.shape == (1, 1, 6, 6)
+    attention = make_attention()
+    x = torch.randn(6, 1, 32)
+    packed = attention(x, attention_mask=mask, rotary=rotary_embedding(torch.tensor([0, 1, 2, 0, 1, 2]), 8))
+    rotary = rotary_embedding(torch.arange(3), 8)
+    alone = torch.cat((attention(x[:3], rotary=rotary), attention(x[3:], rotary=rotary)))
+    torch.testing.assert_close(packed, alone)
+
+
+def test_heads_must_fit_the_ranks() -> None:
+    ctx = offline_context(ParallelLayout(4, tp=4))
+    cfg = make_config(group_query_attention=True, num_query_groups=2)
+    with pytest.raises(ConfigError, match=r"key/value heads \(2\) must be divisible"):
+        SelfAttention(cfg.model, ctx, RecomputePlan())
