@@ -60,23 +60,35 @@ def cluster_by_code(codes_NQ: Tensor, counts_E: Tensor, num_codes: int) -> Clust
 
     The number of clusters depends on the data, so this synchronises with the host once.
     """
-    num_rows, num_experts = codes_NQ.shape[0], counts_E.shape[0]
-    experts = torch.arange(num_experts, device=codes_NQ.device)
-    key_N = experts.repeat_interleave(counts_E, output_size=num_rows)
-    key_range = num_experts
-    for codes_N in codes_NQ.unbind(1):
-        if key_range * num_codes > _KEY_LIMIT:
-            # Rank the keys so far: the same order and equalities in a range of at most N.
-            key_N = torch.unique(key_N, return_inverse=True)[1]
-            key_range = num_rows
-        key_N = key_N * num_codes + codes_N
-        key_range *= num_codes
+    expert_N = expert_of_row(counts_E, codes_NQ.shape[0])
+    key_N = pack_codes(expert_N, counts_E.shape[0], codes_NQ, num_codes)
     _, cluster_N, sizes_C = torch.unique(key_N, return_inverse=True, return_counts=True)
-    cluster_N, sizes_C = _number_by_first_row(cluster_N, sizes_C)
+    cluster_N, sizes_C = number_by_first_row(cluster_N, sizes_C)
     return Clusters.from_assignment(cluster_N, sizes_C, _clusters_per_expert(cluster_N, counts_E))
 
 
-def _number_by_first_row(cluster_N: Tensor, sizes_C: Tensor) -> tuple[Tensor, Tensor]:
+def expert_of_row(counts_E: Tensor, num_rows: int) -> Tensor:
+    """int64 [N]: the expert of each row, given the rows per expert."""
+    experts = torch.arange(counts_E.shape[0], device=counts_E.device)
+    return experts.repeat_interleave(counts_E, output_size=num_rows)
+
+
+def pack_codes(expert_N: Tensor, num_experts: int, codes_NQ: Tensor, num_codes: int) -> Tensor:
+    """One sortable int64 key per row: the expert is the leading digit, then the codes in order.
+
+    Where the digits do not fit, the key so far is replaced by its rank, which keeps order and equality.
+    """
+    key_N, key_range = expert_N, num_experts
+    for codes_N in codes_NQ.unbind(1):
+        if key_range * num_codes > _KEY_LIMIT:
+            key_N = torch.unique(key_N, return_inverse=True)[1]
+            key_range = codes_NQ.shape[0]
+        key_N = key_N * num_codes + codes_N
+        key_range *= num_codes
+    return key_N
+
+
+def number_by_first_row(cluster_N: Tensor, sizes_C: Tensor) -> tuple[Tensor, Tensor]:
     """Renumber clusters in the order of their first rows.
 
     Rows are sorted by expert, so clusters are too. And without any merging centroids lie in row order, hence every sum

@@ -33,7 +33,7 @@ class _Compress(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         clusters: Clusters = ctx.clusters
         grad_centroids_CD, grad_residual_ND = grads
-        sizes_C1 = clusters.sizes_C.unsqueeze(1)
+        sizes_C1 = clusters.sizes_C.clamp(min=1).unsqueeze(1)
         grad_rows_ND = (grad_centroids_CD / sizes_C1).index_select(0, clusters.cluster_N)
         if grad_residual_ND is not None:
             mean_CD = segment_mean(grad_residual_ND, clusters)

@@ -1,0 +1,64 @@
+"""Capacity factor: bound the rows of each expert and drop the rest.
+
+Shapes: T tokens on this rank, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def expert_capacity(num_tokens: int, topk: int, num_experts: int, factor: float) -> int:
+    """Rows one expert may receive from one rank: ``ceil(T K / E * factor)`` (GShard, arXiv 2006.16668, section 2.2)."""
+    return math.ceil(num_tokens * topk / num_experts * factor)
+
+
+def within_capacity(expert_ids_TK: Tensor, probs_TK: Tensor, num_experts: int, capacity: int, policy: str) -> Tensor:
+    """Which choices fit.
+
+    Args:
+        expert_ids_TK: int64, -1 where there is no choice (masked token).
+        probs_TK: routing weights, any floating dtype.
+        capacity: rows per expert.
+        policy: ``"probs"`` keeps each expert's rows of largest weight (the earlier token wins a tie), ``"position"``
+            the rows of its first tokens.
+
+    Returns:
+        bool [T, K]; False where a choice is over capacity or there was none.
+    """
+    num_tokens, topk = expert_ids_TK.shape
+    slots = num_tokens * topk
+    # No choice sorts behind the last expert.
+    ids = torch.where(expert_ids_TK < 0, num_experts, expert_ids_TK).reshape(-1)
+    if policy == "probs":
+        preference = torch.sort(probs_TK.detach().reshape(-1), descending=True, stable=True).indices
+    elif policy == "position":
+        preference = torch.arange(slots, device=ids.device)
+    else:
+        raise ValueError(f"drop policy {policy!r} is not one of probs, position")
+    # Stable: within an expert the slots stay in order of preference.
+    sorted_ids, by_expert = torch.sort(ids[preference], stable=True)
+    first_E = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=ids.device))
+    rank_in_expert = torch.arange(slots, device=ids.device) - first_E[sorted_ids]
+    keep = torch.empty(slots, dtype=torch.bool, device=ids.device)
+    keep[preference[by_expert]] = (rank_in_expert < capacity) & (sorted_ids < num_experts)
+    return keep.view(num_tokens, topk)
+
+
+def drop_over_capacity(
+    expert_ids_TK: Tensor, probs_TK: Tensor, num_experts: int, factor: float, policy: str
+) -> tuple[Tensor, Tensor]:
+    """Give every expert at most :func:`expert_capacity` rows of this rank.
+
+    Dropped choices get expert id -1 and weight 0; the weights of a token's other choices stay as they are (Megatron
+    does not renormalise). Arguments as in :func:`within_capacity`; differentiable in the weights.
+
+    Returns:
+        (expert_ids_TK, probs_TK), changed copies.
+    """
+    capacity = expert_capacity(expert_ids_TK.shape[0], expert_ids_TK.shape[1], num_experts, factor)
+    keep = within_capacity(expert_ids_TK, probs_TK, num_experts, capacity, policy)
+    return expert_ids_TK.masked_fill(~keep, -1), probs_TK.masked_fill(~keep, 0)

@@ -1,0 +1,157 @@
+"""Permute tokens into rows sorted by expert, and back.
+
+Shapes: T tokens, K experts per token, D features, E experts, N rows.
+
+Both directions are gathers, in the forward and in the backward pass: a token reads its K rows and sums them in a fixed
+order. The usual ``index_add_`` would add with atomics on a GPU, in a different order on every run.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """How rows and tokens correspond. A slot is a (token, choice) pair, numbered ``t * K + k``.
+
+    Attributes:
+        row_of_TK: int64 [T, K], the row of each slot; -1 where the slot has none (masked token or dropped choice).
+        token_of_row_N: int64 [N], the token of each row.
+        counts_E: int64 [E], rows per expert. Rows of expert e are ``counts_E[:e].sum()`` and following.
+    """
+
+    row_of_TK: Tensor
+    token_of_row_N: Tensor
+    counts_E: Tensor
+
+
+def sort_by_expert(expert_ids_TK: Tensor, num_experts: int, num_rows: int | None = None) -> Permutation:
+    """Sort the slots by expert; within an expert they stay in token order (stable).
+
+    Args:
+        expert_ids_TK: int64 [T, K], each in [0, E), or -1 for a slot without a row.
+        num_experts: E.
+        num_rows: number of slots that have a row, if the caller knows it on the host (T * K when no token is masked
+            and no choice dropped). Without it N = T * K, and rows from ``counts_E.sum()`` on belong to nobody.
+    """
+    num_tokens, topk = expert_ids_TK.shape
+    # Slots without an expert sort behind the last one. Fewer bytes per key make a faster radix sort.
+    key_dtype = torch.int16 if num_experts < 2**15 else torch.int64
+    keys = torch.where(expert_ids_TK < 0, num_experts, expert_ids_TK).reshape(-1).to(key_dtype)
+    sorted_keys, slot_of_row = torch.sort(keys, stable=True)
+    # searchsorted instead of bincount, which makes the host wait on a GPU.
+    edges = torch.arange(num_experts + 1, device=keys.device, dtype=key_dtype)
+    counts_E = torch.searchsorted(sorted_keys, edges).diff()
+
+    row_of_slot = torch.empty_like(slot_of_row)
+    row_of_slot[slot_of_row] = torch.arange(slot_of_row.numel(), device=keys.device)
+    row_of_TK = row_of_slot.view(num_tokens, topk).masked_fill(expert_ids_TK < 0, -1)
+    if num_rows is not None:
+        slot_of_row = slot_of_row[:num_rows]
+    return Permutation(row_of_TK, slot_of_row // topk, counts_E)
+
+
+def permute(
+    x_TD: Tensor, expert_ids_TK: Tensor, num_experts: int, num_rows: int | None = None
+) -> tuple[Tensor, Tensor, Permutation]:
+    """Copy every token once per chosen expert, sorted by expert.
+
+    Args:
+        x_TD: [T, D], any floating dtype.
+        expert_ids_TK, num_experts, num_rows: see :func:`sort_by_expert`.
+
+    Returns:
+        rows_ND in x's dtype, counts_E int64 on x's device, and the permutation for :func:`unpermute`. Without
+        ``num_rows``, N = T * K and the rows that belong to nobody are at the end and zero.
+    """
+    permutation = sort_by_expert(expert_ids_TK, num_experts, num_rows)
+    rows_ND = _Permute.apply(x_TD, permutation, num_rows is None)
+    return rows_ND, permutation.counts_E, permutation
+
+
+def unpermute(rows_ND: Tensor, probs_TK: Tensor, permutation: Permutation) -> Tensor:
+    """Give every token the weighted sum of its rows, ``y_t = sum_k probs_tk * row_(t,k)``.
+
+    Args:
+        rows_ND: [N, D], any floating dtype.
+        probs_TK: [T, K], fp32 (or fp64). Weights of slots without a row are ignored.
+        permutation: as returned by :func:`permute`.
+
+    Returns:
+        y_TD in the rows' dtype; the sum runs over k in order, in fp32 or better. Tokens without any row get zeros.
+    """
+    return _Unpermute.apply(rows_ND, probs_TK, permutation)
+
+
+def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _gather_rows(rows_ND: Tensor, row_of_T: Tensor) -> Tensor:
+    """``rows[row]``, and zeros where there is no row (whatever the rows hold, NaN included)."""
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_zeros(row_of_T.shape[0], rows_ND.shape[1])
+    return rows_ND[row_of_T.clamp(min=0)].masked_fill_((row_of_T < 0)[:, None], 0)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, permutation: Permutation, zero_tail: bool) -> Tensor:
+        ctx.row_of_TK = permutation.row_of_TK
+        rows_ND = x_TD[permutation.token_of_row_N]
+        if zero_tail:
+            position_N = torch.arange(rows_ND.shape[0], device=rows_ND.device)
+            rows_ND.masked_fill_((position_N >= permutation.counts_E.sum())[:, None], 0)
+        return rows_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_ND,) = grads
+        num_tokens, topk = ctx.row_of_TK.shape
+        grad_TD = grad_ND.new_zeros(num_tokens, grad_ND.shape[1], dtype=_accumulation_dtype(grad_ND))
+        for k in range(topk):
+            grad_TD += _gather_rows(grad_ND, ctx.row_of_TK[:, k])
+        return grad_TD.to(grad_ND.dtype), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, probs_TK: Tensor, permutation: Permutation) -> Tensor:
+        row_of_TK = permutation.row_of_TK
+        num_tokens, topk = row_of_TK.shape
+        dtype = _accumulation_dtype(rows_ND, probs_TK)
+        y_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1], dtype=dtype)
+        # One choice at a time: [T, D] of scratch memory instead of [T, K, D] in fp32.
+        weights_TK = probs_TK.masked_fill(row_of_TK < 0, 0)
+        for k in range(topk):
+            y_TD += _gather_rows(rows_ND, row_of_TK[:, k]) * weights_TK[:, k, None]
+        ctx.save_for_backward(rows_ND, probs_TK, row_of_TK, permutation.token_of_row_N)
+        return y_TD.to(rows_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad_TD,) = grads
+        rows_ND, probs_TK, row_of_TK, token_of_row_N = ctx.saved_tensors
+        dtype = _accumulation_dtype(rows_ND, probs_TK)
+        grad_rows = grad_probs = None
+        if ctx.needs_input_grad[0]:
+            # The weight of each row: a scatter, but no two slots share a row.
+            has_row = row_of_TK >= 0
+            weight_N = probs_TK.new_zeros(rows_ND.shape[0] + 1)
+            weight_N[torch.where(has_row, row_of_TK, rows_ND.shape[0])] = probs_TK.masked_fill(~has_row, 0)
+            grad_rows = (grad_TD[token_of_row_N] * weight_N[:-1, None]).to(rows_ND.dtype)
+        if ctx.needs_input_grad[1]:
+            columns = [
+                (_gather_rows(rows_ND, row_of_TK[:, k]).to(dtype) * grad_TD).sum(-1) for k in range(row_of_TK.shape[1])
+            ]
+            grad_probs = torch.stack(columns, 1).to(probs_TK.dtype)
+        return grad_rows, grad_probs, None

@@ -1,0 +1,176 @@
+"""Gauges of the MoE layers: load, auxiliary losses, all-to-all bytes and time, LSH rates.
+
+Every MoE layer adds to one :class:`MoETelemetry` while it runs; the train loop calls :meth:`MoETelemetry.collect` once
+per log interval. Adding never synchronises with a GPU: tensors stay on their device until they are collected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lsh.parallel.context import Group, ParallelContext
+
+#: Quantities that are summed over micro-batches, layers and ranks.
+SUMS = (
+    "load_balancing_loss",
+    "z_loss",
+    "alltoall_bytes",
+    "alltoall_bytes_uncompressed",
+    "alltoall_time_ms",
+    "lsh_rows",
+    "lsh_clusters",
+    "lsh_residual_energy",
+    "lsh_row_energy",
+)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one MoE layer did, on average per iteration and summed over all ranks, since the last report.
+
+    Attributes:
+        layer: number of the layer in the model, from 0.
+        load_balancing_loss, z_loss: mean per micro-batch.
+        load_max_over_mean: rows of the fullest expert over the mean; 1 is perfect balance.
+        load_p50, load_p95: percentiles of the rows per expert.
+        alltoall_bytes: payload that ranks sent to other ranks, both directions, forward and backward.
+        alltoall_bytes_uncompressed: what an exact all-to-all would have sent for the same routing.
+        alltoall_time_ms: time in all-to-alls (with the wait for slower ranks), mean over the ranks.
+        lsh_compression_rate: centroids sent per row; None when LSH did not run.
+        lsh_residual_energy: sum |x - c|^2 / sum |x|^2; None when LSH did not run.
+    """
+
+    layer: int
+    load_balancing_loss: float
+    z_loss: float
+    load_max_over_mean: float
+    load_p50: float
+    load_p95: float
+    alltoall_bytes: float
+    alltoall_bytes_uncompressed: float
+    alltoall_time_ms: float
+    lsh_compression_rate: float | None
+    lsh_residual_energy: float | None
+
+
+class MoETelemetry:
+    """Accumulates gauges of all MoE layers of one model on one rank."""
+
+    def __init__(self, moe_layers: list[int], num_experts: int, device: torch.device) -> None:
+        """
+        Args:
+            moe_layers: numbers of the MoE layers in the model.
+            num_experts: E, the same in every layer.
+            device: where layers run; GPU times are measured with events.
+        """
+        self._index = {layer: i for i, layer in enumerate(moe_layers)}
+        self._device = device
+        self._enabled = True
+        self._sums: dict[tuple[str, int], float | Tensor] = {}
+        self._events: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._load_LE = torch.zeros(len(moe_layers), num_experts, dtype=torch.float64, device=device)
+        self._micro_batches = 0
+
+    def add(self, layer: int, name: str, value: float | Tensor) -> None:
+        """Add ``value`` (a number or a 0-dim tensor, detached) to the sum ``name`` of a layer."""
+        if name not in SUMS:
+            raise ValueError(f"unknown gauge {name!r}; known: {', '.join(SUMS)}")
+        if self._enabled:
+            key = (name, self._index[layer])
+            self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def add_load(self, layer: int, counts_E: Tensor) -> None:
+        """Add one micro-batch's rows per expert (this rank's rows, before compression)."""
+        if self._enabled:
+            self._load_LE[self._index[layer]] += counts_E
+
+    def count_micro_batch(self) -> None:
+        """Note that one micro-batch passed through the model; means per micro-batch divide by this count."""
+        if self._enabled:
+            self._micro_batches += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore what happens inside (evaluation, generation)."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @contextmanager
+    def timed(self, layer: int, name: str) -> Iterator[None]:
+        """Add the milliseconds spent inside: wall time on CPU, stream time on a GPU."""
+        if self._device.type == "cuda" and self._enabled:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, layer, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.add(layer, name, (time.perf_counter() - began) * 1e3)
+
+    @torch.no_grad()
+    def collect(self, ctx: ParallelContext, iterations: int) -> list[LayerReport]:
+        """Reduce over all ranks, reset, and report per layer. Collective over the world.
+
+        Args:
+            iterations: optimizer steps since the last report; sums become means per iteration.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        events, self._events = self._events, []
+        for name, layer, start, end in events:
+            self.add(layer, name, start.elapsed_time(end))
+        num_layers = len(self._index)
+        packed = torch.zeros(num_layers, len(SUMS), dtype=torch.float64, device=self._device)
+        for (name, index), value in self._sums.items():
+            packed[index, SUMS.index(name)] = value
+        load_LE = self._load_LE.clone()
+        _sum_over(packed, ctx.world)
+        _sum_over(load_LE, ctx.world)
+        per_micro_batch = max(self._micro_batches, 1) * ctx.layout.dp
+        self._sums.clear()
+        self._load_LE.zero_()
+        self._micro_batches = 0
+        sums_L, load_LE = packed.cpu(), load_LE.cpu()
+        return [
+            _report(
+                layer, dict(zip(SUMS, sums_L[i].tolist(), strict=True)), load_LE[i], iterations, per_micro_batch, ctx
+            )
+            for layer, i in self._index.items()
+        ]
+
+
+def _sum_over(tensor: Tensor, group: Group) -> None:
+    if group.process_group is not None and group.size > 1:
+        dist.all_reduce(tensor, group=group.process_group)
+
+
+def _report(
+    layer: int, sums: dict[str, float], load_E: Tensor, iterations: int, per_micro_batch: int, ctx: ParallelContext
+) -> LayerReport:
+    lsh_ran = sums["lsh_rows"] > 0
+    quantiles = torch.quantile(load_E, torch.tensor([0.5, 0.95], dtype=load_E.dtype)) / max(iterations, 1)
+    return LayerReport(
+        layer=layer,
+        load_balancing_loss=sums["load_balancing_loss"] / per_micro_batch,
+        z_loss=sums["z_loss"] / per_micro_batch,
+        load_max_over_mean=(load_E.max() / load_E.mean().clamp(min=1e-12)).item(),
+        load_p50=quantiles[0].item(),
+        load_p95=quantiles[1].item(),
+        alltoall_bytes=sums["alltoall_bytes"] / max(iterations, 1),
+        alltoall_bytes_uncompressed=sums["alltoall_bytes_uncompressed"] / max(iterations, 1),
+        alltoall_time_ms=sums["alltoall_time_ms"] / max(iterations, 1) / ctx.world.size,
+        lsh_compression_rate=sums["lsh_clusters"] / sums["lsh_rows"] if lsh_ran else None,
+        lsh_residual_energy=sums["lsh_residual_energy"] / max(sums["lsh_row_energy"], 1e-30) if lsh_ran else None,
+    )

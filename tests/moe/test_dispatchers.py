@@ -1,0 +1,247 @@
+"""Dispatchers: every way to the experts and back gives the same mathematics (architecture.md, invariants 1, 2, 5, 7)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatron_lsh.config.model import ModelConfig
+from megatron_lsh.config.moe import LSHConfig, MoEConfig
+from megatron_lsh.config.parallel import ParallelConfig
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.moe.exchange import expert_order
+from megatron_lsh.moe.layer import MoELayer, exact_dispatch
+from megatron_lsh.moe.memo import ReplayMemo
+from megatron_lsh.moe.registry import resolve_dispatcher
+from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.context import offline_context
+from megatron_lsh.parallel.initialize import initialize
+from megatron_lsh.parallel.parameters import initialize_parameters, local
+from megatron_lsh.parallel.testing import run_distributed_test
+
+HIDDEN, EXPERTS, SEQUENCE, BATCH = 16, 8, 12, 2
+#: Hashes so fine that random rows never collide: one row per cluster.
+FINE = LSHConfig(lsh_num_hashes=6, lsh_hash_width=32)
+COARSE = LSHConfig(lsh_num_hashes=1, lsh_hash_width=2)
+
+
+def make_layer(ctx, dispatcher="alltoall", lsh=FINE, **moe):
+    model_cfg = ModelConfig(num_layers=2, hidden_size=HIDDEN, ffn_hidden_size=24, num_attention_heads=2, swiglu=True)
+    moe_cfg = MoEConfig(
+        num_experts=EXPERTS,
+        moe_ffn_hidden_size=24,
+        moe_aux_loss_coeff=0.1,
+        moe_z_loss_coeff=0.01,
+        moe_token_dispatcher_type=dispatcher,
+        **moe,
+    )
+    telemetry = MoETelemetry([3], EXPERTS, ctx.device)
+    layer = MoELayer(model_cfg, moe_cfg, lsh, ctx, 3, telemetry)
+    initialize_parameters(layer, 7)
+    with torch.no_grad():  # the usual 0.02 would make every expert nearly zero
+        for parameter in layer.parameters():
+            local(parameter).mul_(20)
+    return layer, telemetry
+
+
+def single():
+    return offline_context(device="cpu")
+
+
+def tokens(rank, requires_grad=True):
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).requires_grad_(requires_grad)
+
+
+def run(layer, x, mask=None, memo=None):
+    """Output, auxiliary loss, and gradients of the input and of every parameter (local shards)."""
+    y, aux = layer(x, mask, memo)
+    loss = y.pow(2).mean() + aux
+    params = dict(layer.named_parameters())
+    grads = torch.autograd.grad(loss, [x, *params.values()])
+    named = {name: local(grad) for name, grad in zip(params, grads[1:], strict=True)}
+    return {"y": y.detach(), "aux": aux.detach(), "x": grads[0], **named}
+
+
+def plain_loop(layer, x):
+    """The definition of a MoE layer, one token at a time."""
+    x_TD = x.flatten(0, 1)
+    logits = x_TD @ local(layer.router.weight).T
+    fc1, fc2 = local(layer.experts.linear_fc1.weight), local(layer.experts.linear_fc2.weight)
+    bias1 = getattr(layer.experts.linear_fc1, "bias", None)
+    bias2 = getattr(layer.experts.linear_fc2, "bias", None)
+    out = []
+    for token in range(x_TD.shape[0]):
+        top = logits[token].topk(2)
+        y = 0
+        for weight, expert in zip(top.values.softmax(0), top.indices.tolist(), strict=True):
+            hidden = fc1[expert] @ x_TD[token] + (0 if bias1 is None else local(bias1)[expert])
+            gate, up = hidden.chunk(2)
+            y = y + weight * (fc2[expert] @ (F.silu(gate) * up) + (0 if bias2 is None else local(bias2)[expert]))
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+def test_layer_is_the_plain_loop():
+    layer, _ = make_layer(single())
+    x = tokens(0)
+    torch.testing.assert_close(layer(x)[0], plain_loop(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def ranks_agree_with_one(ep_sizes):
+    for ep in ep_sizes:
+        ctx = initialize(ParallelConfig(expert_model_parallel_size=ep))
+        x = tokens(ctx.rank)
+        reference = run(make_layer(single())[0], x)
+        for dispatcher in ("alltoall", "allgather", "lsh"):
+            layer, telemetry = make_layer(ctx, dispatcher)
+            got = run(layer, x)
+            for name, expected in reference.items():
+                expected = expected.clone()
+                value = got[name].clone()
+                if name.startswith("experts."):
+                    # Ours holds E/EP experts with the gradient of all tokens of the EP group.
+                    dist.all_reduce(expected)
+                    dist.all_reduce(value, group=ctx.edp.process_group)
+                    expected = expected.chunk(ep)[ctx.ep.rank]
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=f"ep {ep} {dispatcher} {name}")
+            if dispatcher == "lsh" and ep > 1:
+                check_one_row_per_cluster_is_exact(ctx, got, telemetry)
+
+
+def check_one_row_per_cluster_is_exact(ctx, got, telemetry):
+    """Invariant 1: bit-equal to the plain all-to-all, in values and in every gradient."""
+    exact = run(make_layer(ctx, "alltoall")[0], tokens(ctx.rank))
+    for name, expected in exact.items():
+        assert torch.equal(expected, got[name]), f"{name} differs by {(expected - got[name]).abs().max()}"
+    (report,) = telemetry.collect(ctx, iterations=1)
+    assert report.lsh_compression_rate == 1.0 and report.lsh_residual_energy < 1e-5
+    assert report.alltoall_bytes == report.alltoall_bytes_uncompressed > 0
+
+
+def test_every_dispatcher_on_1_2_and_4_ranks():
+    run_distributed_test(ranks_agree_with_one, 4, (1, 2, 4))
+
+
+def compressed_ranks_agree_with_one(ep_sizes):
+    """Clusters form on the source rank per expert, so the expert-parallel size changes nothing."""
+    results, reports = [], []
+    for ep in (1, *ep_sizes):
+        ctx = initialize(ParallelConfig(expert_model_parallel_size=ep))
+        layer, telemetry = make_layer(ctx, "lsh", COARSE)
+        got = run(layer, tokens(ctx.rank))
+        results.append([got[name] for name in ("y", "aux", "x", "router.weight")])
+        reports.append(telemetry.collect(ctx, iterations=1)[0])
+    for other in results[1:]:
+        for expected, value in zip(results[0], other, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+    rates = {report.lsh_compression_rate for report in reports}
+    assert len(rates) == 1 and 0.1 < rates.pop() < 0.8
+    assert reports[0].alltoall_bytes == 0
+    for report in reports[1:]:
+        ratio = report.alltoall_bytes / report.alltoall_bytes_uncompressed
+        assert 0.1 < ratio < 0.8
+
+
+def degenerate_inputs():
+    """Invariant 5: nothing hangs and nothing is NaN, whatever the routing."""
+    ctx = initialize(ParallelConfig(expert_model_parallel_size=2))
+    x = tokens(ctx.rank)
+    equal = torch.ones_like(x, requires_grad=True)
+    zero = torch.zeros_like(x, requires_grad=True)
+    nobody = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool)
+    one = nobody.clone()
+    one[0, 0] = True
+    mine = nobody if ctx.rank == 0 else ~nobody
+    for dispatcher in ("alltoall", "allgather", "lsh"):
+        for lsh in (FINE, COARSE):
+            layer, _ = make_layer(ctx, dispatcher, lsh)
+            for inputs, mask in ((x, nobody), (x, one), (x, mine), (equal, None), (zero, None)):
+                got = run(layer, inputs, mask)
+                assert all(value.isfinite().all() for value in got.values())
+                if mask is not None:
+                    assert (got["y"][~mask] == 0).all() and (got["x"][~mask] == 0).all()
+            single_token = torch.randn(1, 1, HIDDEN, requires_grad=True)
+            assert run(layer, single_token)["y"].shape == (1, 1, HIDDEN)
+            capped, _ = make_layer(ctx, dispatcher, lsh, moe_expert_capacity_factor=0.5)
+            assert all(value.isfinite().all() for value in run(capped, equal).values())
+
+
+def test_compression_and_degenerate_inputs_on_2_ranks():
+    run_distributed_test(both_on_two_ranks, 2)
+
+
+def both_on_two_ranks():
+    compressed_ranks_agree_with_one((2,))
+    degenerate_inputs()
+
+
+@pytest.mark.parametrize("residual", ["identity", "none"])
+def test_recomputation_replays_the_same_clusters(residual):
+    """Invariant 7, and gauges are not counted twice."""
+    lsh = LSHConfig(lsh_num_hashes=1, lsh_hash_width=4, lsh_residual=residual)
+    x = tokens(0)
+    results = []
+    for recompute in (False, True):
+        layer, telemetry = make_layer(single(), "lsh", lsh)
+        hashed = count_calls(layer.compressor, "_cluster")
+        memo = ReplayMemo()
+
+        def forward(inputs, layer=layer, memo=memo):
+            return layer(inputs, None, memo)
+
+        y, aux = checkpoint(forward, x, use_reentrant=False) if recompute else forward(x)
+        grads = torch.autograd.grad(y.pow(2).mean() + aux, [x, *layer.parameters()])
+        assert len(hashed) == 1, "nothing may be hashed again"
+        results.append(([y, aux, *grads], telemetry.collect(single(), iterations=1)))
+    assert results[0][1] == results[1][1]
+    for expected, value in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(expected, value)
+
+
+def count_calls(owner, name):
+    calls, original = [], getattr(owner, name)
+    setattr(owner, name, lambda *args: (calls.append(args), original(*args))[1])
+    return calls
+
+
+def test_warm_up_and_exact_context_run_uncompressed():
+    x = tokens(0)
+    exact = make_layer(single(), "alltoall")[0](x)[0]
+    lsh = LSHConfig(lsh_num_hashes=1, lsh_hash_width=2, lsh_warmup_iters=3)
+    layer, _ = make_layer(single(), "lsh", lsh)
+    for iteration, compressed in ((0, False), (2, False), (3, True), (9, True)):
+        layer.set_iteration(iteration)
+        assert torch.equal(layer(x)[0], exact) != compressed
+    with exact_dispatch(layer):
+        assert torch.equal(layer(x)[0], exact)
+    assert not torch.equal(layer(x)[0], exact)
+
+
+def test_hashes_are_the_same_in_every_instance_and_differ_between_layers():
+    first, second = make_layer(single(), "lsh")[0], make_layer(single(), "lsh")[0]
+    assert torch.equal(first.compressor.rotation_DQW, second.compressor.rotation_DQW)
+    assert not [name for name in first.state_dict() if "rotation" in name], "a pure function of the seed is not saved"
+
+
+def test_expert_order_matches_sorting():
+    arriving = torch.tensor([[2, 0, 1], [0, 3, 1]])
+    sort, unsort = expert_order(arriving, torch.device("cpu"))
+    expert = torch.tensor([0, 0, 2, 1, 1, 1, 2])
+    assert torch.equal(expert[sort], expert.sort(stable=True).values)
+    assert torch.equal(sort[unsort], torch.arange(7))
+    assert expert_order(arriving[:1], torch.device("cpu")) == (None, None)
+
+
+def plug_in(spec):
+    """A third party's dispatcher, named on the command line as module:factory."""
+    return resolve_dispatcher("alltoall")(spec)
+
+
+def test_registry():
+    assert resolve_dispatcher(f"{__name__}:plug_in") is plug_in
+    with pytest.raises(ConfigError, match="did you mean lsh"):
+        resolve_dispatcher("lhs")
+    with pytest.raises(ConfigError, match="importable"):
+        resolve_dispatcher("no.such.module:factory")
