@@ -60,6 +60,10 @@ class MoEConfig:
         None, "Rows per expert, as a multiple of the mean (absent: dropless)", above=0
     )
     moe_token_drop_policy: str = flag("probs", "Which rows to drop beyond the capacity", choices=("probs", "position"))
+    moe_gradient_shortcut: bool = flag(
+        False,
+        "Add the identity to the gradient of every expert, and nothing to its value (an experiment; docs/lsh.md)",
+    )
     moe_layer_recompute: bool = flag(False, "Recompute the MoE layer in the backward pass")
     moe_per_layer_logging: bool = flag(False, "Log router and dispatcher statistics per layer")
 
@@ -68,14 +72,56 @@ class MoEConfig:
 class LSHConfig:
     """The LSH token dispatcher (``--moe-token-dispatcher-type lsh``). See docs/lsh.md."""
 
-    lsh_num_hashes: int = flag(
-        2, "Number q of cross-polytope hashes that must agree for two rows to share a cluster", at_least=1
+    lsh_clustering: str = flag(
+        "budget",
+        "budget: exactly --lsh-target-rate of each expert's rows travel; bucket: one centroid per distinct code, the "
+        "paper's method, whose rate depends on the data",
+        choices=("bucket", "budget"),
     )
-    lsh_hash_width: int = flag(8, "Width w of one hash: 2 w possible values", at_least=1)
+    lsh_target_rate: float = flag(
+        0.2, "With budget clustering, send at most ceil(rate x rows) centroids per rank and expert", above=0, at_most=1
+    )
+    lsh_refine_steps: int = flag(
+        1, "With budget clustering, reassign rows to their nearest centroid this many times", at_least=0
+    )
+    lsh_num_hashes: int | None = flag(
+        None, "Number q of cross-polytope hashes per row (default: 6 with budget clustering, 2 with bucket)", at_least=1
+    )
+    lsh_hash_width: int | None = flag(
+        None, "Width w of one hash: 2 w possible values (default: 16 with budget clustering, 8 with bucket)", at_least=1
+    )
     lsh_residual: str = flag(
         "identity",
-        "What a row adds to its centroid's expert output: row - centroid, or nothing",
-        choices=("none", "identity"),
+        "What a row adds to its centroid's expert output: nothing, row - centroid, or that plus a learned low-rank map "
+        "of it",
+        choices=("none", "identity", "lowrank"),
+    )
+    lsh_residual_rank: int = flag(16, "Rank of --lsh-residual lowrank", at_least=1)
+    lsh_gradient: str = flag(
+        "exact",
+        "Gradient of the restored rows: that of the formula, or (with --lsh-residual none) also the identity's, as if the "
+        "residual had been added",
+        choices=("exact", "straight-through"),
+    )
+    lsh_wire_dtype: str | None = flag(
+        None,
+        "Numbers in which rows travel, with any dispatcher and both ways (default: those of the model)",
+        choices=("fp32", "bf16", "fp8", "int8", "int4"),
     )
     lsh_seed: int = flag(1234, "Seed of the random rotations; the same on every rank and after a resume", at_least=0)
     lsh_warmup_iters: int = flag(0, "Run the exact all-to-all for this many first iterations", at_least=0)
+    lsh_anneal_iters: int = flag(0, "Run the exact all-to-all for this many last iterations", at_least=0)
+    lsh_start_layer: int = flag(0, "Run the exact all-to-all in the layers before this one (counted from 0)", at_least=0)
+    lsh_eval: str = flag(
+        "on", "Evaluate with LSH, without it (what an exported model computes), or both", choices=("on", "off", "both")
+    )
+    lsh_probe_interval: int | None = flag(
+        None,
+        "Every so many iterations, also run the exact experts on one micro-batch and log the error of the restored rows",
+        at_least=1,
+    )
+
+    def hash_shape(self) -> tuple[int, int]:
+        """(q, w) with the defaults filled in. Budgets cut a fine hash where they need to; buckets need a coarse one."""
+        hashes, width = (6, 16) if self.lsh_clustering == "budget" else (2, 8)
+        return self.lsh_num_hashes or hashes, self.lsh_hash_width or width

@@ -5,9 +5,26 @@ The method is explained in ``docs/lsh.md``; the source is "LSH-MoE: Communicatio
 Locality-Sensitive Hashing" (arXiv 2411.08446, NeurIPS 2024).
 """
 
+from megatron_lsh.lsh.budget import cluster_by_budget, row_budgets
 from megatron_lsh.lsh.cluster import Clusters, cluster_by_code
 from megatron_lsh.lsh.compress import compress, residual_energy
-from megatron_lsh.lsh.hash import hash_rows, make_rotation
-from megatron_lsh.lsh.restore import restore
+from megatron_lsh.lsh.hash import codes_of, hash_rows, make_rotation, project
+from megatron_lsh.lsh.refine import nearest_centroid, refine
+from megatron_lsh.lsh.restore import restore, straight_through
 
-__all__ = ["Clusters", "cluster_by_code", "compress", "hash_rows", "make_rotation", "residual_energy", "restore"]
+__all__ = [
+    "Clusters",
+    "cluster_by_budget",
+    "cluster_by_code",
+    "codes_of",
+    "compress",
+    "hash_rows",
+    "make_rotation",
+    "nearest_centroid",
+    "project",
+    "refine",
+    "residual_energy",
+    "restore",
+    "row_budgets",
+    "straight_through",
+]

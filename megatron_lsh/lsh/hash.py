@@ -35,6 +35,22 @@ def make_rotation(
 
 
 @torch.no_grad()
+def project(rows_ND: Tensor, rotation_DQW: Tensor) -> Tensor:
+    """``rows @ rotation`` in the rotation's dtype (fp32): [N, Q * W]."""
+    return rows_ND.to(rotation_DQW.dtype) @ rotation_DQW
+
+
+@torch.no_grad()
+def codes_of(projection_NP: Tensor, num_hashes: int) -> Tensor:
+    """int64 codes [N, Q] in [0, 2 W) of projected rows: ``2 * argmax_w |projection| + [projection > 0]``."""
+    projection_NQW = projection_NP.unflatten(1, (num_hashes, -1))
+    # argmax returns the first of equal maxima, so all-zero rows share one code on every device.
+    axis_NQ1 = projection_NQW.abs().argmax(dim=-1, keepdim=True)
+    positive_NQ1 = projection_NQW.gather(-1, axis_NQ1) > 0
+    return (2 * axis_NQ1 + positive_NQ1).squeeze(-1)
+
+
+@torch.no_grad()
 def hash_rows(rows_ND: Tensor, rotation_DQW: Tensor, num_hashes: int) -> Tensor:
     """Hash every row; scaling a row by a positive number never changes its codes.
 
@@ -44,10 +60,6 @@ def hash_rows(rows_ND: Tensor, rotation_DQW: Tensor, num_hashes: int) -> Tensor:
         num_hashes: Q.
 
     Returns:
-        int64 codes [N, Q] in [0, 2 W): ``2 * argmax_w |projection| + [projection > 0]``.
+        int64 codes [N, Q], see :func:`codes_of`.
     """
-    projection_NQW = (rows_ND.to(rotation_DQW.dtype) @ rotation_DQW).unflatten(1, (num_hashes, -1))
-    # argmax returns the first of equal maxima, so all-zero rows share one code on every device.
-    axis_NQ1 = projection_NQW.abs().argmax(dim=-1, keepdim=True)
-    positive_NQ1 = projection_NQW.gather(-1, axis_NQ1) > 0
-    return (2 * axis_NQ1 + positive_NQ1).squeeze(-1)
+    return codes_of(project(rows_ND, rotation_DQW), num_hashes)

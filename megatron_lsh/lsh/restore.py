@@ -42,3 +42,18 @@ def restore(expert_out_CD: Tensor, residual_ND: Tensor | None, clusters: Cluster
     """
     rows_ND = _Spread.apply(expert_out_CD, clusters)
     return rows_ND if residual_ND is None else rows_ND + residual_ND
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
+
+
+def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
+    """``value + carrier - stop_gradient(carrier)``: the value of the first, the gradient of their sum; costs nothing."""
+    return _StraightThrough.apply(value, carrier)

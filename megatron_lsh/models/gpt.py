@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lsh.config.config import Config
+from megatron_lsh.models.cache import KVCache
 from megatron_lsh.models.embedding import LanguageModelEmbedding
 from megatron_lsh.models.rotary import Rotary, rotary_embedding
 from megatron_lsh.models.shape import ModelShape
@@ -57,6 +58,7 @@ class GPTModel(nn.Module):
         labels_BS: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One forward pass.
 
@@ -66,6 +68,8 @@ class GPTModel(nn.Module):
             position_ids_BS: int64 positions, by default 0..S-1 (``--reset-position-ids`` needs others).
             attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; on top of causality
                 (``document_attention_mask`` for ``--reset-attention-mask``).
+            cache: keys and values of earlier tokens, for generation; told by ``KVCache.place`` where these ones belong. The
+                logits are those of a forward pass over all tokens of each row.
 
         Returns:
             With labels: the cross-entropy of every token, fp32 [B, S], and the sum of the layers' auxiliary losses (fp32
@@ -76,7 +80,10 @@ class GPTModel(nn.Module):
         if positions is None:
             positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         x_sBD, aux_loss = self.decoder(
-            self.embedding(tokens_BS, positions), rotary=self._rotary(positions), attention_mask=attention_mask
+            self.embedding(tokens_BS, positions),
+            rotary=self._rotary(positions),
+            attention_mask=attention_mask,
+            cache=cache,
         )
         logits_SBv = self._logits(x_sBD)
         if labels_BS is None:
@@ -89,10 +96,10 @@ class GPTModel(nn.Module):
         """The mixture-of-experts layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def set_iteration(self, iteration: int) -> None:
-        """Tell the MoE layers which iteration begins (0-based); the LSH warm-up counts them."""
+    def set_iteration(self, iteration: int, total: int | None = None) -> None:
+        """Tell the MoE layers which iteration begins (0-based), and of how many; the LSH schedules count them."""
         for layer in self.moe_layers():
-            layer.set_iteration(iteration)
+            layer.set_iteration(iteration, total)
 
     def update_expert_bias(self) -> None:
         """After an optimizer step: move the balancing biases of the routers by the load since the last call."""

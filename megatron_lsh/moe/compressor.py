@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_lsh import lsh
 from megatron_lsh.config.moe import LSHConfig
+from megatron_lsh.moe.low_rank import LowRankResidual
 from megatron_lsh.moe.memo import ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 
@@ -47,10 +48,12 @@ class LSHState:
 
     Attributes:
         clusters: which rows each centroid stands for.
-        residual_ND: row minus centroid, in the rows' dtype; None with ``--lsh-residual none``.
+        counts_E: int64, rows per expert before compression.
+        residual_ND: row minus centroid, in the rows' dtype; None where neither value nor gradient needs it.
     """
 
     clusters: lsh.Clusters
+    counts_E: Tensor
     residual_ND: Tensor | None
 
 
@@ -59,38 +62,72 @@ class LSHCompressor(nn.Module):
 
     rotation_DQW: Tensor
 
-    def __init__(self, cfg: LSHConfig, hidden: int, layer: int, telemetry: MoETelemetry, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: LSHConfig,
+        hidden: int,
+        layer: int,
+        telemetry: MoETelemetry,
+        device: torch.device,
+        low_rank: LowRankResidual | None = None,
+    ) -> None:
         """
         Args:
-            cfg: hashes, width, residual and seed.
+            cfg: clustering, hashes, residual, gradient and seed.
             hidden: D.
             layer: number of the MoE layer; each layer has its own rotations.
             telemetry: receives ``lsh_*`` gauges.
+            low_rank: the learned map of ``--lsh-residual lowrank``.
         """
         super().__init__()
         self._cfg = cfg
         self._layer = layer
         self._telemetry = telemetry
+        self._num_hashes, self._width = cfg.hash_shape()
+        self._keeps_residual = cfg.lsh_residual != "none" or cfg.lsh_gradient == "straight-through"
+        self.low_rank = low_rank
         rotation = lsh.make_rotation(
-            hidden, cfg.lsh_num_hashes, cfg.lsh_hash_width, seed=cfg.lsh_seed, stream=layer, device=device
+            hidden, self._num_hashes, self._width, seed=cfg.lsh_seed, stream=layer, device=device
         )
         # Not saved: it is a pure function of the configuration, which every checkpoint carries.
         self.register_buffer("rotation_DQW", rotation, persistent=False)
 
     def compress(self, rows_ND: Tensor, counts_E: Tensor, memo: ReplayMemo | None) -> tuple[Tensor, Tensor, LSHState]:
         memo = memo or ReplayMemo()
-        clusters = memo.recall((self._layer, "clusters"), lambda: self._cluster(rows_ND, counts_E))
-        centroids_CD, residual_ND = lsh.compress(rows_ND, clusters, with_residual=self._cfg.lsh_residual == "identity")
+        clusters = memo.recall((self._layer, "clusters"), lambda: self._cluster(rows_ND.detach(), counts_E))
+        with self._telemetry.timed(self._layer, "lsh_compress_time_ms"):
+            centroids_CD, residual_ND = lsh.compress(rows_ND, clusters, with_residual=self._keeps_residual)
         if not memo.replaying((self._layer, "lsh")):
             self._record(rows_ND.detach(), centroids_CD.detach(), clusters)
-        return centroids_CD, clusters.counts_E, LSHState(clusters, residual_ND)
+        return centroids_CD, clusters.counts_E, LSHState(clusters, counts_E, residual_ND)
 
     def restore(self, wire_CD: Tensor, state: LSHState) -> Tensor:
-        return lsh.restore(wire_CD, state.residual_ND, state.clusters)
+        with self._telemetry.timed(self._layer, "lsh_restore_time_ms"):
+            if self._cfg.lsh_residual == "none":
+                rows_ND = lsh.restore(wire_CD, None, state.clusters)
+                return rows_ND if state.residual_ND is None else lsh.straight_through(rows_ND, state.residual_ND)
+            rows_ND = lsh.restore(wire_CD, state.residual_ND, state.clusters)
+            if self.low_rank is not None:
+                assert state.residual_ND is not None
+                rows_ND = rows_ND + self.low_rank(state.residual_ND, state.counts_E)
+            return rows_ND
 
     def _cluster(self, rows_ND: Tensor, counts_E: Tensor) -> lsh.Clusters:
-        codes_NQ = lsh.hash_rows(rows_ND, self.rotation_DQW, self._cfg.lsh_num_hashes)
-        return lsh.cluster_by_code(codes_NQ, counts_E, num_codes=2 * self._cfg.lsh_hash_width)
+        cfg, timed = self._cfg, self._telemetry.timed
+        num_codes = 2 * self._width
+        with timed(self._layer, "lsh_hash_time_ms"):
+            projection_NP = lsh.project(rows_ND, self.rotation_DQW)
+            codes_NQ = lsh.codes_of(projection_NP, self._num_hashes)
+        if cfg.lsh_clustering == "bucket":
+            with timed(self._layer, "lsh_cluster_time_ms"):
+                return lsh.cluster_by_code(codes_NQ, counts_E, num_codes)
+        with timed(self._layer, "lsh_cluster_time_ms"):
+            budgets_E = lsh.row_budgets(counts_E, cfg.lsh_target_rate)
+            clusters = lsh.cluster_by_budget(
+                codes_NQ, projection_NP, counts_E, budgets_E, int(budgets_E.sum()), num_codes
+            )
+        with timed(self._layer, "lsh_refine_time_ms"):
+            return lsh.refine(rows_ND, clusters, counts_E, cfg.lsh_refine_steps)
 
     def _record(self, rows_ND: Tensor, centroids_CD: Tensor, clusters: lsh.Clusters) -> None:
         missed, total = lsh.residual_energy(rows_ND, centroids_CD, clusters)

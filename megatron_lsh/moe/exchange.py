@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.moe.wire import CastCodec, WireCodec
 from megatron_lsh.parallel.context import Group
 
 
@@ -43,17 +44,28 @@ class Handle:
 class Exchange(ABC):
     """Moves rows between the ranks of an expert-parallel group."""
 
-    def __init__(self, group: Group, num_experts: int, layer: int, telemetry: MoETelemetry) -> None:
+    def __init__(
+        self, group: Group, num_experts: int, layer: int, telemetry: MoETelemetry, codec: WireCodec | None = None
+    ) -> None:
         """
         Args:
             group: the expert-parallel group; rank r holds experts [r E/EP, (r+1) E/EP).
             num_experts: E.
             layer: number of the layer, for the telemetry.
+            codec: the numbers in which rows travel; by default those they have.
         """
         self._group = group
         self._local_experts = num_experts // group.size
         self._layer = layer
         self._telemetry = telemetry
+        self._codec = codec or CastCodec(None)
+        self._noise: torch.Generator | None = None
+        self._noise_seed = 0
+
+    def reseed(self, seed: int) -> None:
+        """Start the noise of stochastic rounding afresh; called with the iteration, so that a resumed run repeats it."""
+        self._noise_seed = seed
+        self._noise = None
 
     def dispatch(self, rows_CD: Tensor, counts_E: Tensor, exact_counts_E: Tensor) -> tuple[Tensor, Tensor, Handle]:
         """Send each row to the rank that holds its expert.
@@ -79,39 +91,44 @@ class Exchange(ABC):
         """Agree on the sizes of one dispatch; the only host synchronisation of a dispatch."""
 
     @abstractmethod
-    def _send(self, rows_CD: Tensor, handle: Handle) -> Tensor:
-        """[C, D] on the source -> [R, D] on the experts' rank."""
+    def _send(self, rows_CD: Tensor, handle: Handle, gradient: bool) -> Tensor:
+        """[C, D] on the source -> [R, D] on the experts' rank. ``gradient``: these rows are gradients."""
 
     @abstractmethod
-    def _return(self, rows_RD: Tensor, handle: Handle) -> Tensor:
+    def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
         """[R, D] on the experts' rank -> [C, D] on the source."""
 
-    def _account(self, rows_sent: int, handle: Handle, like: Tensor) -> None:
-        bytes_per_row = like.shape[1] * like.element_size()
-        self._telemetry.add(self._layer, "alltoall_bytes", rows_sent * bytes_per_row)
-        self._telemetry.add(self._layer, "alltoall_bytes_uncompressed", handle.exact_remote_rows * bytes_per_row)
+    def _encode(self, rows: Tensor, gradient: bool) -> Tensor:
+        if gradient and self._noise is None:
+            self._noise = torch.Generator(rows.device).manual_seed(self._noise_seed)
+        return self._codec.encode(rows, self._noise if gradient else None)
+
+    def _account(self, payload: Tensor, rows_sent: int, handle: Handle, like: Tensor) -> None:
+        payload_row, plain_row = (t.shape[1] * t.element_size() for t in (payload, like))
+        self._telemetry.add(self._layer, "alltoall_bytes", rows_sent * payload_row)
+        self._telemetry.add(self._layer, "alltoall_bytes_uncompressed", handle.exact_remote_rows * plain_row)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_CD: Tensor, exchange: Exchange, handle: Handle) -> Tensor:
         ctx.exchange, ctx.handle = exchange, handle
-        return exchange._send(rows_CD, handle)
+        return exchange._send(rows_CD, handle, gradient=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange._return(grads[0].contiguous(), ctx.handle), None, None
+        return ctx.exchange._return(grads[0].contiguous(), ctx.handle, gradient=True), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, handle: Handle) -> Tensor:
         ctx.exchange, ctx.handle = exchange, handle
-        return exchange._return(rows_RD, handle)
+        return exchange._return(rows_RD, handle, gradient=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange._send(grads[0].contiguous(), ctx.handle), None, None
+        return ctx.exchange._send(grads[0].contiguous(), ctx.handle, gradient=True), None, None
 
 
 class LocalExchange(Exchange):
@@ -121,10 +138,10 @@ class LocalExchange(Exchange):
         counts = counts_E.cpu()
         return counts, Handle([int(counts.sum())], [int(counts.sum())], None, None, exact_remote_rows=0)
 
-    def _send(self, rows_CD: Tensor, handle: Handle) -> Tensor:
+    def _send(self, rows_CD: Tensor, handle: Handle, gradient: bool) -> Tensor:
         return rows_CD.view_as(rows_CD)
 
-    def _return(self, rows_RD: Tensor, handle: Handle) -> Tensor:
+    def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
         return rows_RD.view_as(rows_RD)
 
 
@@ -142,20 +159,23 @@ class AllToAllExchange(Exchange):
         handle = Handle(sent_PL.sum(1).tolist(), arriving_PL.sum(1).tolist(), sort_R, unsort_R, exact_remote)
         return arriving_PL.sum(0), handle
 
-    def _send(self, rows_CD: Tensor, handle: Handle) -> Tensor:
-        arrived_RD = self._all_to_all(rows_CD, handle.send_splits, handle.recv_splits, handle)
+    def _send(self, rows_CD: Tensor, handle: Handle, gradient: bool) -> Tensor:
+        arrived_RD = self._all_to_all(rows_CD, handle.send_splits, handle.recv_splits, handle, gradient)
         return arrived_RD if handle.sort_R is None else arrived_RD.index_select(0, handle.sort_R)
 
-    def _return(self, rows_RD: Tensor, handle: Handle) -> Tensor:
+    def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
         arrival_RD = rows_RD if handle.unsort_R is None else rows_RD.index_select(0, handle.unsort_R)
-        return self._all_to_all(arrival_RD, handle.recv_splits, handle.send_splits, handle)
+        return self._all_to_all(arrival_RD, handle.recv_splits, handle.send_splits, handle, gradient)
 
-    def _all_to_all(self, rows: Tensor, out_splits: list[int], in_splits: list[int], handle: Handle) -> Tensor:
-        received = rows.new_empty(sum(in_splits), rows.shape[1])
+    def _all_to_all(
+        self, rows: Tensor, out_splits: list[int], in_splits: list[int], handle: Handle, gradient: bool
+    ) -> Tensor:
+        payload = self._encode(rows, gradient)
+        received = payload.new_empty(sum(in_splits), payload.shape[1])
         with self._telemetry.timed(self._layer, "alltoall_time_ms"):
-            dist.all_to_all_single(received, rows.contiguous(), in_splits, out_splits, group=self._group.process_group)
-        self._account(sum(out_splits) - out_splits[self._group.rank], handle, rows)
-        return received
+            dist.all_to_all_single(received, payload, in_splits, out_splits, group=self._group.process_group)
+        self._account(payload, sum(out_splits) - out_splits[self._group.rank], handle, rows)
+        return self._codec.decode(received, like=rows)
 
 
 class AllGatherExchange(Exchange):
@@ -186,27 +206,28 @@ class AllGatherExchange(Exchange):
         handle = Handle([int(rows_P[rank])], [block] * size, sort_R.to(counts_E.device), None, exact_remote)
         return mine_PL.sum(0), handle
 
-    def _send(self, rows_CD: Tensor, handle: Handle) -> Tensor:
-        block, width = handle.recv_splits[0], rows_CD.shape[1]
-        padded = rows_CD.new_zeros(block, width)
-        padded[: rows_CD.shape[0]] = rows_CD
-        gathered = rows_CD.new_empty(self._group.size * block, width)
+    def _send(self, rows_CD: Tensor, handle: Handle, gradient: bool) -> Tensor:
+        block, payload = handle.recv_splits[0], self._encode(rows_CD, gradient)
+        padded = payload.new_zeros(block, payload.shape[1])
+        padded[: rows_CD.shape[0]] = payload
+        gathered = payload.new_empty(self._group.size * block, payload.shape[1])
         with self._telemetry.timed(self._layer, "alltoall_time_ms"):
             dist.all_gather_into_tensor(gathered, padded, group=self._group.process_group)
-        self._account((self._group.size - 1) * block, handle, rows_CD)
+        self._account(payload, (self._group.size - 1) * block, handle, rows_CD)
         assert handle.sort_R is not None
-        return gathered.index_select(0, handle.sort_R)
+        return self._codec.decode(gathered.index_select(0, handle.sort_R), like=rows_CD)
 
-    def _return(self, rows_RD: Tensor, handle: Handle) -> Tensor:
-        block, width = handle.recv_splits[0], rows_RD.shape[1]
+    def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
+        block, payload = handle.recv_splits[0], self._encode(rows_RD, gradient)
         assert handle.sort_R is not None
-        # Each row has one expert, hence one non-zero contribution: the sum is exact.
-        scattered = rows_RD.new_zeros(self._group.size * block, width).index_copy_(0, handle.sort_R, rows_RD)
-        returned = rows_RD.new_empty(block, width)
+        # Each row has one expert, hence one non-zero contribution: the sum is exact, of encoded bytes too.
+        scattered = payload.new_zeros(self._group.size * block, payload.shape[1])
+        scattered.index_copy_(0, handle.sort_R, payload)
+        returned = payload.new_empty(block, payload.shape[1])
         with self._telemetry.timed(self._layer, "alltoall_time_ms"):
             dist.reduce_scatter_tensor(returned, scattered, group=self._group.process_group)
-        self._account((self._group.size - 1) * block, handle, rows_RD)
-        return returned[: handle.send_splits[0]]
+        self._account(payload, (self._group.size - 1) * block, handle, rows_RD)
+        return self._codec.decode(returned[: handle.send_splits[0]], like=rows_RD)
 
 
 def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
-from megatron_lsh.moe.compressor import NoCompressor
+from megatron_lsh.lsh import straight_through
+from megatron_lsh.moe.compressor import Compressor, NoCompressor
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.memo import ReplayMemo
 from megatron_lsh.moe.permute import permute, unpermute
@@ -45,11 +47,13 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         assert moe_cfg.num_experts is not None and model_cfg.hidden_size is not None  # checked by validate()
-        self._lsh_warmup = lsh_cfg.lsh_warmup_iters
+        self._lsh_cfg = lsh_cfg
+        self._shortcut = moe_cfg.moe_gradient_shortcut
         self._layer = layer
         self._num_experts = moe_cfg.num_experts
         self._telemetry = telemetry
-        self._warming_up = self._lsh_warmup > 0
+        self._iteration = 0
+        self._scheduled_exact = self._exact_at(0, None)
         self._exact = False
         self.router = TopKRouter(model_cfg, moe_cfg, ctx)
         self.experts = Experts(model_cfg, moe_cfg, ctx)
@@ -62,9 +66,16 @@ class MoELayer(nn.Module):
         self.exchange = dispatcher.exchange
         self.compressor = dispatcher.compressor
 
-    def set_iteration(self, iteration: int) -> None:
-        """Tell the schedules how many iterations are complete; called before each one."""
-        self._warming_up = iteration < self._lsh_warmup
+    def set_iteration(self, iteration: int, total: int | None = None) -> None:
+        """Tell the schedules how many iterations are complete, and how many there will be; called before each one."""
+        self._iteration = iteration
+        self._scheduled_exact = self._exact_at(iteration, total)
+        self.exchange.reseed((iteration * 1_000_003 + self._layer) % (1 << 62))
+
+    def _exact_at(self, iteration: int, total: int | None) -> bool:
+        cfg = self._lsh_cfg
+        annealing = total is not None and iteration >= total - cfg.lsh_anneal_iters
+        return iteration < cfg.lsh_warmup_iters or annealing or self._layer < cfg.lsh_start_layer
 
     def forward(
         self, x_SBD: Tensor, token_mask_SB: Tensor | None = None, memo: ReplayMemo | None = None
@@ -93,19 +104,44 @@ class MoELayer(nn.Module):
         return y_TD.view_as(x_SBD), routing.aux_loss
 
     def _run_experts(self, x_TD: Tensor, routing: Routing, memo: ReplayMemo, count: bool) -> Tensor:
-        compressor = NoCompressor() if self._exact or self._warming_up else self.compressor
+        exact = self._exact or self._scheduled_exact
+        compressor = NoCompressor() if exact else self.compressor
         rows_ND, counts_E, permutation = permute(
             x_TD, routing.expert_ids_TK, self._num_experts, num_rows=routing.num_rows()
         )
         if count:
             self._telemetry.add_load(self._layer, counts_E)
-        wire_CD, wire_counts_E, state = compressor.compress(rows_ND, counts_E, memo)
-        received_RD, local_counts, handle = self.exchange.dispatch(wire_CD, wire_counts_E, counts_E)
-        out_RD = self.experts(received_RD, local_counts)
-        back_CD = self.exchange.combine(out_RD, handle)
-        rows_out_ND = compressor.restore(back_CD, state)
+        rows_out_ND = self._through_experts(rows_ND, counts_E, compressor, memo)
+        if count and not exact and self._probe_due():
+            self._probe(rows_ND, counts_E, rows_out_ND)
+        if self._shortcut:
+            rows_out_ND = straight_through(rows_out_ND, rows_ND)
         # Weights are applied at the source: one centroid stands for rows with different weights.
         return unpermute(rows_out_ND, routing.probs_TK, permutation)
+
+    def _through_experts(
+        self, rows_ND: Tensor, counts_E: Tensor, compressor: Compressor, memo: ReplayMemo | None
+    ) -> Tensor:
+        """Rows sorted by expert -> their experts' outputs, wherever those experts are."""
+        wire_CD, wire_counts_E, state = compressor.compress(rows_ND, counts_E, memo)
+        received_RD, local_counts, handle = self.exchange.dispatch(wire_CD, wire_counts_E, counts_E)
+        with self._telemetry.timed(self._layer, "experts_time_ms"):
+            out_RD = self.experts(received_RD, local_counts)
+        back_CD = self.exchange.combine(out_RD, handle)
+        return compressor.restore(back_CD, state)
+
+    def _probe_due(self) -> bool:
+        interval = self._lsh_cfg.lsh_probe_interval
+        return interval is not None and self.training and self._iteration % interval == 0
+
+    @torch.no_grad()
+    def _probe(self, rows_ND: Tensor, counts_E: Tensor, restored_ND: Tensor) -> None:
+        """Measure what compression did to the experts' outputs, by running the exact ones once more."""
+        with self._telemetry.paused():
+            exact_ND = self._through_experts(rows_ND, counts_E, NoCompressor(), None)
+        error, total = ((t.float().square().sum()) for t in (restored_ND - exact_ND, exact_ND))
+        self._telemetry.add(self._layer, "probe_error_energy", error)
+        self._telemetry.add(self._layer, "probe_output_energy", total)
 
 
 @contextmanager

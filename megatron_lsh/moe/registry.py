@@ -17,7 +17,9 @@ from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.compressor import Compressor, LSHCompressor, NoCompressor
 from megatron_lsh.moe.exchange import AllGatherExchange, AllToAllExchange, Exchange, LocalExchange
+from megatron_lsh.moe.low_rank import LowRankResidual
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.moe.wire import make_codec
 from megatron_lsh.parallel.context import ParallelContext
 
 ENTRY_POINT_GROUP = "megatron_lsh.dispatchers"
@@ -55,7 +57,7 @@ DispatcherFactory = Callable[[DispatcherSpec], TokenDispatcher]
 
 def _exchange(spec: DispatcherSpec, kind: type[Exchange]) -> Exchange:
     kind = LocalExchange if spec.ctx.ep.size == 1 else kind
-    return kind(spec.ctx.ep, spec.num_experts, spec.layer, spec.telemetry)
+    return kind(spec.ctx.ep, spec.num_experts, spec.layer, spec.telemetry, make_codec(spec.lsh.lsh_wire_dtype))
 
 
 def _alltoall(spec: DispatcherSpec) -> TokenDispatcher:
@@ -67,7 +69,10 @@ def _allgather(spec: DispatcherSpec) -> TokenDispatcher:
 
 
 def _lsh(spec: DispatcherSpec) -> TokenDispatcher:
-    compressor = LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device)
+    low_rank = None
+    if spec.lsh.lsh_residual == "lowrank":
+        low_rank = LowRankResidual(spec.num_experts, spec.hidden, spec.lsh.lsh_residual_rank, spec.ctx)
+    compressor = LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device, low_rank)
     return TokenDispatcher(_exchange(spec, AllToAllExchange), compressor)
 
 

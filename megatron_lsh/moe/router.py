@@ -158,7 +158,7 @@ class TopKRouter(nn.Module):
         dtype = torch.promote_types(self._dtype, x_TD.dtype)
         eps = self._cfg.moe_input_jitter_eps
         if eps and self.training:
-            # In the router's precision: bf16 has only three values within 1 +- 0.01.
+            # In the router's precision: bf16 has only a handful of values within 1 +- 0.01.
             x_TD = x_TD.to(dtype)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
         return _RouterLinear.apply(x_TD, local(self.weight, partial_grad=self._tp.size > 1), dtype)
@@ -190,7 +190,8 @@ class TopKRouter(nn.Module):
             ids_TK, preferred_TK = chosen_TK.masked_fill(~keep_TK, -1), preferred_TK.masked_fill(~keep_TK, -1)
         share = None
         if learning:
-            self._step_counts_E += count_experts(ids_TK, num_experts)[0]
+            if self.expert_bias is not None:
+                self._step_counts_E += count_experts(ids_TK, num_experts)[0]
             if self._balances() or cfg.moe_z_loss_coeff:
                 # As in Megatron the loss judges the choice without the bias.
                 kind = cfg.moe_router_load_balancing_type

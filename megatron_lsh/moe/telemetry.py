@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lsh.parallel.context import Group, ParallelContext
+
+#: The parts of LSH that are timed apart.
+LSH_STAGES = ("hash", "cluster", "refine", "compress", "restore")
 
 #: Quantities that are summed over micro-batches, layers and ranks.
 SUMS = (
@@ -24,10 +27,14 @@ SUMS = (
     "alltoall_bytes",
     "alltoall_bytes_uncompressed",
     "alltoall_time_ms",
+    "experts_time_ms",
+    *(f"lsh_{stage}_time_ms" for stage in LSH_STAGES),
     "lsh_rows",
     "lsh_clusters",
     "lsh_residual_energy",
     "lsh_row_energy",
+    "probe_error_energy",
+    "probe_output_energy",
 )
 
 
@@ -45,6 +52,10 @@ class LayerReport:
         alltoall_time_ms: time in all-to-alls (with the wait for slower ranks), mean over the ranks.
         lsh_compression_rate: centroids sent per row; None when LSH did not run.
         lsh_residual_energy: sum |x - c|^2 / sum |x|^2; None when LSH did not run.
+        experts_time_ms: forward time in the experts, mean over the ranks.
+        lsh_time_ms: forward time per stage of LSH (hash, cluster, refine, compress, restore), mean over the ranks.
+        restored_error: sum |y - y_exact|^2 / sum |y_exact|^2 of the restored expert outputs, measured on probed
+            micro-batches (``--lsh-probe-interval``); None without a probe.
     """
 
     layer: int
@@ -58,6 +69,9 @@ class LayerReport:
     alltoall_time_ms: float
     lsh_compression_rate: float | None
     lsh_residual_energy: float | None
+    experts_time_ms: float = 0.0
+    lsh_time_ms: dict[str, float] = field(default_factory=dict)
+    restored_error: float | None = None
 
 
 class MoETelemetry:
@@ -160,6 +174,10 @@ def _report(
     layer: int, sums: dict[str, float], load_E: Tensor, iterations: int, per_micro_batch: int, ctx: ParallelContext
 ) -> LayerReport:
     lsh_ran = sums["lsh_rows"] > 0
+
+    def mean_time(name: str) -> float:
+        return sums[name] / max(iterations, 1) / ctx.world.size
+
     quantiles = torch.quantile(load_E, torch.tensor([0.5, 0.95], dtype=load_E.dtype)) / max(iterations, 1)
     return LayerReport(
         layer=layer,
@@ -170,7 +188,10 @@ def _report(
         load_p95=quantiles[1].item(),
         alltoall_bytes=sums["alltoall_bytes"] / max(iterations, 1),
         alltoall_bytes_uncompressed=sums["alltoall_bytes_uncompressed"] / max(iterations, 1),
-        alltoall_time_ms=sums["alltoall_time_ms"] / max(iterations, 1) / ctx.world.size,
+        alltoall_time_ms=mean_time("alltoall_time_ms"),
         lsh_compression_rate=sums["lsh_clusters"] / sums["lsh_rows"] if lsh_ran else None,
         lsh_residual_energy=sums["lsh_residual_energy"] / max(sums["lsh_row_energy"], 1e-30) if lsh_ran else None,
+        experts_time_ms=mean_time("experts_time_ms"),
+        lsh_time_ms={stage: mean_time(f"lsh_{stage}_time_ms") for stage in LSH_STAGES} if lsh_ran else {},
+        restored_error=sums["probe_error_energy"] / probed if (probed := sums["probe_output_energy"]) > 0 else None,
     )

@@ -37,8 +37,10 @@ def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConf
     """
     if ctx.dense_mesh is None or ctx.expert_mesh is None:
         raise ValueError("shard_model needs a context made by initialize(); this one has no process groups")
-    notes = {name: {note: getattr(param, note) for note in NOTES if hasattr(param, note)}
-             for name, param in model.named_parameters()}
+    notes = {
+        name: {note: getattr(param, note) for note in NOTES if hasattr(param, note)}
+        for name, param in model.named_parameters()
+    }
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -79,9 +79,7 @@ def _backend(config: ParallelConfig, device: torch.device) -> str:
     return needed
 
 
-def _init_process_group(
-    backend: str, rank: int, world_size: int, timeout: timedelta, device: torch.device
-) -> None:
+def _init_process_group(backend: str, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> None:
     # On GPUs the world can also move CPU tensors: asynchronous checkpoints coordinate over gloo.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     device_id = device if backend == "nccl" else None  # binds the rank to its GPU; communicators are made eagerly

@@ -1,5 +1,7 @@
 """Dispatchers: every way to the experts and back gives the same mathematics (architecture.md, invariants 1, 2, 5, 7)."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,8 +24,10 @@ from megatron_lsh.parallel.testing import run_distributed_test
 
 HIDDEN, EXPERTS, SEQUENCE, BATCH = 16, 8, 12, 2
 #: Hashes so fine that random rows never collide: one row per cluster.
-FINE = LSHConfig(lsh_num_hashes=6, lsh_hash_width=32)
-COARSE = LSHConfig(lsh_num_hashes=1, lsh_hash_width=2)
+FINE = LSHConfig(lsh_clustering="bucket", lsh_num_hashes=6, lsh_hash_width=32)
+#: The same by budget: as many clusters as rows.
+FULL = LSHConfig(lsh_clustering="budget", lsh_target_rate=1.0)
+COARSE = LSHConfig(lsh_clustering="bucket", lsh_num_hashes=1, lsh_hash_width=2)
 
 
 def make_layer(ctx, dispatcher="alltoall", lsh=FINE, **moe):
@@ -108,6 +112,10 @@ def ranks_agree_with_one(ep_sizes):
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=f"ep {ep} {dispatcher} {name}")
             if dispatcher == "lsh" and ep > 1:
                 check_one_row_per_cluster_is_exact(ctx, got, telemetry)
+        if ep > 1:
+            for residual in ("none", "identity", "lowrank"):
+                layer, telemetry = make_layer(ctx, "lsh", dataclasses.replace(FULL, lsh_residual=residual))
+                check_one_row_per_cluster_is_exact(ctx, run(layer, x), telemetry)
 
 
 def check_one_row_per_cluster_is_exact(ctx, got, telemetry):
@@ -122,6 +130,32 @@ def check_one_row_per_cluster_is_exact(ctx, got, telemetry):
 
 def test_every_dispatcher_on_1_2_and_4_ranks():
     run_distributed_test(ranks_agree_with_one, 4, (1, 2, 4))
+
+
+def budgets_hold_with_every_option():
+    """A fifth of the rows, at most one more per group, in every combination; bytes follow from the wire dtype."""
+    ctx = initialize(ParallelConfig(expert_model_parallel_size=2))
+    x = tokens(ctx.rank)
+    bytes_per_row = {None: 64, "fp32": 64, "bf16": 32, "fp8": 20, "int8": 20, "int4": 12}
+    for dispatcher in ("alltoall", "allgather", "lsh"):
+        exact = run(make_layer(ctx, "alltoall")[0], x)["y"]
+        for wire, row_bytes in bytes_per_row.items():
+            layer, telemetry = make_layer(ctx, dispatcher, LSHConfig(lsh_wire_dtype=wire, lsh_target_rate=0.5))
+            layer.set_iteration(3)
+            got = run(layer, x)
+            assert all(value.isfinite().all() for value in got.values())
+            (report,) = telemetry.collect(ctx, iterations=1)
+            if dispatcher == "lsh":
+                groups = ctx.world.size * EXPERTS
+                assert report.lsh_compression_rate <= 0.5 + groups / (SEQUENCE * BATCH * 2 * ctx.world.size)
+            if dispatcher == "alltoall":
+                assert report.alltoall_bytes * 64 == report.alltoall_bytes_uncompressed * row_bytes
+                error = (got["y"] - exact).norm() / exact.norm()
+                assert error < {None: 1e-6, "fp32": 1e-6, "bf16": 0.02, "fp8": 0.1, "int8": 0.03, "int4": 0.4}[wire]
+            again, _ = make_layer(ctx, dispatcher, LSHConfig(lsh_wire_dtype=wire, lsh_target_rate=0.5))
+            again.set_iteration(3)
+            for name, value in run(again, x).items():
+                assert torch.equal(value, got[name]), "stochastic rounding must be a function of the iteration"
 
 
 def compressed_ranks_agree_with_one(ep_sizes):
@@ -155,7 +189,7 @@ def degenerate_inputs():
     one[0, 0] = True
     mine = nobody if ctx.rank == 0 else ~nobody
     for dispatcher in ("alltoall", "allgather", "lsh"):
-        for lsh in (FINE, COARSE):
+        for lsh in (FINE, COARSE, LSHConfig(), LSHConfig(lsh_residual="lowrank", lsh_wire_dtype="int4")):
             layer, _ = make_layer(ctx, dispatcher, lsh)
             for inputs, mask in ((x, nobody), (x, one), (x, mine), (equal, None), (zero, None)):
                 got = run(layer, inputs, mask)
@@ -175,12 +209,13 @@ def test_compression_and_degenerate_inputs_on_2_ranks():
 def both_on_two_ranks():
     compressed_ranks_agree_with_one((2,))
     degenerate_inputs()
+    budgets_hold_with_every_option()
 
 
 @pytest.mark.parametrize("residual", ["identity", "none"])
 def test_recomputation_replays_the_same_clusters(residual):
     """Invariant 7, and gauges are not counted twice."""
-    lsh = LSHConfig(lsh_num_hashes=1, lsh_hash_width=4, lsh_residual=residual)
+    lsh = LSHConfig(lsh_clustering="bucket", lsh_num_hashes=1, lsh_hash_width=4, lsh_residual=residual)
     x = tokens(0)
     results = []
     for recompute in (False, True):
@@ -194,10 +229,15 @@ def test_recomputation_replays_the_same_clusters(residual):
         y, aux = checkpoint(forward, x, use_reentrant=False) if recompute else forward(x)
         grads = torch.autograd.grad(y.pow(2).mean() + aux, [x, *layer.parameters()])
         assert len(hashed) == 1, "nothing may be hashed again"
-        results.append(([y, aux, *grads], telemetry.collect(single(), iterations=1)))
+        results.append(([y, aux, *grads], without_times(telemetry)))
     assert results[0][1] == results[1][1]
     for expected, value in zip(results[0][0], results[1][0], strict=True):
         assert torch.equal(expected, value)
+
+
+def without_times(telemetry):
+    (report,) = telemetry.collect(single(), iterations=1)
+    return dataclasses.replace(report, alltoall_time_ms=0.0, experts_time_ms=0.0, lsh_time_ms={})
 
 
 def count_calls(owner, name):
@@ -209,7 +249,7 @@ def count_calls(owner, name):
 def test_warm_up_and_exact_context_run_uncompressed():
     x = tokens(0)
     exact = make_layer(single(), "alltoall")[0](x)[0]
-    lsh = LSHConfig(lsh_num_hashes=1, lsh_hash_width=2, lsh_warmup_iters=3)
+    lsh = LSHConfig(lsh_clustering="bucket", lsh_num_hashes=1, lsh_hash_width=2, lsh_warmup_iters=3)
     layer, _ = make_layer(single(), "lsh", lsh)
     for iteration, compressed in ((0, False), (2, False), (3, True), (9, True)):
         layer.set_iteration(iteration)
@@ -217,6 +257,46 @@ def test_warm_up_and_exact_context_run_uncompressed():
     with exact_dispatch(layer):
         assert torch.equal(layer(x)[0], exact)
     assert not torch.equal(layer(x)[0], exact)
+
+
+def test_schedules():
+    x = tokens(0)
+    exact = make_layer(single(), "alltoall")[0](x)[0]
+    layer, _ = make_layer(single(), "lsh", LSHConfig(lsh_warmup_iters=2, lsh_anneal_iters=3))
+    ran_exact = []
+    for iteration in range(10):
+        layer.set_iteration(iteration, total=10)
+        ran_exact.append(torch.equal(layer(x)[0], exact))
+    assert ran_exact == [True, True, False, False, False, False, False, True, True, True]
+    assert torch.equal(make_layer(single(), "lsh", LSHConfig(lsh_start_layer=4))[0](x)[0], exact)
+    assert not torch.equal(make_layer(single(), "lsh", LSHConfig(lsh_start_layer=3))[0](x)[0], exact)
+
+
+def test_probe_measures_the_restored_error():
+    x = tokens(0)
+    layer, telemetry = make_layer(single(), "lsh", LSHConfig(lsh_probe_interval=2))
+    for iteration in range(2):
+        layer.set_iteration(iteration)
+        layer(x)
+        (report,) = telemetry.collect(single(), iterations=1)
+        assert (report.restored_error is not None) == (iteration == 0)
+        if report.restored_error is not None:
+            assert 0.0 < report.restored_error < 2.0
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "lsh"])
+def test_gradient_shortcut_adds_the_identity_to_the_gradient_only(dispatcher):
+    """Each token's K rows carry weights that sum to one, so the token's gradient gains exactly the output's."""
+    x = tokens(0)
+    values, grads = [], []
+    for shortcut in (False, True):
+        layer, _ = make_layer(single(), dispatcher, LSHConfig(lsh_residual="none"), moe_gradient_shortcut=shortcut)
+        y, _ = layer(x)
+        g = torch.ones_like(y)
+        values.append(y)
+        grads.append(torch.autograd.grad(y, x, g)[0])
+    assert torch.equal(*values)
+    torch.testing.assert_close(grads[1] - grads[0], torch.ones_like(x), rtol=1e-4, atol=1e-4)
 
 
 def test_hashes_are_the_same_in_every_instance_and_differ_between_layers():

@@ -81,6 +81,7 @@ def all_collectives(tp: int) -> None:
 
 def rows_to_everyone(group: Group) -> None:
     """Rank i sends (i + 2 j) % 3 rows to rank j: uneven, and some empty."""
+
     def count(i: int, j: int) -> int:
         return (i + 2 * j) % 3
 
@@ -89,9 +90,7 @@ def rows_to_everyone(group: Group) -> None:
 
     ranks, me = range(group.size), group.rank
     send = torch.cat([block(me, j) for j in ranks])
-    received = collectives.all_to_all_rows(
-        send, [count(me, j) for j in ranks], [count(i, me) for i in ranks], group
-    )
+    received = collectives.all_to_all_rows(send, [count(me, j) for j in ranks], [count(i, me) for i in ranks], group)
     torch.testing.assert_close(received, torch.cat([block(i, me) for i in ranks]), rtol=0, atol=0)
     nothing = collectives.all_to_all_rows(send[:0], [0] * group.size, [0] * group.size, group)
     assert nothing.shape == (0, WIDTH)
@@ -105,7 +104,13 @@ def test_values_and_gradients(world_size: int) -> None:
 def test_on_one_rank_they_return_their_input() -> None:
     group = offline_context(ParallelLayout(1)).tp
     x = draw(0)
-    for name in ("all_gather_sequence", "reduce_scatter_sequence", "scatter_sequence", "gather_sequence",
-                 "copy_to_tensor_parallel", "reduce_from_tensor_parallel"):
+    for name in (
+        "all_gather_sequence",
+        "reduce_scatter_sequence",
+        "scatter_sequence",
+        "gather_sequence",
+        "copy_to_tensor_parallel",
+        "reduce_from_tensor_parallel",
+    ):
         assert getattr(collectives, name)(x, group) is x
     assert collectives.all_to_all_rows(x, [N_ROWS], [N_ROWS], group) is x

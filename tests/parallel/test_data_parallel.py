@@ -130,8 +130,8 @@ def bf16_accumulates_in_fp32(shard: bool) -> None:
         accumulate(model, last=i == 2)
         with CommDebugMode() as communication:
             model(torch.full((4,), value, dtype=torch.bfloat16)).sum().backward()
-        # Parameters are gathered for the first micro-batch, gradients reduced after the last, nothing between.
-        assert (communication.get_total_counts() > 0) == (i != 1)
+        # Shards are gathered for the first micro-batch, gradients reduced after the last, and nothing between.
+        assert (communication.get_total_counts() > 0) == (i == 2 or (shard and i == 0))
     (weight,) = model.parameters()
     assert model[0].seen == [torch.bfloat16] * 3
     assert weight.dtype == weight.grad.dtype == torch.float32

@@ -74,7 +74,9 @@ def block_equals_unsplit(world_size: int) -> None:
             want_loss.mean().backward()
             for (name, param), want in zip(model.named_parameters(), expected.parameters(), strict=True):
                 grad = param.grad.full_tensor() if name == "row.bias" else param.grad.to_local()  # partial sums there
-                torch.testing.assert_close(grad, one_rank_slice(want.grad, name, gated, ctx), msg=lambda m, n=name: n + m)
+                torch.testing.assert_close(
+                    grad, one_rank_slice(want.grad, name, gated, ctx), msg=lambda m, n=name: n + m
+                )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -85,7 +87,10 @@ def test_split_layers_equal_the_unsplit_layer(world_size: int) -> None:
 def test_unsplit_layers_are_torch_layers() -> None:
     ctx = offline_context(device="cpu")
     column, row = ColumnParallelLinear(D, F_, ctx, init=INIT), RowParallelLinear(F_, D, ctx, init=INIT, bias=False)
-    gated, embedding = ColumnParallelLinear(D, F_, ctx, init=INIT, gated=True), VocabParallelEmbedding(V, D, ctx, init=INIT)
+    gated, embedding = (
+        ColumnParallelLinear(D, F_, ctx, init=INIT, gated=True),
+        VocabParallelEmbedding(V, D, ctx, init=INIT),
+    )
     model = nn.ModuleList([column, row, gated, embedding])
     initialize_parameters(model, 0)
     nn.init.normal_(column.bias)
@@ -115,7 +120,9 @@ def test_indivisible_sizes_are_refused() -> None:
 GROUP = offline_context(device="cpu").tp
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 def test_cross_entropy_on_one_rank(dtype: torch.dtype, tolerance: float) -> None:
     logits = (torch.randn(S, B, V, generator=torch.Generator().manual_seed(0)) * 5).to(dtype).requires_grad_()
     targets = torch.randint(V, (S, B), generator=torch.Generator().manual_seed(1))

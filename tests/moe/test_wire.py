@@ -1,0 +1,58 @@
+"""Wire codecs: size, accuracy, scales, unbiased stochastic rounding."""
+
+import pytest
+import torch
+
+from megatron_lsh.moe.wire import WIRE_DTYPES, make_codec
+
+#: Largest error of one number, as a share of its row's largest magnitude.
+TOLERANCE = {None: 0.0, "fp32": 0.0, "bf16": 2**-8, "fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.51 / 7}
+
+
+def round_trip(name, rows, noise=None):
+    codec = make_codec(name)
+    payload = codec.encode(rows, noise)
+    assert payload.dim() == 2 and payload.shape[0] == rows.shape[0] and payload.is_contiguous()
+    decoded = codec.decode(payload, like=rows)
+    assert decoded.shape == rows.shape and decoded.dtype == rows.dtype
+    return decoded, payload
+
+
+@pytest.mark.parametrize("name", [None, *WIRE_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 16), (3, 7), (1, 1), (0, 8)])
+def test_error_is_bounded_by_the_rows_largest_number(name, dtype, shape):
+    rows = (torch.randn(shape) * torch.logspace(-3, 3, max(shape[0], 1))[: shape[0], None]).to(dtype)
+    decoded, _ = round_trip(name, rows)
+    largest = rows.float().abs().amax(1, keepdim=True)
+    tolerance = TOLERANCE[name] + (2**-8 if dtype == torch.bfloat16 else 1e-6)
+    assert ((decoded.float() - rows.float()).abs() <= tolerance * largest).all()
+
+
+@pytest.mark.parametrize("name", WIRE_DTYPES)
+def test_rows_of_zeros_stay_zero(name):
+    assert (round_trip(name, torch.zeros(2, 6))[0] == 0).all()
+
+
+def test_payload_sizes():
+    sizes = {name: round_trip(name, torch.randn(4, 100))[1].view(torch.uint8).shape[1] for name in WIRE_DTYPES}
+    assert sizes == {"fp32": 400, "bf16": 200, "fp8": 104, "int8": 104, "int4": 54}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_stochastic_rounding_is_unbiased(name):
+    row = torch.tensor([[1.0, 0.3, -0.777, 0.05, -0.001]])
+    noise = torch.Generator().manual_seed(0)
+    mean = round_trip(name, row.repeat(20_000, 1), noise)[0].mean(0)
+    step = 1.0 / {"int8": 127, "int4": 7}[name]
+    assert ((mean - row[0]).abs() < 0.02 * step).all()
+
+
+@pytest.mark.parametrize("name", WIRE_DTYPES)
+def test_a_non_finite_row_stays_visible(name):
+    """Otherwise a diverging run would look healthy on the other side of the wire."""
+    rows = torch.ones(3, 8)
+    rows[0, 2], rows[1, 2] = float("nan"), float("inf")
+    decoded, _ = round_trip(name, rows)
+    assert not decoded[0].isfinite().all() and not decoded[1].isfinite().all()
+    assert decoded[2].isfinite().all()
