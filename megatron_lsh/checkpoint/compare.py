@@ -1,0 +1,109 @@
+"""Is this checkpoint one of this model? And if not, which setting differs?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_lsh.checkpoint.tensors import MODEL, OPTIMIZER
+
+# Settings that make another function of the same weights: a run must not continue under another value.
+_FUNCTION = {
+    "model": (
+        "num_attention_heads",
+        "kv_channels",
+        "group_query_attention",
+        "num_query_groups",
+        "position_embedding_type",
+        "rotary_base",
+        "rotary_percent",
+        "normalization",
+        "swiglu",
+        "openai_gelu",
+    ),
+    "moe": (
+        "moe_layer_freq",
+        "moe_router_topk",
+        "moe_router_score_function",
+        "moe_router_pre_softmax",
+        "moe_router_topk_scaling_factor",
+    ),
+}
+_SECTIONS = ("model", "moe", "lsh")
+
+
+def different_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Model, MoE and LSH settings that differ, as ``--num-layers is 4 in the checkpoint and 8 now``."""
+    return [_sentence(name, old, new) for _, name, old, new in _differences(saved, current)]
+
+
+def different_function(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Those of `different_settings` under which the same weights would be another model."""
+    return [
+        _sentence(name, old, new)
+        for section, name, old, new in _differences(saved, current)
+        if name in _FUNCTION.get(section, ())
+    ]
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    found = []
+    current = json.loads(json.dumps(current))  # as the saved one has been: tuples are lists now
+    for section in _SECTIONS:
+        before, now = saved.get(section) or {}, current.get(section) or {}
+        # A setting that only one side knows was added by another version of this framework: not the user's doing.
+        for name in now:
+            if name in before and before[name] != now[name]:
+                found.append((section, name, before[name], now[name]))
+    return found
+
+
+def _sentence(name: str, old: Any, new: Any) -> str:
+    return f"--{name.replace('_', '-')} is {old} in the checkpoint and {new} now"
+
+
+def padded_keys(
+    metadata: Metadata, tensors: Mapping[str, Tensor], padded_rows: Mapping[str, int], saved_rows: Mapping[str, int]
+) -> set[str]:
+    """Keys whose stored and present shape differ only in the number of padding rows."""
+    result = set()
+    for key, tensor in tensors.items():
+        stored = metadata.state_dict_metadata.get(key)
+        name = key[len(MODEL) :] if key.startswith(MODEL) else key[len(OPTIMIZER) :].rpartition(".")[0]
+        rows = padded_rows.get(name)
+        if rows is None or rows != saved_rows.get(name) or not isinstance(stored, TensorStorageMetadata):
+            continue
+        same_width = len(stored.size) == tensor.ndim > 0 and stored.size[1:] == tensor.shape[1:]
+        if same_width and stored.size != tensor.shape and min(stored.size[0], tensor.shape[0]) >= rows:
+            result.add(key)
+    return result
+
+
+def different_tensors(metadata: Metadata, tensors: Mapping[str, Tensor], padded: set[str]) -> list[str]:
+    """What the stored model has otherwise than the present one: missing, surplus and differently shaped tensors."""
+    stored = metadata.state_dict_metadata
+    problems = []
+    for key, tensor in tensors.items():
+        if key not in stored:
+            problems.append(f"{_short(key)} is not in the checkpoint")
+            continue
+        entry = stored[key]
+        shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape) and key not in padded:
+            problems.append(f"{_short(key)} has shape {shape} in the checkpoint and {tuple(tensor.shape)} now")
+    surplus = sorted(key for key in stored if key.startswith(MODEL) and key not in tensors)
+    return problems + [f"{_short(key)} is in the checkpoint only" for key in surplus]
+
+
+def _short(key: str) -> str:
+    return key[len(MODEL) :] if key.startswith(MODEL) else key
+
+
+def summary(items: list[str], limit: int = 3) -> str:
+    """The first few, and how many more."""
+    more = len(items) - limit
+    return "; ".join(items[:limit]) + (f"; and {more} more" if more > 0 else "")

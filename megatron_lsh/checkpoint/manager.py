@@ -1,0 +1,190 @@
+"""`CheckpointManager`: what the training loop uses to save and load."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megatron_lsh.checkpoint import folders
+from megatron_lsh.checkpoint.agreement import Ranks
+from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
+from megatron_lsh.checkpoint.reader import Found, LoadOptions, find_checkpoint, load_checkpoint
+from megatron_lsh.checkpoint.state import LoadResult, TrainingState
+from megatron_lsh.checkpoint.writer import Snapshot, append_progress, layout_of, take_snapshot, write_checkpoint
+from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.errors import CheckpointError
+from megatron_lsh.parallel.context import ParallelContext
+
+
+class CheckpointManager:
+    """Saves and loads checkpoints as `cfg` says. All ranks make one and call its methods in the same order.
+
+    Args:
+        timeout: of the group on which ranks agree; a rank that writes slower than this fails the save.
+        log_progress: append one line per checkpoint to SAVE/progress.txt.
+        notify: called on rank 0 with one line of text for the user, for an asynchronous save from its thread.
+
+    Making it creates a process group (collective) and, with --save, tries out the save folder: a folder that cannot be
+    written, or that not all nodes share, is a CheckpointError before the training starts and not after hours.
+    """
+
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        ctx: ParallelContext,
+        *,
+        timeout: timedelta = timedelta(minutes=10),
+        log_progress: bool = False,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        self._cfg = cfg
+        self._layout = layout_of(ctx)
+        self._device = ctx.device
+        self._ranks = Ranks(ctx, timeout)
+        self._log_progress = log_progress
+        self._say = notify or _print
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        if cfg.save is not None:
+            self._try_save_folder(Path(cfg.save))
+
+    def save(self, state: TrainingState) -> None:
+        """Save a checkpoint of ``state.iteration``. Collective.
+
+        With --async-save it returns once the state is copied to CPU memory; the training may go on and change it.
+        Raises CheckpointError, the same on all ranks, if this save fails, or if the previous asynchronous one did (then
+        nothing new is saved). Earlier checkpoints are intact in either case.
+        """
+        self.wait()
+        if self._cfg.save is None:
+            raise ValueError("save() needs a save folder: --save is not set")
+        root = Path(self._cfg.save)
+        start = time.monotonic()
+        snapshot = self._ranks.each(
+            "the training state could not be collected for a checkpoint",
+            lambda: take_snapshot(
+                state,
+                self._layout,
+                save_optim=self._cfg.save_optim,
+                save_rng=self._cfg.save_rng,
+                copy=self._cfg.async_save,
+            ),
+        )
+        if not self._cfg.async_save:
+            self._write(root, snapshot, start)
+            return
+        self._thread = threading.Thread(
+            target=self._write_in_background, args=(root, snapshot, start), name="checkpoint-writer"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Finish a running asynchronous save. Raises its CheckpointError, once. Call it before the program ends."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def load(self, state: TrainingState) -> LoadResult | None:
+        """Fill `state` from --load, or from --pretrained-checkpoint if --load has no checkpoint. Collective.
+
+        None if there is nothing to load. The caller applies the result's `progress`, `rng` and `extra`.
+        Raises CheckpointError, the same on all ranks: a checkpoint of another model, no valid checkpoint where there
+        should be one, optimizer or random states that are asked for but were not saved, and a missing checkpoint with
+        --exit-on-missing-checkpoint.
+        """
+        self.wait()
+        cfg = self._cfg
+        found: Found | None = None
+        weights_only = cfg.finetune
+        if cfg.load is not None:
+            found = find_checkpoint(Path(cfg.load), cfg.ckpt_step, self._ranks, self._notify)
+        if found is None and cfg.pretrained_checkpoint is not None:
+            weights_only = True
+            found = find_checkpoint(Path(cfg.pretrained_checkpoint), None, self._ranks, self._notify)
+            if found is None:
+                raise CheckpointError(f"--pretrained-checkpoint {cfg.pretrained_checkpoint} has no checkpoint in it")
+        if found is None:
+            if cfg.load is not None and cfg.exit_on_missing_checkpoint:
+                raise CheckpointError(
+                    f"--load {cfg.load} has no checkpoint in it, and --exit-on-missing-checkpoint is set"
+                )
+            if cfg.load is not None:
+                self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
+            return None
+        options = LoadOptions(
+            optimizer=cfg.load_optim and not weights_only,
+            rng=cfg.load_rng and not weights_only,
+            weights_only=weights_only,
+        )
+        start = time.monotonic()
+        result = load_checkpoint(found, state, self._layout, options, self._ranks, self._notify)
+        kind = "weights of checkpoint" if weights_only else "checkpoint"
+        self._notify(f"loaded {kind} {found.folder} in {time.monotonic() - start:.2f} s")
+        return result
+
+    def inspect(self, folder: str | Path, *, hashes: bool = False) -> list[CheckpointInfo]:
+        """`megatron_lsh.checkpoint.inspection.inspect`: what is in `folder`. Not collective."""
+        return inspect(folder, hashes=hashes)
+
+    def _write_in_background(self, root: Path, snapshot: Snapshot, start: float) -> None:
+        try:
+            if self._device.type == "cuda":  # a new thread starts on GPU 0, and DCP asks for its stream
+                torch.cuda.set_device(self._device)
+            self._write(root, snapshot, start)
+        except CheckpointError as error:
+            self._failure = error
+        except Exception as error:  # a peer died: torch's own exception, which must not be lost with the thread
+            self._failure = CheckpointError(f"asynchronous save of iteration {snapshot.iteration} failed: {error}")
+
+    def _write(self, root: Path, snapshot: Snapshot, start: float) -> None:
+        folder, manifest = write_checkpoint(root, snapshot, self._ranks)
+        seconds = time.monotonic() - start
+        size = f"{manifest.total_bytes / 1e6:.1f} MB"
+        self._notify(f"saved checkpoint of iteration {snapshot.iteration} in {folder}: {size} in {seconds:.2f} s")
+        if not self._ranks.is_coordinator:
+            return
+        try:  # the checkpoint is safe: no reason to end the training
+            if self._log_progress:
+                append_progress(root, snapshot, manifest, seconds)
+            for removed in folders.tidy(root, snapshot.iteration, self._cfg.save_retain_interval):
+                self._notify(f"removed checkpoint {removed}")
+        except OSError as error:
+            self._notify(f"WARNING: progress.txt could not be written, or an older checkpoint not removed: {error}")
+
+    def _try_save_folder(self, root: Path) -> None:
+        what = f"--save {root} cannot be used"
+        probe = root / f".write_test_{time.time_ns()}"
+
+        def create() -> Path:
+            root.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            return probe
+
+        def look() -> None:
+            if not shared.exists():
+                raise CheckpointError(
+                    f"rank {self._ranks.rank} does not see {shared}, which rank 0 wrote: use a folder that all nodes share"
+                )
+
+        shared = self._ranks.coordinator(what, create)
+        try:
+            self._ranks.each(what, look)
+        finally:
+            if self._ranks.is_coordinator:
+                shared.unlink(missing_ok=True)
+
+    def _notify(self, text: str) -> None:
+        if self._ranks.is_coordinator:
+            self._say(text)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

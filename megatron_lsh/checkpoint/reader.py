@@ -1,0 +1,286 @@
+"""Finding the newest valid checkpoint and reading it into a model, under any layout."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_lsh.checkpoint import folders
+from megatron_lsh.checkpoint.agreement import Ranks
+from megatron_lsh.checkpoint.compare import (
+    different_function,
+    different_settings,
+    different_tensors,
+    padded_keys,
+    summary,
+)
+from megatron_lsh.checkpoint.manifest import MANIFEST, Manifest, ManifestError, check_file, read_manifest, share
+from megatron_lsh.checkpoint.state import LoadResult, TrainingState
+from megatron_lsh.checkpoint.tensors import (
+    PaddedLoadPlanner,
+    allocate_optimizer,
+    model_tensors,
+    parameter_names,
+    restore_optimizer,
+)
+from megatron_lsh.checkpoint.writer import CONFIG, STATE, rng_file
+from megatron_lsh.errors import CheckpointError
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A verified checkpoint."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to restore besides the weights."""
+
+    optimizer: bool
+    rng: bool
+    weights_only: bool
+
+
+def find_checkpoint(root: Path, step: int | None, ranks: Ranks, notify: Notify) -> Found | None:
+    """The checkpoint of iteration `step`, or the newest valid one; verified, the hashing shared among all ranks.
+
+    Collective; all ranks get the same answer. None if there is no checkpoint in `root`. Raises CheckpointError if there
+    are some but none is valid, or if `step` is missing or damaged.
+    """
+    candidates, tracker = ranks.coordinator(f"{root} could not be listed", lambda: _list(root, step))
+    if tracker is not None and tracker.problem is not None:
+        notify(f"WARNING: {tracker.problem}; looking for the newest valid checkpoint")
+    damage: list[str] = []
+    if tracker is not None and tracker.iteration is not None and tracker.iteration not in dict(candidates):
+        damage.append(f"{root / folders.TRACKER} says iteration {tracker.iteration}, which is not there")
+        notify(f"WARNING: {damage[0]}")
+    for _, folder in candidates:
+        manifest, problem = ranks.coordinator(f"{folder} could not be read", partial(_read, folder))
+        if manifest is not None:
+            problem = _verify(folder, manifest, ranks)
+            if problem == "":
+                _announce(folder, manifest, tracker, damage, candidates, step, notify)
+                return Found(folder, manifest)
+        damage.append(problem)
+        notify(f"WARNING: checkpoint {folder} is not usable: {problem}")
+    if step is not None:
+        raise CheckpointError(
+            f"--ckpt-step {step}: "
+            + (summary(damage) if damage else f"{root} has no checkpoint of this iteration")
+            + f"; there are iterations {ranks.coordinator('listing', lambda: _iterations(root))}"
+        )
+    if tracker is not None or damage:
+        raise CheckpointError(
+            f"{root} has no valid checkpoint: {summary(damage) or folders.TRACKER + ' names none'}. "
+            "Point --load elsewhere, or remove this folder to start afresh"
+        )
+    return None
+
+
+def _list(root: Path, step: int | None) -> tuple[list[tuple[int, Path]], folders.Tracker | None]:
+    if root.exists() and not root.is_dir():
+        raise CheckpointError("it is not a folder")
+    if (root / MANIFEST).exists():
+        raise CheckpointError(f"it is one checkpoint; give the folder above it, {root.parent}, and --ckpt-step")
+    if step is not None:
+        return [item for item in folders.list_folders(root) if item[0] == step], None
+    tracker = folders.read_tracker(root)
+    return folders.candidates(root, tracker), tracker
+
+
+def _iterations(root: Path) -> list[int]:
+    return sorted({iteration for iteration, _ in folders.list_folders(root)})
+
+
+def _read(folder: Path) -> tuple[Manifest | None, str]:
+    try:
+        return read_manifest(folder), ""
+    except ManifestError as error:
+        return None, str(error)
+
+
+def _verify(folder: Path, manifest: Manifest, ranks: Ranks) -> str:
+    """What the ranks find wrong, each in its share of the files; empty if nothing. Collective."""
+
+    def check() -> list[str]:
+        mine = share(manifest.files, ranks.rank, ranks.size)
+        return [problem for entry in mine if (problem := check_file(folder, entry)) is not None]
+
+    per_rank = ranks.collect(f"{folder} could not be verified", check)
+    problems = [problem for found in per_rank for problem in found]
+    return summary(problems)
+
+
+def _announce(
+    folder: Path,
+    manifest: Manifest,
+    tracker: folders.Tracker | None,
+    damage: list[str],
+    candidates: list[tuple[int, Path]],
+    step: int | None,
+    notify: Notify,
+) -> None:
+    if damage:
+        notify(f"WARNING: falling back to iteration {manifest.iteration} ({folder}), the newest valid checkpoint")
+    newer = sorted({iteration for iteration, _ in candidates if iteration > manifest.iteration})
+    if step is None and not damage and newer:
+        notify(
+            f"WARNING: {folder.parent} also has newer iterations {newer}, but {folders.TRACKER} says "
+            f"{manifest.iteration}, which is loaded; --ckpt-step {newer[-1]} loads the newest"
+        )
+    if step is None and tracker is None:
+        notify(f"WARNING: {folder.parent / folders.TRACKER} is missing; loading the newest valid checkpoint, {folder}")
+
+
+@dataclass
+class _Plan:
+    """What one rank reads: the tensors to fill, which of them are padded differently, and the JSON parts."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    padded: set[str]
+    common: dict[str, Any]
+    config: dict[str, Any]
+    notices: list[str]
+
+
+def load_checkpoint(
+    found: Found, state: TrainingState, layout: dict[str, Any], options: LoadOptions, ranks: Ranks, notify: Notify
+) -> LoadResult:
+    """Read a verified checkpoint into `state`, in place. Collective. Raises CheckpointError, the same on all ranks."""
+    what = f"checkpoint {found.folder} could not be loaded"
+    plan = ranks.each(what, lambda: _prepare(found, state, options))
+    ranks.each(what, lambda: _read_tensors(found.folder, plan, ranks))
+    ranks.each(what, lambda: _restore(state, plan, options))
+    rng = ranks.each(what, lambda: _read_rng(found, plan.common["layout"], layout, options, ranks.rank))
+    absent = ranks.collect(what, lambda: rng is None)
+    same_layout = all(plan.common["layout"].get(key) == layout[key] for key in ("world_size", "tp", "ep"))
+    if not same_layout and not options.weights_only:
+        plan.notices.append(
+            f"the checkpoint was saved by another layout ({_layout_text(plan.common['layout'])}) than this one "
+            f"({_layout_text(layout)}): the run goes on, but not to the last bit as it would have"
+        )
+    if options.rng and any(absent):
+        seeded = [rank for rank, missing in enumerate(absent) if missing]
+        plan.notices.append(f"the checkpoint has no random states that fit ranks {seeded}: these are seeded anew")
+    for notice in plan.notices:
+        notify(f"WARNING: {notice}")
+    return LoadResult(
+        folder=found.folder,
+        iteration=0 if options.weights_only else found.manifest.iteration,
+        progress={} if options.weights_only else plan.common["progress"],
+        config=plan.config,
+        extra=plan.common["extra"],
+        rng=rng,
+        weights_only=options.weights_only,
+        optimizer_loaded=bool(plan.optimizer),
+        same_layout=same_layout,
+        notices=tuple(plan.notices),
+    )
+
+
+def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
+    """Compare the checkpoint with the model before anything is read. No communication."""
+    common = json.loads((found.folder / STATE).read_bytes())
+    config = json.loads((found.folder / CONFIG).read_bytes())
+    metadata = dcp.FileSystemReader(found.folder).read_metadata()
+    if options.optimizer and state.optimizer is not None and common["optimizer"] is None:
+        raise CheckpointError("it holds no optimizer state; use --no-load-optim or --finetune to go on without")
+    if options.rng and not found.manifest.has_rng:
+        raise CheckpointError("it holds no random states; use --no-load-rng or --finetune to go on without")
+    model = model_tensors(state.model)
+    optimizer = {}
+    if options.optimizer and state.optimizer is not None:
+        optimizer = allocate_optimizer(state.optimizer, parameter_names(state.model), metadata)
+    padded = padded_keys(metadata, model | optimizer, state.padded_rows, common["padded_rows"])
+    notices = _compare(metadata, model | optimizer, padded, common, config, state, options)
+    return _Plan(model, optimizer, padded, common, config, notices)
+
+
+def _compare(
+    metadata: Metadata,
+    tensors: dict[str, Tensor],
+    padded: set[str],
+    common: dict[str, Any],
+    config: dict[str, Any],
+    state: TrainingState,
+    options: LoadOptions,
+) -> list[str]:
+    """Raise CheckpointError if the checkpoint is of another model. Returns notices about smaller differences."""
+    settings = different_settings(config, state.config)
+    rows = [
+        f"{name} has {old} meaningful rows (vocabulary) in the checkpoint and {state.padded_rows[name]} now"
+        for name, old in common["padded_rows"].items()
+        if state.padded_rows.get(name, old) != old
+    ]
+    problems = different_tensors(metadata, tensors, padded)
+    forbidden = [] if options.weights_only else different_function(config, state.config)
+    if problems or rows or forbidden:
+        details = summary(forbidden or settings), summary(rows), summary(problems)
+        raise CheckpointError(
+            "it is of another model: "
+            + "; ".join(text for text in details if text)
+            + f". Use the settings of its {CONFIG}, or another folder"
+        )
+    notices = list(settings)
+    if padded:
+        notices.append(f"padding rows differ (the vocabulary is padded for the layout): {summary(sorted(padded))}")
+    return notices
+
+
+def _read_tensors(folder: Path, plan: _Plan, ranks: Ranks) -> None:
+    with warnings.catch_warnings():
+        if ranks.group is None:  # DCP warns that there is no process group, which is the point of an offline context
+            warnings.simplefilter("ignore")
+        dcp.load(
+            {**plan.model, **plan.optimizer},
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=PaddedLoadPlanner(plan.padded),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
+        )
+
+
+def _restore(state: TrainingState, plan: _Plan, options: LoadOptions) -> None:
+    """Hand the optimizer and the schedule what was read. Weights are already in place."""
+    if not options.optimizer:
+        return
+    if state.optimizer is not None:
+        names = parameter_names(state.model)
+        plan.notices += restore_optimizer(state.optimizer, names, plan.optimizer, plan.common["optimizer"])
+    if state.schedule is not None and plan.common["schedule"] is not None:
+        state.schedule.load_state_dict(plan.common["schedule"])
+
+
+def _read_rng(
+    found: Found, saved: dict[str, Any], layout: dict[str, Any], options: LoadOptions, rank: int
+) -> dict[str, Any] | None:
+    """This rank's random state; None if the checkpoint has none that fits.
+
+    Ranks of one tensor parallel group draw together in a way that depends on TP and sequence parallelism, so the states
+    are of use only where both are unchanged.
+    """
+    path = found.folder / rng_file(rank)
+    fits = all(saved.get(key) == layout[key] for key in ("tp", "sequence_parallel"))
+    if not options.rng or not fits or not path.exists():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _layout_text(layout: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={layout[key]}" for key in ("world_size", "tp", "ep", "dp"))
