@@ -15,6 +15,7 @@ remainder: its error has mean zero, so it averages out over steps instead of add
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -117,7 +118,13 @@ def _round(x: Tensor, noise: torch.Generator | None, largest: float) -> Tensor:
 
 def make_codec(name: str | None) -> WireCodec:
     """The codec for a value of ``--lsh-wire-dtype``; None keeps the rows' dtype."""
-    casts = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if name in casts:
-        return CastCodec(casts[name])
-    return {"fp8": Fp8Codec, "int8": Int8Codec, "int4": Int4Codec}[name]()
+    if name is None:
+        return CastCodec(None)
+    codecs: dict[str, Callable[[], WireCodec]] = {
+        "fp32": lambda: CastCodec(torch.float32),
+        "bf16": lambda: CastCodec(torch.bfloat16),
+        "fp8": Fp8Codec,
+        "int8": Int8Codec,
+        "int4": Int4Codec,
+    }
+    return codecs[name]()

@@ -1,0 +1,107 @@
+"""What every benchmark needs: the machine in words, training runs as subprocesses, tables, results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data" / "stdlib"
+
+#: The corpus and tokenizer that `make pretrain` prepares (`make data` alone does, too).
+DATA_FLAGS = [
+    "--data-path", str(DATA / "stdlib_text_document"), "--split", "95,5,0",
+    "--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", str(DATA / "tokenizer.model"),
+]  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and commit, for the head of every result."""
+    import torch
+
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def training_command(flags: Iterable[object], ranks: int = 1) -> list[str]:
+    """The command that trains with these flags on `ranks` processes of this machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    start = torchrun if ranks > 1 else [sys.executable]
+    return [*start, str(ROOT / "pretrain_gpt_moe.py"), *map(str, flags)]
+
+
+def start_training(flags: Iterable[object], log: Path, ranks: int = 1, threads: int = 1) -> subprocess.Popen[bytes]:
+    """Start a training run in the background, its output in `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as out:
+        return subprocess.Popen(training_command(flags, ranks), stdout=out, stderr=out, env=environment, cwd=ROOT)
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for a run; its last lines become the error if it failed."""
+    if process.wait() != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise SystemExit(f"training failed ({log}):\n{tail}")
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training records, evaluation records) of a --metrics-jsonl file."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [r for r in records if "lm_loss" in r], [r for r in records if "validation_loss" in r]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """``mean +- standard deviation (n)``; a single value stands alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Save a result with the machine it was measured on as benchmarks/results/NAME.json."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
+    return path
+
+
+def progress(done: int, total: int, started: float, what: str) -> None:
+    """One line: percent, what just ended, time to go."""
+    elapsed = time.monotonic() - started
+    left = elapsed / max(done, 1) * (total - done)
+    print(f"{100 * done / total:5.1f}% | {what} | {elapsed / 60:.1f} min, ETA {left / 60:.1f} min", flush=True)
