@@ -85,7 +85,6 @@ _FP8 = "fp8 is not implemented; use --bf16"
 _OFFLOAD = "offloading is not implemented; use --recompute-granularity or --use-distributed-optimizer"
 _FLEX = "DeepEP is not implemented; use --moe-token-dispatcher-type alltoall (exact) or lsh (compressed)"
 _GROUPS = "routing limited to groups of experts is not implemented; drop it"
-_UPCYCLING = "upcycling a dense checkpoint is not implemented; train the MoE model from the start"
 _FROM_CHECKPOINT = "settings never come from a checkpoint; pass its config.json with --config"
 _WANDB = "Weights & Biases is not implemented; use --tensorboard-dir or --metrics-jsonl"
 _TIMERS = "timers are not implemented; use --profile, or iteration_time_ms of --metrics-jsonl"
@@ -123,8 +122,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
         "--moe-flex-dispatcher-backend": _FLEX,
         "--moe-enable-deepep": _FLEX,
         "--moe-extended-tp": "not implemented; use --expert-model-parallel-size",
-        "--moe-use-upcycling": _UPCYCLING,
-        "--moe-upcycling-granularity": _UPCYCLING,
         "--moe-apply-probs-on-input": "not implemented; routing weights are applied to the experts' output",
         "--moe-latent-size": "not implemented; --moe-token-dispatcher-type lsh also shrinks what travels",
         "--moe-enable-routing-replay": "not implemented; drop it",

@@ -41,7 +41,13 @@ class ModelConfig:
     openai_gelu: bool = flag(False, "Use the tanh approximation of GELU")
     add_bias_linear: bool = flag(True, "Biases in linear layers", off="--disable-bias-linear")
     add_qkv_bias: bool = flag(False, "Bias in the QKV projection even with --disable-bias-linear")
-    qk_layernorm: bool = flag(False, "Normalize queries and keys per head")
+    qk_layernorm: bool = flag(False, "Normalize queries and keys")
+    qk_layernorm_width: str = flag(
+        "head",
+        "What --qk-layernorm normalizes over: each head by itself (Megatron, Qwen3), or all heads together (OLMoE; RMSNorm "
+        "only)",
+        choices=("head", "full"),
+    )
     untie_embeddings_and_output_weights: bool = flag(False, "Separate weights for input and output embeddings")
     init_method_std: float = flag(0.02, "Standard deviation of the initial weights", above=0)
     attention_dropout: float = flag(0.1, "Dropout on attention probabilities", at_least=0, below=1)

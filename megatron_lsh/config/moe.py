@@ -53,7 +53,8 @@ class MoEConfig:
     )
     moe_token_dispatcher_type: str = flag(
         "alltoall",
-        "How rows reach their experts: alltoall, allgather, lsh, or a name registered by a plug-in "
+        "How rows reach their experts: alltoall, allgather, lsh, auto (lsh in the layers where it is measured to save "
+        "time, else alltoall), or a name registered by a plug-in "
         "(Megatron's default is allgather)",
     )
     moe_expert_capacity_factor: float | None = flag(
@@ -70,7 +71,7 @@ class MoEConfig:
 
 @dataclass
 class LSHConfig:
-    """The LSH token dispatcher (``--moe-token-dispatcher-type lsh``). See docs/lsh.md."""
+    """The LSH token dispatcher (``--moe-token-dispatcher-type lsh`` or ``auto``). See docs/lsh.md."""
 
     lsh_clustering: str = flag(
         "budget",
@@ -112,8 +113,13 @@ class LSHConfig:
     lsh_warmup_iters: int = flag(0, "Run the exact all-to-all for this many first iterations", at_least=0)
     lsh_anneal_iters: int = flag(0, "Run the exact all-to-all for this many last iterations", at_least=0)
     lsh_start_layer: int = flag(0, "Run the exact all-to-all in the layers before this one (counted from 0)", at_least=0)
+    lsh_auto_iters: int = flag(
+        10, "With the auto dispatcher, measure this many iterations with LSH and as many without, in turn", at_least=1
+    )
     lsh_eval: str = flag(
-        "on", "Evaluate with LSH, without it (what an exported model computes), or both", choices=("on", "off", "both")
+        "on",
+        "Evaluate with LSH and wire dtype, without them (what an exported model computes), or both",
+        choices=("on", "off", "both"),
     )
     lsh_probe_interval: int | None = flag(
         None,

@@ -65,6 +65,14 @@ class CheckpointConfig:
     ckpt_format: str = flag("torch_dist", "Format of the checkpoint", choices=("torch_dist", "torch_dcp"))
     auto_detect_ckpt_format: bool = flag(False, "Accepted for compatibility: the format is always detected")
     async_save: bool = flag(False, "Write checkpoints in a background thread")
+    moe_use_upcycling: bool = flag(
+        False,
+        "Start from a dense checkpoint (--load, or --pretrained-checkpoint when --load has none): convert it to this MoE "
+        "model in --save, and train that",
+    )
+    moe_upcycling_granularity: int = flag(
+        1, "How many times narrower an upcycled expert is than the dense feed-forward layer", at_least=1
+    )
 
 
 @dataclass

@@ -82,6 +82,12 @@ def _check_model(cfg: Config, check: Checker) -> None:
             "{kv_channels} times {rotary_percent} must be at least 2 and even, because rope turns channels in pairs",
             lambda width, share: int(width * share) >= 2 and int(width * share) % 2 == 0,
         )
+    if cfg.model.qk_layernorm:
+        check.rule(
+            "{qk_layernorm_width} must be head with {normalization}",
+            lambda width, norm: width == "head" or norm == "RMSNorm",
+            "set --normalization RMSNorm or drop --qk-layernorm-width",
+        )
     check.rule(
         "{add_position_embedding} must be on with {position_embedding_type}",
         lambda learned, kind: learned or kind != "learned_absolute",
@@ -108,6 +114,8 @@ def _check_moe(cfg: Config, check: Checker) -> None:
                 check.rule("{moe_layer_freq} must make at least one layer an MoE layer", lambda freq: False)
         except ConfigError as error:
             check.problems.append(str(error))
+    if moe.moe_token_dispatcher_type == "auto" and cfg.parallel.expert_model_parallel_size == 1:
+        check.notice("auto dispatcher: exact, because with --expert-model-parallel-size 1 no row travels")
     check.rule(  # other names are looked up in moe/registry.py, to which plug-ins add
         "{moe_token_dispatcher_type} is not supported here",
         lambda name: name != "flex",
@@ -299,6 +307,7 @@ def _check_checkpoint(cfg: Config, check: Checker) -> None:
     check.rule(_DIVISIBLE % ("save_retain_interval", "save_interval"), _divides)
     if checkpoint.save is None and checkpoint.save_interval is not None:
         check.notice("no effect without --save: --save-interval")
+    _check_upcycling(cfg, check)
     if checkpoint.load is None:
         check.rule("{ckpt_step} must not be given without a folder", lambda _: False, "set --load")
         check.rule("{exit_on_missing_checkpoint} must be off without a folder", lambda on: not on, "set --load")
@@ -306,6 +315,23 @@ def _check_checkpoint(cfg: Config, check: Checker) -> None:
             check.rule(
                 "{finetune} must be off without weights", lambda on: not on, "set --load or --pretrained-checkpoint"
             )
+
+
+def _check_upcycling(cfg: Config, check: Checker) -> None:
+    checkpoint = cfg.checkpoint
+    if not checkpoint.moe_use_upcycling:
+        if checkpoint.moe_upcycling_granularity != 1:
+            check.notice("no effect without --moe-use-upcycling: --moe-upcycling-granularity")
+        return
+    check.required("num_experts", "save")
+    source = checkpoint.pretrained_checkpoint if checkpoint.load in (None, checkpoint.save) else checkpoint.load
+    check.rule(
+        "{moe_use_upcycling} must be off without a dense checkpoint",
+        lambda on: source is not None,
+        "give --load DENSE, or --pretrained-checkpoint DENSE with --load and --save the same folder",
+    )
+    for name in ("num_experts", "moe_router_topk"):
+        check.rule(_DIVISIBLE % (name, "moe_upcycling_granularity"), _divides)
 
 
 def _check_logging(cfg: Config, check: Checker, world_size: int) -> None:

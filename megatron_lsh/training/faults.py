@@ -1,0 +1,151 @@
+"""Orderly ends: signals, time limits, and errors that one rank meets and all ranks must hear of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_lsh.config.training import TrainingConfig
+from megatron_lsh.errors import MegatronLSHError
+from megatron_lsh.parallel.context import ParallelContext
+
+Result = TypeVar("Result")
+
+PATIENCE_S = 10.0
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGINT and the end of --exit-duration-in-mins on this rank.
+
+    A signal only sets a flag: `requested` enters the small all-reduce that every iteration does anyway, so all ranks learn
+    of it together and stop at the same iteration boundary, where they save and exit with status 0. Use as a context
+    manager, in the main thread; the former handlers come back at the end.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, cfg: TrainingConfig, started: float | None = None) -> None:
+        """`started`: time.monotonic() when the run began, the base of the time limit (default: now)."""
+        started = time.monotonic() if started is None else started
+        minutes = cfg.exit_duration_in_mins
+        self._deadline = None if minutes is None else started + 60.0 * minutes
+        self._received: int | None = None
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # No way out by repeating it: torchrun passes on the Ctrl-C that the terminal already sent to every rank.
+        self._received = number
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank wants to stop."""
+        return self._received is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+
+    @property
+    def reason(self) -> str:
+        if self._received is not None:
+            return f"received {signal.Signals(self._received).name}"
+        if self.requested:
+            return "reached --exit-duration-in-mins"
+        return "another rank asked to stop"
+
+
+def together(ctx: ParallelContext, action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank; if it raises on any, raise on all, so that nobody waits for a rank that is gone.
+
+    The rank that failed raises its own exception; the others raise the same message (as MegatronLSHError). `action` must
+    not leave other ranks inside a collective when it fails.
+    """
+    error: Exception | None = None
+    result: Result | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    reports: list[tuple[str, str] | None] = [_report(error)]
+    if ctx.world.size > 1:
+        reports = [None] * ctx.world.size
+        dist.all_gather_object(reports, _report(error), group=ctx.world.process_group)
+    failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return result  # type: ignore[return-value]
+    rank, (kind, message) = failed[0]
+    error = error or MegatronLSHError(f"rank {rank} failed: {kind}: {message}")
+    error.reported_by = rank  # type: ignore[attr-defined]
+    raise error
+
+
+def failed_everywhere(message: str) -> MegatronLSHError:
+    """An error for every rank to raise at the same point; one of them will report it."""
+    error = MegatronLSHError(message)
+    error.reported_by = 0  # type: ignore[attr-defined]
+    return error
+
+
+def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> int:
+    """``run(prepare())`` for an entry script; returns the exit status. Mistakes of users are told without tracebacks.
+
+    What all ranks know of is told once: an error in `prepare`, which needs no process group, by the first rank of each
+    node; an error that went through `together` by the rank that met it. Other errors tell which rank they are from.
+    Exceptions that are not MegatronLSHError are bugs, or accidents of the machine, and pass with their traceback.
+    """
+    try:
+        prepared = prepare()
+    except MegatronLSHError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            # torchrun ends all ranks as soon as one exits: leave the first one the time to speak.
+            time.sleep(PATIENCE_S)
+        _tell(str(error))
+        return 1
+    try:
+        run(prepared)
+    except MegatronLSHError as error:
+        rank, reporter = int(os.environ.get("RANK", "0")), getattr(error, "reported_by", None)
+        if reporter is None:
+            _tell(f"[rank {rank}] {error}")
+            return 1
+        if reporter == rank:
+            _tell(str(error))
+        if dist.is_initialized():
+            dist.barrier()  # all ranks are here; none exits before the message is out
+            dist.destroy_process_group()
+        return 1
+    return 0
+
+
+def _tell(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:  # torchrun closes with a table of failed ranks; this puts the reason where it looks for a traceback
+        details = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+
+
+def _report(error: Exception | None) -> tuple[str, str] | None:
+    """The exception as (type name, message); a mistake of ours with its traceback, one of the user's without."""
+    if error is None:
+        return None
+    if isinstance(error, MegatronLSHError):
+        return type(error).__name__, str(error)
+    return type(error).__name__, "".join(traceback.format_exception(error))

@@ -1,0 +1,111 @@
+"""Analytic model FLOPs, peak speeds of known devices, and from both the model FLOPs utilisation (MFU).
+
+Counted analytically because counters see no FLOPs in ``grouped_mm``. A multiplication and an addition are two FLOPs; the
+backward pass costs twice the forward pass; activation recomputation is not counted (model, not hardware, FLOPs);
+causal attention counts half of the score matrix, as Megatron-LM does. MFU is defined in the PaLM paper
+(arXiv:2204.02311, appendix B). The LSH dispatcher runs experts on fewer rows than this counts: under LSH the figures say
+how fast an exact model would have to run to keep up.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.models.shape import ModelShape
+from megatron_lsh.models.transformer import moe_layers
+
+# Dense peak in TFLOP/s of one device as its vendor states it: (bf16 or fp16 with fp32 accumulation, fp32 without TF32).
+# Looked up among the words of torch.cuda.get_device_name(); the first match wins.
+PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType({
+    "GB200": (2500.0, 80.0),
+    "B200": (2250.0, 80.0),
+    "H200": (989.4, 66.9),
+    "GH200": (989.4, 66.9),
+    "H100 NVL": (835.5, 60.0),
+    "H100 PCIe": (756.4, 51.2),
+    "H100": (989.4, 66.9),
+    "H800": (989.4, 66.9),
+    "H20": (148.0, 44.0),
+    "A100": (312.0, 19.5),
+    "A800": (312.0, 19.5),
+    "L40S": (362.05, 91.6),
+    "L40": (181.05, 90.5),
+    "L4": (121.0, 30.3),
+    "A40": (149.7, 37.4),
+    "A10": (125.0, 31.2),
+    "RTX 6000 Ada": (364.2, 91.1),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+    "MI300X": (1307.4, 163.4),
+    "MI250": (383.0, 95.7),
+})  # fmt: skip
+
+
+def forward_flops_per_token(cfg: Config, padded_vocab_size: int) -> float:
+    """FLOPs of one forward pass per token, in sequences of --seq-length, of the decoder that `cfg` describes."""
+    model, moe = cfg.model, cfg.moe
+    shape = ModelShape.from_config(model)
+    hidden, heads, groups, head_dim = shape.hidden, shape.heads, shape.query_groups, shape.head_dim
+    matrices = 3 if model.swiglu else 2
+    projections = hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
+    scores = 2 * heads * head_dim * (model.seq_length or 1) / 2  # QK^T and (scores)V, of which causality needs half
+    dense = matrices * hidden * shape.ffn
+    expert = matrices * hidden * (moe.moe_ffn_hidden_size or shape.ffn)
+    shared = matrices * hidden * (moe.moe_shared_expert_intermediate_size or 0)
+    router = hidden * (moe.num_experts or 0)
+    num_moe = len(moe_layers(cfg))
+    multiply_adds = (
+        shape.num_layers * (projections + scores)
+        + num_moe * (moe.moe_router_topk * expert + shared + router)
+        + (shape.num_layers - num_moe) * dense
+        + hidden * padded_vocab_size
+    )
+    return 2.0 * multiply_adds
+
+
+def training_flops_per_token(cfg: Config, padded_vocab_size: int) -> float:
+    """FLOPs per token of a forward and a backward pass: three times the forward pass."""
+    return 3.0 * forward_flops_per_token(cfg, padded_vocab_size)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float | None = None) -> float | None:
+    """Peak FLOP/s of one device in `dtype`, or None for a GPU that is not in the table.
+
+    `tflops` (--peak-tflops) overrides. A CPU has no useful data-sheet figure, so a matrix product is timed: call this
+    once, on all ranks at the same time, since they share the machine.
+    """
+    if tflops is not None:
+        return tflops * 1e12
+    if device.type == "cpu":
+        return measure_matmul(device, dtype)
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for key, (half, single) in PEAK_TFLOPS.items():
+        if re.search(rf"\b{key}\b", name):
+            return (half if dtype in (torch.bfloat16, torch.float16) else single) * 1e12
+    return None
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype, size: int = 512, seconds: float = 0.3) -> float:
+    """FLOP/s of the fastest of the size x size matrix products that fit in `seconds` (at least two).
+
+    Products of a few milliseconds, the fastest of which the other processes of a busy machine have not interrupted.
+    """
+    generator = torch.Generator().manual_seed(0)  # leaves the run's own random numbers alone
+    a = torch.randn(size, size, generator=generator).to(device, dtype)
+    best, deadline, runs = float("inf"), time.perf_counter() + seconds, 0
+    while runs < 2 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+        runs += 1
+    return 2.0 * size**3 / best

@@ -1,0 +1,135 @@
+"""Estimate of the memory of one rank, item by item. Arithmetic only; nothing is allocated.
+
+Weights, gradients and optimizer state follow from how ``fully_shard`` is used here. Activations are counted like in
+Korthikanti et al. (arXiv:2205.05198): what the backward pass keeps of each layer for one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.models.counting import ParameterCounts
+from megatron_lsh.models.recompute import RecomputePlan
+from megatron_lsh.models.shape import ModelShape
+from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank at the peak of a step."""
+
+    weights: float
+    """fp32 parameters, of which bf16 training makes master weights; sharded by --use-distributed-optimizer"""
+    gathered_weights: float
+    """the full copies that forward and backward compute with"""
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gathered_weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(
+    cfg: Config, counts: ParameterCounts, layout: ParallelLayout, padded_vocab_size: int, micro_batches: int
+) -> MemoryEstimate:
+    """For the fullest rank, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2 GB)."""
+    held = float(counts.per_rank)
+    sharded = cfg.parallel.use_distributed_optimizer
+    owned = counts.dense_per_rank / layout.dp + counts.expert_per_rank / layout.edp if sharded else held
+    # Without a copy in bf16 and without shards to gather, forward uses the parameters themselves.
+    compute_bytes = 2.0 if cfg.precision.bf16 else 4.0
+    gathered = compute_bytes * held if cfg.precision.bf16 or owned < held else 0.0
+    # While micro-batches accumulate, gradients are whole; the reduced ones come on top when they are sharded.
+    gradients = 4.0 * (held if micro_batches > 1 else 0.0) + 4.0 * owned if sharded else 4.0 * held
+    moments = 2.0 if cfg.optimizer.optimizer == "adam" else 1.0
+    return MemoryEstimate(
+        weights=4.0 * owned,
+        gathered_weights=gathered,
+        gradients=gradients,
+        optimizer=4.0 * moments * owned,
+        activations=activation_bytes(cfg, layout, padded_vocab_size),
+    )
+
+
+def activation_bytes(cfg: Config, layout: ParallelLayout, padded_vocab_size: int) -> float:
+    """What one micro-batch keeps for its backward pass on one rank."""
+    shape = ModelShape.from_config(cfg.model)
+    plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, shape.num_layers)
+    moe = set(moe_layers(cfg))
+    sizes = _Sizes.of(cfg, layout, shape)
+    layers = 0.0
+    largest = 0.0
+    for layer in range(shape.num_layers):
+        recomputed = layer < plan.full_layers
+        modules: frozenset[str] = frozenset() if recomputed else plan.modules
+        whole = _layer_bytes(cfg, sizes, shape, layout.tp, is_moe=layer in moe, modules=modules)
+        if recomputed:  # its input, once per chunk; while it is recomputed, the chunk is there as a whole
+            layers += sizes.residual / plan.chunk
+            largest = max(largest, plan.chunk * whole)
+        else:
+            layers += whole
+    logits = sizes.tokens_full * padded_vocab_size / layout.tp * (sizes.element + 4.0)  # and their softmax in fp32
+    embedding_and_norm = 2.0 * sizes.residual
+    return layers + largest + logits + embedding_and_norm
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    tokens: float
+    """per rank under sequence parallelism"""
+    tokens_full: float
+    element: float
+    """bytes of one activation"""
+    residual: float
+    """bytes of one [S, B, D] activation of this rank"""
+    gathered: float
+    """the same for the whole sequence"""
+
+    @classmethod
+    def of(cls, cfg: Config, layout: ParallelLayout, shape: ModelShape) -> _Sizes:
+        sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
+        full = float((cfg.model.seq_length or 1) * (cfg.training.micro_batch_size or 1))
+        tokens = full / layout.tp if sequence_parallel else full
+        element = 2.0 if cfg.precision.bf16 else 4.0
+        return cls(tokens, full, element, tokens * shape.hidden * element, full * shape.hidden * element)
+
+
+def _layer_bytes(
+    cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int, *, is_moe: bool, modules: frozenset[str]
+) -> float:
+    heads, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
+    attention = sizes.tokens_full * sizes.element / tp * (heads + 2 * groups)  # Q, K, V
+    if "core_attn" not in modules:
+        attention += sizes.tokens_full / tp * (sizes.element * heads + 4.0 * shape.heads)  # output, log-sum-exp
+    else:
+        attention += sizes.tokens_full / tp * sizes.element * heads
+    norm_input, projection_input = sizes.residual, sizes.gathered
+    if "layernorm" in modules:
+        projection_input = 0.0
+    masks = 2.0 * sizes.residual / sizes.element if cfg.model.hidden_dropout > 0.0 else 0.0
+    if is_moe:
+        feed_forward = sizes.residual if "moe" in modules else _moe_bytes(cfg, sizes, shape)
+    else:
+        feed_forward = sizes.residual if "mlp" in modules else _mlp_bytes(cfg, sizes, shape, tp)
+    return norm_input + projection_input + attention + masks + feed_forward
+
+
+def _mlp_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int) -> float:
+    halves = 3.0 if cfg.model.swiglu else 2.0  # before and after the activation function
+    return sizes.residual + sizes.gathered + sizes.tokens_full * sizes.element * halves * shape.ffn / tp
+
+
+def _moe_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape) -> float:
+    """Norm, router scores, permuted and received rows, the experts' inside, their output, the returned rows."""
+    moe = cfg.moe
+    halves = 3.0 if cfg.model.swiglu else 2.0
+    width = moe.moe_ffn_hidden_size or shape.ffn
+    rows = sizes.tokens * moe.moe_router_topk
+    row_copies = 4.0 + (1.0 if moe.moe_token_dispatcher_type in ("lsh", "auto") else 0.0)  # with LSH, rows and residuals
+    experts = rows * sizes.element * (row_copies * shape.hidden + halves * width)
+    shared = sizes.tokens * sizes.element * halves * (moe.moe_shared_expert_intermediate_size or 0)
+    return 2.0 * sizes.residual + 8.0 * sizes.tokens * (moe.num_experts or 0) + experts + shared

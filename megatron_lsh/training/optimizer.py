@@ -1,0 +1,50 @@
+"""Builds the optimizer: AdamW or SGD on (sharded) parameters, in groups with and without weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from megatron_lsh.config.training import OptimizerConfig
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.training.apex_adam import ApexAdamW
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters by weight decay: none for biases, norms and other 1-D parameters.
+
+    ``"decay"`` in a group says whether it decays; the schedule reads it. Groups are split once more by the device mesh
+    of their parameters, because a fused update runs over a list of DTensors of one mesh. Per-expert biases ([E, F])
+    are 2-D and recognised by their name. Empty groups are left out.
+    """
+    groups: dict[tuple[bool, str], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = parameter.ndim > 1 and not name.endswith(".bias")
+        mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else ""
+        group = groups.setdefault((decay, mesh), {"params": [], "decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:
+    """The optimizer of `cfg` over all parameters of `model`; learning rate and weight decay come from the schedule.
+
+    Raises:
+        ConfigError: apex was asked for and NVIDIA's is not there.
+    """
+    groups = parameter_groups(model)
+    lr = cfg.lr or 0.0
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    if cfg.use_apex_adam:
+        if cfg.optimizer != "adam":
+            raise ConfigError(f"--use-apex-adam needs --optimizer adam, not {cfg.optimizer}: drop one of them")
+        return ApexAdamW(groups, lr=lr, betas=betas, eps=cfg.adam_eps)
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=cfg.sgd_momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=cfg.adam_eps, fused=True)

@@ -1,0 +1,190 @@
+"""Writes what happens during training: log line, progress, JSONL, TensorBoard. One rank writes, all take part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_lsh.config.run import LoggingConfig
+from megatron_lsh.moe.telemetry import LayerReport
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.training.log_line import evaluation_line, perplexity
+from megatron_lsh.training.metrics import IntervalMetrics, finite
+from megatron_lsh.training.state import TrainState
+from megatron_lsh.training.step import StepResult
+from megatron_lsh.training.writers import JsonlFile, open_tensorboard
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """Constants of a run that turn times into speeds."""
+
+    train_iters: int
+    global_batch_size: int
+    tokens_per_iteration: int
+    flops_per_iteration: float
+    """model FLOPs over all ranks, forward and backward"""
+    peak_flops: float | None
+    """of one rank's device"""
+
+
+class Stopwatch:
+    """Time spent training since the last lap; evaluation and saving are taken out."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._excluded = 0.0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed = now - self._begun - self._excluded
+        self._begun, self._excluded = now, 0.0
+        return elapsed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._excluded += time.perf_counter() - begun
+
+
+class Reporter:
+    """The last rank writes, as in Megatron; the others only keep the totals for the closing report."""
+
+    def __init__(self, cfg: LoggingConfig, ctx: ParallelContext, figures: RunFigures, per_layer: bool = False) -> None:
+        """`per_layer`: --moe-per-layer-logging. Nothing is opened before `open`."""
+        self.cfg = cfg
+        self.ctx = ctx
+        self.figures = figures
+        self.per_layer = per_layer
+        self.writes = ctx.rank == ctx.world.size - 1
+        self.watch = Stopwatch()
+        self.history: list[IntervalMetrics] = []
+        """the intervals of this process, for the closing report"""
+        self.validation: list[tuple[int, float]] = []
+        """(iteration, loss) of the evaluations of this process"""
+        self._first_iteration = 0
+        self._started = time.perf_counter()
+        self._jsonl: JsonlFile | None = None
+        self._board: Any = None
+
+    def open(self, iteration: int) -> None:
+        """Prepare the outputs for a run that continues after `iteration` (0: a fresh one).
+
+        Raises:
+            ConfigError: a file cannot be written; on the writing rank only.
+        """
+        self._first_iteration = iteration
+        self._started = time.perf_counter()
+        if not self.writes:
+            return
+        self._board = open_tensorboard(self.cfg, iteration)
+        if self.cfg.metrics_jsonl is not None:
+            self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration)
+            if self._jsonl.notice:
+                self.print(f"> {self._jsonl.notice}")
+
+    def print(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
+
+    def step(self, state: TrainState, result: StepResult, learning_rate: float) -> None:
+        """After every iteration: the TensorBoard points that cost nothing to know."""
+        if self._board is None or state.iteration % self.cfg.tensorboard_log_interval:
+            return
+        if not result.skipped:
+            self._board.add_scalar("lm loss", result.loss, state.iteration)
+            self._board.add_scalar("grad-norm", result.grad_norm, state.iteration)
+        self._board.add_scalar("learning-rate", learning_rate, state.iteration)
+        self._board.add_scalar("batch-size", self.figures.global_batch_size, state.iteration)
+
+    def interval(
+        self,
+        state: TrainState,
+        result: StepResult,
+        learning_rate: float,
+        iterations: int,
+        layers: Sequence[LayerReport],
+        params_norm: float | None,
+    ) -> None:
+        """At the end of a log interval: write everything about its `iterations` iterations.
+
+        `iterations` counts those of this process only; the loss mean is over those of `state`, which a resume keeps.
+        """
+        figures, seconds = self.figures, self.watch.lap() / max(iterations, 1)
+        tflops = figures.flops_per_iteration / seconds / self.ctx.world.size / 1e12
+        metrics = IntervalMetrics(
+            iteration=state.iteration,
+            iterations=iterations,
+            train_iters=figures.train_iters,
+            consumed_samples=state.consumed_samples,
+            global_batch_size=figures.global_batch_size,
+            lm_loss=state.interval_loss / state.interval_steps if state.interval_steps else None,
+            grad_norm=result.grad_norm,
+            learning_rate=learning_rate,
+            iteration_time_ms=1000.0 * seconds,
+            tokens_per_second=figures.tokens_per_iteration / seconds,
+            tflops=tflops,
+            mfu=tflops * 1e12 / figures.peak_flops if figures.peak_flops else None,
+            skipped=state.interval_skipped,
+            nan=state.interval_skipped,
+            layers=layers,
+            params_norm=params_norm,
+            peak_memory_gb=_peak_memory_gb(self.ctx.device),
+        )
+        self.history.append(metrics)
+        if not self.writes:
+            return
+        self.print(str(metrics.log_line(self.cfg.log_throughput)))
+        if self.cfg.progress:
+            self.print(metrics.progress_line(self._seconds_left(state.iteration)))
+        if self._jsonl is not None:
+            self._jsonl.write(metrics.record(self.per_layer))
+        if self._board is not None:
+            for tag, value in metrics.scalars(self.per_layer).items():
+                self._board.add_scalar(tag, value, state.iteration)
+
+    def evaluation(self, iteration: int, name: str, losses: Mapping[str, float], *, final: bool) -> None:
+        """Write the outcome of an evaluation.
+
+        Args:
+            name: "validation" or "test".
+            losses: by how rows travelled, "as trained" or "exact" (or both). The first is *the* loss of the evaluation;
+                the exact one is also written under its own name, ``validation_loss_exact``.
+        """
+        loss = next(iter(losses.values()))
+        if name == "validation":
+            self.validation.append((iteration, loss))
+        if not self.writes:
+            return
+        where = f"iteration {iteration} on {name} set" if final or name != "validation" else f"iteration {iteration}"
+        for dispatch, value in losses.items():
+            self.print(evaluation_line(where if dispatch == "as trained" else f"{where} without compression", value))
+        named = {"": loss} | ({" exact": losses["exact"]} if "exact" in losses else {})
+        if self._jsonl is not None:
+            keys = {f"{name}_loss{suffix.replace(' ', '_')}": finite(value) for suffix, value in named.items()}
+            self._jsonl.write({"iteration": iteration, **keys})
+        for suffix, value in named.items() if self._board is not None else ():
+            self._board.add_scalar(f"lm loss {name}{suffix}", value, iteration)
+            if self.cfg.log_validation_ppl_to_tensorboard:
+                self._board.add_scalar(f"lm loss {name}{suffix} ppl", perplexity(value), iteration)
+
+    def close(self) -> None:
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _seconds_left(self, iteration: int) -> float:
+        """From the mean over this process, with evaluations and saves."""
+        done = iteration - self._first_iteration
+        return (time.perf_counter() - self._started) / max(done, 1) * (self.figures.train_iters - iteration)
+
+
+def _peak_memory_gb(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

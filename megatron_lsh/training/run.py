@@ -1,0 +1,209 @@
+"""Everything that exists before the first iteration, made in an order in which mistakes show early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from megatron_lsh.checkpoint import CheckpointManager, LoadResult, TrainingState
+from megatron_lsh.config import Config, padded_vocab_size, to_dict
+from megatron_lsh.data.loader import BatchIterator, Datasets
+from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_lsh.errors import DataError
+from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.moe.auto import restore_decisions, save_decisions, trials
+from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.data_parallel import shard_model
+from megatron_lsh.parallel.random import derive_seed, get_rng_state, seed_everything, set_rng_state
+from megatron_lsh.training.faults import together
+from megatron_lsh.training.flops import peak_flops, training_flops_per_token
+from megatron_lsh.training.optimizer import build_optimizer
+from megatron_lsh.training.reporter import Reporter, RunFigures
+from megatron_lsh.training.schedule import Schedule, schedule_shape
+from megatron_lsh.training.startup import describe_model, save_config
+from megatron_lsh.training.state import TrainState
+from megatron_lsh.training.step import ForwardStep, Step
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an entry script decides: the model, the data and the loss."""
+
+    build_model: Callable[[Config, int, ParallelContext, MoETelemetry], nn.Module]
+    """(configuration, padded vocabulary, context, telemetry) -> model with its initial weights, not yet sharded"""
+    build_data: Callable[[Config, Tokenizer, ParallelContext, tuple[int, int, int]], Datasets]
+    """(..., wanted numbers of train, valid and test samples) -> datasets; collective"""
+    forward_step: ForwardStep
+
+
+@dataclass
+class Run:
+    """A run, ready to train. Each part is the same object for the whole life of the process."""
+
+    cfg: Config
+    ctx: ParallelContext
+    tokenizer: Tokenizer
+    vocab_size: int
+    """before padding"""
+    datasets: Datasets
+    telemetry: MoETelemetry
+    model: nn.Module
+    step: Step
+    state: TrainState
+    checkpoints: CheckpointManager
+    reporter: Reporter
+
+    def batches(self, name: str, consumed_samples: int = 0) -> BatchIterator:
+        """This rank's micro-batches of the "train", "valid" or "test" set. Raises DataError if there is no such set."""
+        dataset = getattr(self.datasets, name)
+        if dataset is None:
+            raise DataError(f"there is no {name} set: give it a share in --split, or a --{name}-data-path")
+        return BatchIterator(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=required(self.cfg.training.micro_batch_size),
+            dp_rank=self.ctx.dp.rank,
+            dp_size=self.ctx.dp.size,
+            num_workers=self.cfg.data.num_workers,
+            pin_memory=self.ctx.device.type == "cuda",
+        )
+
+    def checkpoint_state(self) -> TrainingState:
+        """What a checkpoint of this moment holds."""
+        train = self.datasets.train
+        return TrainingState(
+            model=self.model,
+            optimizer=self.step.optimizer,
+            schedule=self.step.schedule,
+            progress=self.state.state_dict(),
+            config=to_dict(self.cfg)["config"],
+            rng=get_rng_state(),
+            extra={
+                "data": train.fingerprint() if train is not None else None,
+                "lsh_seed": self.cfg.lsh.lsh_seed,
+                "auto_dispatcher": save_decisions(self.model),
+            },
+            padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.vocab_size),
+        )
+
+
+def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
+    """Tokenizer, data, model, optimizer, checkpoint, outputs. Collective.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: on all ranks if on any.
+    """
+    tokenizer = together(ctx, lambda: build_tokenizer(cfg.data, cfg.model.vocab_size))
+    vocab_size = max(cfg.model.vocab_size or 0, tokenizer.vocab_size)
+    padded = padded_vocab_size(vocab_size, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
+    batch = required(cfg.training.global_batch_size)
+    planned = required(cfg.training.train_iters) * batch
+    datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, planned)))
+
+    telemetry = MoETelemetry(moe_layers(cfg), cfg.moe.num_experts or 0, ctx.device)
+    model = together(ctx, lambda: task.build_model(cfg, padded, ctx, telemetry))
+    shard_model(model, ctx, cfg.precision)
+    describe_model(model, vocab_size, padded, ctx)
+    optimizer = together(ctx, lambda: build_optimizer(model, cfg.optimizer))
+    schedule = Schedule(
+        optimizer,
+        schedule_shape(cfg.optimizer, cfg.training),
+        override=cfg.optimizer.override_opt_param_scheduler,
+        use_checkpoint=cfg.optimizer.use_checkpoint_opt_param_scheduler,
+    )
+    step = Step(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        forward_step=task.forward_step,
+        ctx=ctx,
+        micro_batches=batch // (required(cfg.training.micro_batch_size) * ctx.dp.size),
+        global_batch_size=batch,
+        clip_grad=cfg.optimizer.clip_grad,
+        total_iterations=required(cfg.training.train_iters),
+    )
+    timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
+    checkpoints = together(
+        ctx, lambda: CheckpointManager(cfg.checkpoint, ctx, timeout=timeout, log_progress=cfg.logging.log_progress)
+    )
+    together(ctx, lambda: save_config(cfg, ctx))
+    figures, per_layer = _figures(cfg, ctx, padded), cfg.moe.moe_per_layer_logging
+    run = Run(
+        cfg=cfg, ctx=ctx, tokenizer=tokenizer, vocab_size=vocab_size, datasets=datasets, telemetry=telemetry, model=model,
+        step=step, state=TrainState(), checkpoints=checkpoints, reporter=Reporter(cfg.logging, ctx, figures, per_layer),
+    )  # fmt: skip
+    _restore(run)
+    needed = run.state.consumed_samples + (figures.train_iters - run.state.iteration) * batch
+    if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read
+        run.datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, needed)))
+    together(ctx, lambda: run.reporter.open(run.state.iteration))
+    return run
+
+
+def _samples(cfg: Config, train: int) -> tuple[int, int, int]:
+    """Every evaluation reads the same samples, so that its losses can be compared."""
+    evaluated = cfg.training.eval_iters * required(cfg.training.global_batch_size)
+    return (0 if cfg.training.skip_train else train), evaluated, evaluated
+
+
+def _figures(cfg: Config, ctx: ParallelContext, padded: int) -> RunFigures:
+    batch = required(cfg.training.global_batch_size)
+    tokens = batch * required(cfg.model.seq_length)
+    dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
+    return RunFigures(
+        train_iters=required(cfg.training.train_iters),
+        global_batch_size=batch,
+        tokens_per_iteration=tokens,
+        flops_per_iteration=tokens * training_flops_per_token(cfg, padded),
+        peak_flops=peak_flops(ctx.device, dtype, cfg.logging.peak_tflops),
+    )
+
+
+def _restore(run: Run) -> None:
+    """Load what --load or --pretrained-checkpoint name, and seed or restore the generators."""
+    result = together(run.ctx, lambda: run.checkpoints.load(run.checkpoint_state()))
+    if result is not None and not result.weights_only:
+        run.state = TrainState.from_state_dict(result.progress)
+        _compare_data(run, result)
+        _restore_dispatchers(run, result)
+    if result is not None and result.rng is not None:
+        set_rng_state(result.rng)
+    else:
+        seed_everything(derive_seed(run.cfg.training.seed, "training", run.state.iteration), run.ctx)
+
+
+def _restore_dispatchers(run: Run, result: LoadResult) -> None:
+    """What the auto dispatcher found holds for the layout it was measured on."""
+    saved = result.extra.get("auto_dispatcher") or {}
+    taken = restore_decisions(run.model, saved) if result.same_layout else None
+    if taken is None and saved and trials(run.model):
+        taken = "auto dispatcher: the parallel layout is not that of the checkpoint, so it measures again"
+    if taken is not None and run.reporter.writes:
+        print(f"> {taken}", flush=True)
+
+
+def _compare_data(run: Run, result: LoadResult) -> None:
+    before, now = result.extra.get("data"), run.checkpoint_state().extra["data"]
+    if run.ctx.rank == 0 and before is not None and now is not None and before != now:
+        print(
+            f"WARNING: the training data (or --split, --seq-length, --seed) is not that of {result.folder}; the run goes "
+            f"on with sample {run.state.consumed_samples} of the new data",
+            flush=True,
+        )
+
+
+def _vocabulary_parameters(model: nn.Module) -> list[str]:
+    names = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return [name for name, _ in model.named_parameters() if name in names]
+
+
+def required(value: int | None) -> int:
+    """A setting that validate() made sure of."""
+    if value is None:
+        raise ValueError("the configuration was not validated")
+    return value

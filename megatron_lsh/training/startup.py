@@ -1,0 +1,129 @@
+"""Before the first iteration: what is refused, what is printed, what is written down."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import megatron_lsh
+from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
+from megatron_lsh.config.config import Config
+from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.serialize import describe, to_json
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.data_parallel import num_local_parameters, num_parameters
+
+
+def refuse_to_overwrite(cfg: CheckpointConfig) -> None:
+    """Nothing is resumed or overwritten by accident: a --save folder with a run in it must be the --load folder too.
+
+    Needs no process group: every rank looks for itself and finds the same.
+
+    Raises:
+        ConfigError: saying what was found, and how to resume it or to start again.
+    """
+    if cfg.save is None:
+        return
+    found = inspect(cfg.save)
+    if not found:
+        return
+    if cfg.load is None:
+        resume = f"to resume it, add --load {cfg.save}"
+    elif not _same_folder(cfg.load, cfg.save):
+        resume = (
+            f"to resume it, give --load {cfg.save} (with --pretrained-checkpoint {cfg.load} that also works for the "
+            "first start, when it is still empty)"
+        )
+    elif cfg.finetune:
+        resume = "to resume it, drop --finetune, which starts at iteration 0 again"
+    else:
+        return
+    raise ConfigError(f"--save {cfg.save} already holds a run: {_what(found)}; {resume}; to start anew, {_anew(cfg.save)}")
+
+
+def _what(found: list[CheckpointInfo]) -> str:
+    newest = next((info for info in found if info.tracked), found[0])
+    total = newest.config.get("training", {}).get("train_iters")
+    of = f" of {total}" if total else ""
+    number = "one checkpoint" if len(found) == 1 else f"{len(found)} checkpoints"
+    damage = "" if newest.valid else f" (damaged: {newest.problem})"
+    return f"{number}, at iteration {newest.iteration}{of}{damage}"
+
+
+def _anew(save: str) -> str:
+    return f"give another --save or remove the folder (rm -r {save})"
+
+
+def _same_folder(a: str, b: str) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def set_determinism(cfg: Config) -> None:
+    """--deterministic-mode: only deterministic kernels, an error where there is none. Call before CUDA is used."""
+    if cfg.training.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def introduce(cfg: Config, ctx: ParallelContext) -> None:
+    """Print, on rank 0, versions, layout and configuration."""
+    if ctx.rank != 0:
+        return
+    layout = ctx.layout
+    device = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else _cpu()
+    print(
+        f"megatron_lsh {megatron_lsh.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}\n"
+        f"ranks {layout.world_size}: tensor parallel {layout.tp} x data parallel {layout.dp}; experts: expert parallel "
+        f"{layout.ep} x expert data parallel {layout.edp}"
+        + (", sequence parallel" if ctx.sequence_parallel else "")
+        + (", sharded optimizer" if ctx.shard_optimizer else ""),
+        describe(cfg),
+        sep="\n",
+        flush=True,
+    )
+    for notice in cfg.notices:
+        print(f"note: {notice}", flush=True)
+
+
+def _cpu() -> str:
+    return f"CPU with {torch.get_num_threads()} thread(s) per rank"
+
+
+def describe_model(model: nn.Module, vocab_size: int, padded_vocab_size: int, ctx: ParallelContext) -> None:
+    """Print, on rank 0, the number of parameters."""
+    total, local = num_parameters(model), num_local_parameters(model)
+    if ctx.rank == 0:
+        print(
+            f"parameters: {total:,} in all, {local:,} on rank 0; vocabulary {vocab_size:,}, padded to {padded_vocab_size:,}",
+            flush=True,
+        )
+
+
+def save_config(cfg: Config, ctx: ParallelContext) -> None:
+    """Write config.json beside what the run leaves behind (--save, else the folder of its metrics). On rank 0.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    folder = _run_folder(cfg)
+    if ctx.rank != 0 or folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(to_json(cfg), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder} must be a folder that can be written, for config.json: {error}") from error
+
+
+def _run_folder(cfg: Config) -> Path | None:
+    if cfg.checkpoint.save is not None:
+        return Path(cfg.checkpoint.save)
+    if cfg.logging.metrics_jsonl is not None:
+        return Path(cfg.logging.metrics_jsonl).parent
+    return Path(cfg.logging.tensorboard_dir) if cfg.logging.tensorboard_dir is not None else None

@@ -1,0 +1,51 @@
+"""Where a run is. With the model, the optimizer, the schedule and the generators, all that is needed to continue it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_lsh.training.step import StepResult
+
+
+@dataclass
+class TrainState:
+    """Counters, the same on every rank. The sums of the current log interval let a resumed run write the same log line."""
+
+    iteration: int = 0
+    """complete iterations, skipped ones included"""
+    consumed_samples: int = 0
+    """sequences read from the training data; the data order is a function of it"""
+    skipped_iterations: int = 0
+    """iterations without an update, over the whole run"""
+    consecutive_nan_iterations: int = 0
+    interval_loss: float = 0.0
+    """sum of the loss over the iterations of the log interval that were not skipped"""
+    interval_steps: int = 0
+    interval_skipped: int = 0
+
+    def advance(self, result: StepResult, samples: int) -> None:
+        """Count one iteration over `samples` sequences."""
+        self.iteration += 1
+        self.consumed_samples += samples
+        if result.skipped:
+            self.skipped_iterations += 1
+            self.consecutive_nan_iterations += 1
+            self.interval_skipped += 1
+        else:
+            self.consecutive_nan_iterations = 0
+            self.interval_loss += result.loss
+            self.interval_steps += 1
+
+    def start_interval(self) -> None:
+        """Begin a new log interval."""
+        self.interval_loss, self.interval_steps, self.interval_skipped = 0.0, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> TrainState:
+        """Unknown entries (of a newer version) are ignored, missing ones start at their default."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in state.items() if name in known})

@@ -1,0 +1,73 @@
+"""What is said when a run ends: what the dispatcher sent and saved, and what to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.moe.telemetry import LayerReport
+from megatron_lsh.training.metrics import IntervalMetrics
+
+
+def closing_lines(cfg: Config, history: Sequence[IntervalMetrics]) -> list[str]:
+    """Three lines for a model with experts (payload, compression per layer, what to try next); none without experts.
+
+    `history`: the log intervals of this process.
+    """
+    layers = history[-1].layers if history else ()
+    if not layers:
+        return []
+    sent = sum(metrics.total("alltoall_bytes") * metrics.iterations for metrics in history)
+    uncompressed = sum(metrics.total("alltoall_bytes_uncompressed") * metrics.iterations for metrics in history)
+    iterations = sum(metrics.iterations for metrics in history)
+    return [_payload_line(cfg, sent, uncompressed, iterations), _layer_line(layers), _advice(cfg, layers, uncompressed)]
+
+
+def _payload_line(cfg: Config, sent: float, uncompressed: float, iterations: int) -> str:
+    dispatcher = cfg.moe.moe_token_dispatcher_type
+    if uncompressed == 0:
+        return f"all-to-all payload ({dispatcher}, {iterations} iterations): none, every rank holds all experts"
+    saved = 1.0 - sent / uncompressed
+    return (
+        f"all-to-all payload ({dispatcher}, {iterations} iterations): {byte_count(sent)} sent, "
+        f"{byte_count(uncompressed)} uncompressed: {100.0 * saved:.1f}% saved"
+    )
+
+
+def _layer_line(layers: Sequence[LayerReport]) -> str:
+    parts = [
+        f"layer {layer.layer}: {100.0 * layer.lsh_compression_rate:.1f}%, {layer.lsh_residual_energy:.3f}"
+        for layer in layers
+        if layer.lsh_compression_rate is not None and layer.lsh_residual_energy is not None
+    ]
+    if not parts:
+        return "LSH compression: off, every row was sent as it is"
+    return f"LSH rows sent and residual energy |x-c|^2/|x|^2, last interval: {'; '.join(parts)}"
+
+
+def _advice(cfg: Config, layers: Sequence[LayerReport], uncompressed: float) -> str:
+    if uncompressed == 0:
+        return "next: spread the experts over ranks (--expert-model-parallel-size): then there is an all-to-all to compress"
+    if all(layer.lsh_compression_rate is None for layer in layers):
+        return "next: run the same with --moe-token-dispatcher-type lsh and compare loss, bytes and step time"
+    control = "the exact control is --moe-token-dispatcher-type alltoall"
+    if cfg.lsh.lsh_clustering == "budget":
+        rate, steps = cfg.lsh.lsh_target_rate, cfg.lsh.lsh_refine_steps
+        return (
+            f"next: --lsh-target-rate {rate / 2:g} sends half as many rows, --lsh-refine-steps {steps + 1} finds closer "
+            f"centroids for more arithmetic; {control}"
+        )
+    hashes, width = cfg.lsh.lsh_num_hashes or 2, cfg.lsh.lsh_hash_width or 8
+    return (
+        f"next: --lsh-num-hashes {hashes + 1} sends more rows with closer centroids, --lsh-hash-width "
+        f"{max(width // 2, 1)} fewer; {control}"
+    )
+
+
+def byte_count(number: float) -> str:
+    """``1.23 GB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000.0 or unit == "TB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000.0
+    raise AssertionError("unreachable")

@@ -1,0 +1,138 @@
+"""The training run, from process groups to the closing report. Reads top to bottom."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+from megatron_lsh.config import Config
+from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.moe.layer import exact_dispatch
+from megatron_lsh.parallel.data_parallel import global_norm
+from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.evaluate import evaluate
+from megatron_lsh.training.faults import StopRequest, failed_everywhere, together
+from megatron_lsh.training.finish import closing_report
+from megatron_lsh.training.profiling import Profiling
+from megatron_lsh.training.run import Run, Task, set_up
+from megatron_lsh.training.startup import introduce, set_determinism
+from megatron_lsh.training.state import TrainState
+from megatron_lsh.training.step import StepResult, model_hook
+
+
+def train(cfg: Config, task: Task) -> TrainState:
+    """Train as `cfg` (validated) says, on the ranks that torchrun started; returns where the run ended.
+
+    SIGTERM, SIGINT, --exit-duration-in-mins and --exit-interval end it early and in order: save, then return.
+
+    Raises:
+        MegatronLSHError: on every rank, for whatever a user can mend.
+    """
+    started = time.monotonic()
+    set_determinism(cfg)
+    ctx = initialize(cfg.parallel, moe=cfg.moe.num_experts is not None)
+    introduce(cfg, ctx)
+    run = set_up(cfg, task, ctx)
+    with StopRequest(cfg.training, started) as stop:
+        if cfg.training.skip_train:
+            _evaluate(run, "validation", stop, final=True)
+            _evaluate(run, "test", stop, final=True)
+        elif _iterate(run, stop):
+            _evaluate(run, "test", stop, final=True)
+            closing_report(run)
+        together(ctx, run.checkpoints.wait)
+    run.reporter.close()
+    shutdown(ctx)
+    return run.state
+
+
+def _iterate(run: Run, stop: StopRequest) -> bool:
+    """All iterations that are left, with their log lines, evaluations and checkpoints. False if ended early."""
+    cfg, state, reporter = run.cfg, run.state, run.reporter
+    total, batch = reporter.figures.train_iters, reporter.figures.global_batch_size
+    since_report = 0
+    with run.batches("train", state.consumed_samples) as batches, Profiling(cfg, run.ctx) as profiling:
+        reporter.watch.lap()
+        while state.iteration < total:
+            profiling.before(state.iteration)
+            result = run.step(batches, state.iteration, stop.requested)
+            state.advance(result, batch)
+            profiling.after(state.iteration)
+            since_report += 1
+            reporter.step(state, result, run.step.schedule.learning_rate)
+            if state.iteration % cfg.logging.log_interval == 0:
+                _report(run, result, since_report)
+                since_report = 0
+            _stop_if_never_finite(run)
+
+            ends = state.iteration == total
+            leaves = not ends and (result.stop or _multiple(state.iteration, cfg.training.exit_interval))
+            if ends or (not leaves and _multiple(state.iteration, cfg.training.eval_interval)):
+                _evaluate(run, "validation", stop, final=ends)
+            if ends or leaves or _multiple(state.iteration, cfg.checkpoint.save_interval):
+                _save(run)
+            if leaves:
+                why = stop.reason if result.stop else "reached --exit-interval"
+                reporter.print(f"> {why}: stopped after iteration {state.iteration} of {total}")
+                return False
+    return True
+
+
+def _report(run: Run, result: StepResult, iterations: int) -> None:
+    """Gather the figures of a log interval from all ranks and write them."""
+    layers = run.telemetry.collect(run.ctx, iterations) if moe_layers(run.cfg) else []
+    norm = float(global_norm(run.model.parameters(), run.ctx)) if run.cfg.logging.log_params_norm else None
+    run.reporter.interval(run.state, result, run.step.schedule.learning_rate, iterations, layers, norm)
+    run.state.start_interval()
+
+
+def _stop_if_never_finite(run: Run) -> None:
+    state, limit = run.state, run.cfg.training.max_consecutive_nan_iterations
+    if state.consecutive_nan_iterations < limit:
+        return
+    raise failed_everywhere(
+        f"the loss or a gradient was not finite in {state.consecutive_nan_iterations} iterations in a row, up to "
+        f"iteration {state.iteration} (--max-consecutive-nan-iterations {limit}). None of them changed the model. Resume "
+        "from the last checkpoint with a lower --lr, a longer warm-up or a smaller --clip-grad, and look at the data "
+        f"around sample {state.consumed_samples}"
+    )
+
+
+def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool) -> None:
+    """Loss on the "validation" or "test" set, written to all outputs. Nothing if there is no such set."""
+    split = "valid" if name == "validation" else name
+    iterations, step = run.cfg.training.eval_iters, run.step
+    if iterations == 0 or getattr(run.datasets, split) is None:
+        return
+    # The model runs as in the iteration just done; a run that only evaluates has none and must be told.
+    model_hook(run.model, "set_iteration", max(run.state.iteration - 1, 0), step.total_iterations)
+    losses: dict[str, float] = {}
+    for dispatch in _dispatches(run.cfg):
+        exactly = exact_dispatch(run.model) if dispatch == "exact" else nullcontext()
+        with run.reporter.watch.paused(), run.telemetry.paused(), exactly, run.batches(split) as batches:
+            loss = evaluate(
+                run.model, step.forward_step, batches, run.ctx, iterations, step.micro_batches, lambda: stop.requested
+            )
+        if loss is None:
+            return
+        losses[dispatch] = loss
+    run.reporter.evaluation(run.state.iteration, name, losses, final=final)
+
+
+def _dispatches(cfg: Config) -> list[str]:
+    """--lsh-eval: how rows travel in each evaluation to make, "as trained" or "exact"."""
+    lossless = cfg.moe.moe_token_dispatcher_type in ("alltoall", "allgather") and cfg.lsh.lsh_wire_dtype is None
+    if lossless or not moe_layers(cfg):
+        return ["as trained"]
+    return {"on": ["as trained"], "off": ["exact"], "both": ["as trained", "exact"]}[cfg.lsh.lsh_eval]
+
+
+def _save(run: Run) -> None:
+    if run.cfg.checkpoint.save is None:
+        return
+    with run.reporter.watch.paused():
+        together(run.ctx, lambda: run.checkpoints.save(run.checkpoint_state()))
+
+
+def _multiple(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0

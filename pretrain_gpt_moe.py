@@ -1,0 +1,72 @@
+"""Pretrain a GPT with mixture-of-experts layers. Flags are Megatron-LM's; see --help and the README.
+
+    torchrun --nproc-per-node 2 pretrain_gpt_moe.py --num-layers 4 --hidden-size 128 ... --moe-token-dispatcher-type lsh
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lsh.config import Config, assumed_world_size, parse_args, validate
+from megatron_lsh.data.loader import Datasets, build_train_valid_test
+from megatron_lsh.data.tokenizers import Tokenizer
+from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.training.dry_run import dry_run
+from megatron_lsh.training.faults import launch
+from megatron_lsh.training.loss import masked_mean
+from megatron_lsh.training.run import Task, required
+from megatron_lsh.training.startup import refuse_to_overwrite
+from megatron_lsh.training.step import Batch
+from megatron_lsh.training.train import train
+
+
+def build_data(cfg: Config, tokenizer: Tokenizer, ctx: ParallelContext, num_samples: tuple[int, int, int]) -> Datasets:
+    """Training, validation and test samples of --data-path, or synthetic ones."""
+    return build_train_valid_test(
+        cfg.data,
+        required(cfg.model.seq_length),
+        cfg.training.seed,
+        num_samples,
+        tokenizer,
+        is_builder=int(os.environ.get("LOCAL_RANK", "0")) == 0,
+        barrier=partial(dist.barrier, group=ctx.world.process_group),
+    )
+
+
+def forward_step(cfg: Config, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss of one micro-batch: next-token cross-entropy where the loss mask is 1, and the routers' auxiliary losses."""
+    position_ids_BS = batch["position_ids"] if cfg.data.reset_position_ids else None
+    mask_B1SS = None
+    if cfg.data.reset_attention_mask:
+        documents_BS = batch["document_ids"]
+        mask_B1SS = (documents_BS[:, None, :] == documents_BS[:, :, None]).unsqueeze(1)
+    loss_BS, aux_loss = model(batch["tokens"], batch["labels"], position_ids_BS, mask_B1SS)
+    return masked_mean(loss_BS, batch["loss_mask"]), aux_loss
+
+
+def configure() -> Config:
+    """The checked configuration; nothing is started yet."""
+    cfg: Config = parse_args()
+    cfg = validate(cfg, assumed_world_size(cfg))
+    if not cfg.training.dry_run and not cfg.training.skip_train:
+        refuse_to_overwrite(cfg.checkpoint)
+    return cfg
+
+
+def run(cfg: Config) -> None:
+    """Describe the run, or do it."""
+    if cfg.training.dry_run:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(dry_run(cfg))
+        return
+    train(cfg, Task(build_gpt, build_data, partial(forward_step, cfg)))
+
+
+if __name__ == "__main__":
+    sys.exit(launch(configure, run))

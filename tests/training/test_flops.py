@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_lsh.training.flops import forward_flops_per_token, measure_matmul, peak_flops
+from tests.training.helpers import tiny_config
+
+
+def test_dense_by_hand() -> None:
+    """D 32, 4 heads of 8, S 32, SwiGLU F 48, V 64; counted on paper."""
+    cfg = tiny_config()
+    cfg.moe.num_experts = None
+    attention = 32 * 96 + 32 * 32 + 2 * 32 * 16  # QKV, output, causal scores
+    feed_forward = 3 * 32 * 48
+    assert forward_flops_per_token(cfg, 64) == 2 * (2 * (attention + feed_forward) + 32 * 64)
+
+
+def test_experts_count_once_per_choice() -> None:
+    cfg = tiny_config("--moe-layer-freq ([0]+[1]) --moe-shared-expert-intermediate-size 16")
+    attention = 32 * 96 + 32 * 32 + 2 * 32 * 16
+    dense = 3 * 32 * 48
+    moe = 2 * 3 * 32 * 32 + 3 * 32 * 16 + 32 * 4  # top-2 experts of width 32, shared expert, router
+    assert forward_flops_per_token(cfg, 64) == 2 * (2 * attention + dense + moe + 32 * 64)
+
+
+def test_mixtral_is_about_six_times_the_active_parameters() -> None:
+    cfg = tiny_config(
+        "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --moe-ffn-hidden-size 14336 --num-attention-heads 32 "
+        "--group-query-attention --num-query-groups 8 --seq-length 4096 --num-experts 8"
+    )
+    per_token = 3 * forward_flops_per_token(cfg, 32000)
+    embedding = 4096 * 32000
+    scores = 6 * 32 * 4096 * 4096  # 32 layers, D 4096, S 4096, causal
+    assert per_token == pytest.approx(6 * (12_879_925_248 - embedding) + scores, rel=1e-3)
+
+
+def test_peaks() -> None:
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu, torch.float32, 2.5) == 2.5e12
+    assert peak_flops(torch.device("meta"), torch.float32) is None
+    state = torch.get_rng_state()
+    assert 1e8 < measure_matmul(cpu, torch.float32, size=128, seconds=0.01) < 1e14
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4, 66.9),
+        ("NVIDIA H100 PCIe", 756.4, 51.2),
+        ("NVIDIA H200", 989.4, 66.9),
+        ("NVIDIA GH200 480GB", 989.4, 66.9),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 19.5),
+        ("Tesla V100-SXM2-32GB", 125.0, 15.7),
+        ("NVIDIA L4", 121.0, 30.3),
+        ("NVIDIA RTX A4000", None, None),  # not an A40
+    ],
+)
+def test_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, bf16: float | None, fp32: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda", 0)
+    assert peak_flops(gpu, torch.bfloat16) == (bf16 and bf16 * 1e12)
+    assert peak_flops(gpu, torch.float32) == (fp32 and fp32 * 1e12)
