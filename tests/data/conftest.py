@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.helpers import load_tool
+
+TEXTS = [
+    "def f(x):\n        return x + 1  # add one\n\n\n",
+    'class A:\n    """Doc string."""\n\n    def __init__(self):\n        self.x = [1, 2, 345]\n',
+    "import os\nfor name in os.listdir('.'):\n\tprint(name, end=' ')\r\n",
+    "   leading and trailing spaces   \n" * 3,
+] * 5
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 320 pieces: <unk> 0, <s> 1, </s> 2, <pad> 3, the bytes, and some words."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(load_tool("prepare_stdlib_corpus").train_tokenizer(TEXTS, 320, 10**6))
+    return path
+
+
+@pytest.fixture(scope="session")
+def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer.json of 300 tokens, the last of them <|endoftext|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=299, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder = tmp_path_factory.mktemp("huggingface")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,60 @@
+"""Small datasets for the tests of this folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_dataset(prefix: Path, documents: Sequence[Sequence[int]], dtype: str = "u2") -> IndexedDataset:
+    """A dataset of one sequence per document."""
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return IndexedDataset(prefix)
+
+
+def numbered(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents of these lengths in which every token is its own position in the file, so samples show their origin."""
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    return [list(range(begin, end)) for begin, end in pairwise(bounds)]
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start_tool(name: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a script of tools/ as a user would."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of tools/ to its end."""
+    process = start_tool(name, *arguments)
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
