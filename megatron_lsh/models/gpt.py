@@ -33,7 +33,7 @@ class GPTModel(nn.Module):
 
     Args:
         cfg: the parts model, moe, lsh and recompute are read.
-        vocab_size: V, padded (a multiple of the tensor-parallel size).
+        vocab_size: V, padded (a multiple of the tensor-parallel size); ids from ``cfg.model.vocab_size`` on are padding.
         ctx: groups and device; parameters are this rank's shards.
         telemetry: receives the gauges of the MoE layers.
     """
@@ -43,6 +43,7 @@ class GPTModel(nn.Module):
         self.cfg = cfg.model
         self.ctx = ctx
         self.telemetry = telemetry
+        self.vocab_size = vocab_size
         self.shape = ModelShape.from_config(cfg.model)
         self.embedding = LanguageModelEmbedding(cfg.model, vocab_size, ctx)
         self.decoder = TransformerBlock(cfg, ctx, telemetry)
@@ -120,7 +121,19 @@ class GPTModel(nn.Module):
     def _logits(self, x_sBD: Tensor) -> Tensor:
         """[s, B, D] -> this rank's logits [S, B, v]."""
         source = self.embedding.word_embeddings if self.output_layer is None else self.output_layer
-        return vocab_parallel_logits(x_sBD, source.weight, self.ctx)
+        return self._without_padding(vocab_parallel_logits(x_sBD, source.weight, self.ctx))
+
+    def _without_padding(self, logits_SBv: Tensor) -> Tensor:
+        """Give the ids that only pad the vocabulary no probability.
+
+        How many there are depends on the tensor-parallel size, and with them in the softmax the loss would too. (Megatron
+        leaves them in.) In place: the projection's backward does not read its output.
+        """
+        width = logits_SBv.shape[-1]
+        first = (self.cfg.vocab_size or self.vocab_size) - self.ctx.tp.rank * width
+        if first < width:
+            logits_SBv[..., max(first, 0) :] = float("-inf")
+        return logits_SBv
 
 
 def build_gpt(cfg: Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> GPTModel:

@@ -100,6 +100,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
     """
     tokenizer = together(ctx, lambda: build_tokenizer(cfg.data, cfg.model.vocab_size))
     vocab_size = max(cfg.model.vocab_size or 0, tokenizer.vocab_size)
+    cfg.model.vocab_size = vocab_size  # the model must know which ids are padding, and so must whoever loads it later
     padded = padded_vocab_size(vocab_size, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
     batch = required(cfg.training.global_batch_size)
     planned = required(cfg.training.train_iters) * batch

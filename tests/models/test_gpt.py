@@ -207,3 +207,20 @@ def test_a_tied_embedding_counts_once() -> None:
 def test_impossible_sizes(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_gpt(make_config(**settings))
+
+
+def test_padding_of_the_vocabulary_has_no_probability() -> None:
+    """A vocabulary of 50 padded to 64 gives the loss of one that is not padded."""
+    losses = []
+    for padded in (50, 64):
+        model = make_gpt(make_config(vocab_size=50), vocab_size=padded)
+        weight = model.embedding.word_embeddings.weight
+        with torch.no_grad():
+            weight[:50] = torch.linspace(-1, 1, 50 * 32).sin().view(50, 32)
+        tokens, labels = make_batch(vocab_size=50)
+        loss, _ = model(tokens, labels)
+        loss.mean().backward()
+        assert weight.grad is not None and (weight.grad[50:] == 0).all()
+        assert (model(tokens)[..., 50:] == float("-inf")).all()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
