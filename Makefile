@@ -1,0 +1,74 @@
+# megatron-lsh: a fresh machine with Python >= 3.10, git and make needs nothing but `make pretrain` and `make test`.
+# Variables are given on the command line: make pretrain NPROC=4 ITERS=1000
+
+PYTHON      ?=
+VENV        ?= .venv
+TORCH       ?=
+TORCH_INDEX ?=
+export PYTHON TORCH TORCH_INDEX
+
+MODEL   ?= gpt
+NPROC   ?=
+ITERS   ?= 300
+RUN_DIR ?= runs/$(MODEL)-moe-lsh
+RESUME  ?=
+RESTART ?=
+ARGS    ?=
+
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install data pretrain test lint clean clean-venv
+
+help:
+	@echo "make pretrain    install, prepare the corpus, pretrain a GPT-MoE with the LSH-compressed all-to-all"
+	@echo "                   NPROC=n       ranks (default: every GPU, else 2 CPU processes)"
+	@echo "                   ITERS=300     iterations"
+	@echo "                   RUN_DIR=...   where checkpoints, metrics and the plot go (default: runs/gpt-moe-lsh)"
+	@echo "                   RESUME=1      continue the run in RUN_DIR;  RESTART=1  move it aside and start afresh"
+	@echo "                   ARGS='...'    further flags, e.g. ARGS='--moe-token-dispatcher-type alltoall'"
+	@echo "make data        only the corpus and the tokenizer, in data/stdlib/"
+	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
+	@echo "                   PYTEST_ARGS='tests/moe -k router'"
+	@echo "make lint        ruff and mypy only"
+	@echo "make install     the virtual environment only"
+	@echo "                   PYTHON=python3.12   VENV=.venv   TORCH='torch==2.13.0'   TORCH_INDEX=URL"
+	@echo "make clean       remove caches and build products (keeps the environment, data/ and runs/)"
+	@echo "make clean-venv  remove the virtual environment"
+
+# Two stages of the environment: what training needs, and what developing needs on top. Each is made again when its inputs change.
+INSTALLED     := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+$(INSTALLED): pyproject.toml scripts/install.sh $(wildcard setup.py kernels/*.cpp kernels/*.cu kernels/*.h)
+	@scripts/install.sh "$(VENV)"
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@scripts/install.sh "$(VENV)" dev,data
+	@touch $@
+
+install: $(INSTALLED)
+
+data: $(INSTALLED)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/prepare_readme_data.sh
+
+pretrain: $(INSTALLED)
+	@VENV="$(VENV)" MODEL="$(MODEL)" NPROC="$(NPROC)" ITERS="$(ITERS)" RUN_DIR="$(RUN_DIR)" RESUME="$(RESUME)" \
+		RESTART="$(RESTART)" scripts/pretrain_readme.sh $(ARGS)
+
+lint: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+
+test: lint
+	MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_lsh tests tools benchmarks kernels -name __pycache__ -type d -prune -exec rm -rf {} +
+	find megatron_lsh kernels \( -name '*.so' -o -name '*.o' \) -delete
+	rm -f $(INSTALLED) $(INSTALLED_DEV)
+
+clean-venv:
+	rm -rf "$(VENV)"

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# What `make pretrain` runs once the environment is there:
+#   1. scripts/prepare_readme_data.sh: corpus, tokenizer and .bin/.idx files, once, in data/stdlib/
+#   2. torchrun on every GPU, or on two CPU processes, experts spread over all ranks, LSH-compressed all-to-all
+# Settings come from the environment (the Makefile passes its variables on); arguments are further flags of pretrain_gpt_moe.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+MODEL=${MODEL:-gpt}
+ITERS=${ITERS:-300}
+RUN_DIR=${RUN_DIR:-runs/$MODEL-moe-lsh}
+DATA_DIR=${DATA_DIR:-data/stdlib}
+NPROC=${NPROC:-}
+
+say() { echo "[pretrain] $*"; }
+fail() {
+    echo "[pretrain] ERROR: $*" >&2
+    exit 1
+}
+
+[ "$MODEL" = gpt ] || fail "MODEL=$MODEL is not there yet; MODEL=gpt is"
+[ -x "$VENV/bin/torchrun" ] || fail "$VENV has no torchrun: run make install first"
+[[ $ITERS =~ ^[1-9][0-9]*$ ]] || fail "ITERS=$ITERS must be a number of iterations, at least 1"
+[[ $NPROC =~ ^([1-9][0-9]*)?$ ]] || fail "NPROC=$NPROC must be a number of ranks, at least 1"
+PATH="$(cd "$VENV/bin" && pwd):$PATH"
+
+# --- An earlier run is neither continued nor overwritten unless asked for.
+
+newest_checkpoint() { cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
+move_aside() {
+    local number=1
+    while [ -e "$RUN_DIR.$number" ]; do number=$((number + 1)); done
+    mv "$RUN_DIR" "$RUN_DIR.$number"
+    say "moved what was in $RUN_DIR to $RUN_DIR.$number"
+}
+
+before=$(newest_checkpoint)
+if [ "${RESUME:-}" = 1 ] && [ "${RESTART:-}" = 1 ]; then
+    fail "RESUME=1 and RESTART=1 exclude each other"
+elif [ "${RESUME:-}" = 1 ]; then
+    [ -n "$before" ] || fail "nothing to resume: $RUN_DIR holds no checkpoint. Start with: make pretrain RUN_DIR=$RUN_DIR"
+    say "resuming $RUN_DIR after iteration $before"
+elif [ -n "$before" ] && [ "${RESTART:-}" != 1 ]; then
+    say "$RUN_DIR holds an earlier run; its newest checkpoint is of iteration $before. Nothing was started or changed."
+    say "  continue it:   make pretrain RESUME=1 RUN_DIR=$RUN_DIR    (add ITERS=N for a longer run)"
+    say "  start afresh:  make pretrain RESTART=1 RUN_DIR=$RUN_DIR   (moves the earlier run aside)"
+    say "  or elsewhere:  make pretrain RUN_DIR=runs/another-name"
+    exit 1
+elif [ -e "$RUN_DIR" ]; then
+    move_aside
+fi
+
+# --- Ranks: every GPU, else two processes that share the cores.
+
+read -r device gpus cores < <(python - <<'PYTHON'
+import os
+import torch
+
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+print("cuda" if gpus else "cpu", gpus, cores)
+PYTHON
+)
+if [ "$device" = cuda ]; then
+    ranks=${NPROC:-$gpus}
+    [ "$ranks" -le "$gpus" ] || fail "NPROC=$ranks, but there are $gpus GPUs"
+    device_flags=(--bf16)
+    say "$ranks of $gpus GPUs"
+else
+    ranks=${NPROC:-2}
+    device_flags=(--device cpu)
+    say "no GPU: $ranks CPU process(es) over gloo on $cores cores"
+fi
+export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+# How long torchrun lets the ranks save after Ctrl-C or SIGTERM.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+
+# --- Data, once.
+
+scripts/prepare_readme_data.sh "$DATA_DIR"
+
+# --- Training. Experts: eight, or the next multiple of the ranks.
+
+experts=$(((8 + ranks - 1) / ranks * ranks))
+micro_batch=$((ranks < 12 ? 12 / ranks : 1))
+at_least_1() { echo $(($1 > 0 ? $1 : 1)); }
+
+flags=(
+    --num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --attention-dropout 0.0 --hidden-dropout 0.0
+    --num-experts "$experts" --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2
+    --expert-model-parallel-size "$ranks" --moe-token-dispatcher-type lsh
+    --micro-batch-size "$micro_batch" --global-batch-size $((micro_batch * ranks)) --train-iters "$ITERS"
+    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95
+    --data-path "$DATA_DIR/stdlib_text_document" --split 95,5,0
+    --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model"
+    --eval-interval "$(at_least_1 $((ITERS / 5)))" --eval-iters 8 --log-interval "$(at_least_1 $((ITERS / 30)))"
+    --save "$RUN_DIR/checkpoints" --save-interval "$(at_least_1 $((ITERS / 3)))"
+    --tensorboard-dir "$RUN_DIR/tensorboard" --metrics-jsonl "$RUN_DIR/metrics.jsonl"
+    --sample-prompt "def main():" "${device_flags[@]}"
+)
+if [ "${RESUME:-}" = 1 ]; then
+    flags+=(--load "$RUN_DIR/checkpoints" --override-opt-param-scheduler) # a longer run has a longer schedule
+fi
+
+mkdir -p "$RUN_DIR"
+status=0
+torchrun --standalone --nproc-per-node "$ranks" pretrain_gpt_moe.py "${flags[@]}" "$@" 2>&1 |
+    tee -i -a "$RUN_DIR/log.txt" || status=$?
+after=$(newest_checkpoint)
+if ((status != 0)) && [ -n "$after" ] && [ "$after" != "$before" ]; then
+    say "stopped; the newest checkpoint is of iteration $after. Continue with: make pretrain RESUME=1 RUN_DIR=$RUN_DIR"
+fi
+exit "$status"
