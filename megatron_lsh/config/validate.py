@@ -122,6 +122,16 @@ def _check_moe(cfg: Config, check: Checker) -> None:
         "DeepEP is not implemented; use alltoall (exact) or lsh (compressed)",
     )
     check.rule(
+        "{lsh_gradient} must be exact with {lsh_residual}",
+        lambda gradient, residual: gradient == "exact" or residual == "none",
+        "set --lsh-residual none: the identity residual has that gradient already",
+    )
+    check.rule(
+        "{lsh_start_layer} must be below {num_layers}",
+        lambda start, layers: start < layers,
+        "use --moe-token-dispatcher-type alltoall to run every layer exactly",
+    )
+    check.rule(
         "{moe_router_enable_expert_bias} must be off with {moe_router_score_function}",
         lambda bias, score: not bias or score == "sigmoid",
         "set --moe-router-score-function sigmoid",

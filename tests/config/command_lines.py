@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.errors import ConfigError
 
 # NVIDIA's published command line for Mixtral 8x7B, as it stands.
 _MIXTRAL = """
@@ -32,3 +35,18 @@ SMALL = _SMALL.split()
 def small(flags: str = "", world_size: int = 1) -> Config:
     """SMALL with further flags (which win), validated."""
     return validate(parse_args(SMALL + flags.split()), world_size)
+
+
+DENSE = [word for word in SMALL if word not in ("--num-experts", "8", "--moe-aux-loss-coeff", "0.01")]
+
+
+def lines_for(flags: str, world_size: int = 1, base: list[str] = SMALL) -> list[str]:
+    cfg = parse_args([*base, *flags.split()])
+    with pytest.raises(ConfigError) as error:
+        validate(cfg, world_size)
+    return str(error.value).splitlines()
+
+
+def without(flag: str, base: list[str] = SMALL) -> list[str]:
+    at = base.index(flag)
+    return base[:at] + base[at + 2 :]
