@@ -5,19 +5,23 @@ The method is explained in ``docs/lsh.md``; the source is "LSH-MoE: Communicatio
 Locality-Sensitive Hashing" (arXiv 2411.08446, NeurIPS 2024).
 """
 
-from megatron_lsh.lsh.budget import cluster_by_budget, row_budgets
+from megatron_lsh.lsh.budget import cluster_by_budget, cluster_projection, row_budgets
 from megatron_lsh.lsh.cluster import Clusters, cluster_by_code
 from megatron_lsh.lsh.compress import compress, residual_energy
 from megatron_lsh.lsh.hash import codes_of, hash_rows, make_rotation, project
 from megatron_lsh.lsh.refine import nearest_centroid, refine
 from megatron_lsh.lsh.restore import restore, straight_through
+from megatron_lsh.lsh.tokens import clusters_of_slots, compress_tokens, restore_tokens
 
 __all__ = [
     "Clusters",
     "cluster_by_budget",
     "cluster_by_code",
+    "cluster_projection",
+    "clusters_of_slots",
     "codes_of",
     "compress",
+    "compress_tokens",
     "hash_rows",
     "make_rotation",
     "nearest_centroid",
@@ -25,6 +29,7 @@ __all__ = [
     "refine",
     "residual_energy",
     "restore",
+    "restore_tokens",
     "row_budgets",
     "straight_through",
 ]

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
 from megatron_lsh.lsh.cluster import Clusters, expert_of_row, number_by_first_row, pack_codes
+from megatron_lsh.lsh.hash import codes_of
 
 
 def row_budgets(counts_E: Tensor, rate: float) -> Tensor:
@@ -21,6 +23,38 @@ def row_budgets(counts_E: Tensor, rate: float) -> Tensor:
     Rounding noise is taken off first, so that a tenth of 30 rows (3.0000000000000004 in floating point) is 3.
     """
     return torch.ceil(counts_E.double() * rate - 1e-9).to(torch.int64).minimum(counts_E)
+
+
+@torch.no_grad()
+def cluster_projection(
+    projection_NP: Tensor,
+    counts_E: Tensor,
+    budgets_E: Tensor,
+    num_clusters: int,
+    num_hashes: int,
+    index_N: Tensor | None = None,
+) -> Clusters:
+    """Hash projected rows and cut at the budgets: :func:`codes_of` and :func:`cluster_by_budget` in one.
+
+    Args:
+        projection_NP: fp32, from :func:`megatron_lsh.lsh.project`, rows sorted by expert; P = Q W.
+        counts_E, budgets_E, num_clusters: see :func:`cluster_by_budget`.
+        num_hashes: Q.
+        index_N: int64; row n is then ``projection[index_N[n]]``, so that a token need not be projected for each choice.
+    """
+    num_codes = 2 * (projection_NP.shape[1] // num_hashes)
+    code_bits = (num_codes - 1).bit_length()
+    key_fits = counts_E.shape[0].bit_length() + num_hashes * code_bits <= 63
+    if not key_fits or not kernels.usable(projection_NP):
+        projection_NP = projection_NP if index_N is None else projection_NP[index_N]
+        codes_NQ = codes_of(projection_NP, num_hashes)
+        return cluster_by_budget(codes_NQ, projection_NP, counts_E, budgets_E, num_clusters, num_codes)
+    ops, row_ends_E = torch.ops.megatron_lsh, counts_E.cumsum(0)
+    key_N = ops.hash(projection_NP, index_N, row_ends_E, num_hashes, code_bits)
+    cluster_N, order_N, sizes_C, offsets_C = ops.plan(
+        key_N, projection_NP, index_N, row_ends_E, budgets_E.cumsum(0), num_clusters, num_hashes, code_bits
+    )
+    return Clusters(cluster_N, sizes_C, budgets_E, order_N, offsets_C)
 
 
 @torch.no_grad()

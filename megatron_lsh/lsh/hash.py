@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
+
 
 def make_rotation(
     hidden: int, num_hashes: int, width: int, *, seed: int, stream: int = 0, device: torch.device | str = "cpu"
@@ -37,6 +39,8 @@ def make_rotation(
 @torch.no_grad()
 def project(rows_ND: Tensor, rotation_DQW: Tensor) -> Tensor:
     """``rows @ rotation`` in the rotation's dtype (fp32): [N, Q * W]."""
+    if rows_ND.device.type == "cpu" and rows_ND.dtype != torch.float64 and kernels.usable(rows_ND):
+        return torch.ops.megatron_lsh.project(rows_ND, rotation_DQW)
     return rows_ND.to(rotation_DQW.dtype) @ rotation_DQW
 
 

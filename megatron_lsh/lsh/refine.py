@@ -13,13 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
 from megatron_lsh.lsh.budget import cluster_sizes
 from megatron_lsh.lsh.cluster import Clusters, expert_of_row
 from megatron_lsh.lsh.segments import segment_mean
 
 
 @torch.no_grad()
-def refine(rows_ND: Tensor, clusters: Clusters, counts_E: Tensor, steps: int = 1) -> Clusters:
+def refine(
+    rows_ND: Tensor, clusters: Clusters, counts_E: Tensor, steps: int = 1, index_N: Tensor | None = None
+) -> Clusters:
     """Improve clusters without changing how many each expert has.
 
     Args:
@@ -27,11 +30,15 @@ def refine(rows_ND: Tensor, clusters: Clusters, counts_E: Tensor, steps: int = 1
         clusters: a start. Returned as it is where every row has a cluster of its own.
         counts_E: int64, rows per expert.
         steps: rounds of reassignment.
+        index_N: int64; row n is then ``rows_ND[index_N[n]]``.
 
     A cluster can end up empty where rows coincide; its centroid is then zero.
     """
     if clusters.num_clusters == clusters.num_rows:
         return clusters
+    if kernels.usable(rows_ND):
+        return _refine_by_kernels(rows_ND, clusters, counts_E, steps, index_N)
+    rows_ND = rows_ND if index_N is None else rows_ND[index_N]
     row_counts, centroid_counts = counts_E.tolist(), clusters.counts_E.tolist()
     for _ in range(steps):
         centroids_CD = segment_mean(rows_ND, clusters)
@@ -39,6 +46,21 @@ def refine(rows_ND: Tensor, clusters: Clusters, counts_E: Tensor, steps: int = 1
         cluster_N = _refill_empty(cluster_N, distance_N, counts_E, clusters.counts_E, clusters.num_clusters)
         sizes_C = cluster_sizes(cluster_N, clusters.num_clusters)
         clusters = Clusters.from_assignment(cluster_N, sizes_C, clusters.counts_E)
+    return clusters
+
+
+def _refine_by_kernels(
+    source_MD: Tensor, clusters: Clusters, counts_E: Tensor, steps: int, index_N: Tensor | None
+) -> Clusters:
+    ops, row_ends_E, cluster_ends_E = torch.ops.megatron_lsh, counts_E.cumsum(0), clusters.counts_E.cumsum(0)
+    for _ in range(steps):
+        order = (clusters.order_N, clusters.offsets_C, clusters.sizes_C)
+        centroids_CD = ops.segment(source_MD, index_N, None, *order, True)
+        nearest_N, distance_N = ops.nearest(source_MD, index_N, centroids_CD, row_ends_E, cluster_ends_E)
+        cluster_N, order_N, sizes_C, offsets_C = ops.regroup(
+            nearest_N, distance_N.float(), row_ends_E, cluster_ends_E, clusters.num_clusters
+        )
+        clusters = Clusters(cluster_N, sizes_C, clusters.counts_E, order_N, offsets_C)
     return clusters
 
 

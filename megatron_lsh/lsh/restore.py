@@ -13,21 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
 from megatron_lsh.lsh.cluster import Clusters
 from megatron_lsh.lsh.segments import segment_sum
 
 
-class _Spread(torch.autograd.Function):
-    """Copy each cluster's row to all of its members. (index_select's own backward is atomic on GPUs.)"""
+class _Restore(torch.autograd.Function):
+    """Copy each cluster's row to all of its members and add residuals. (index_select's backward is atomic on GPUs.)"""
 
     @staticmethod
-    def forward(ctx: Any, out_CD: Tensor, clusters: Clusters) -> Tensor:
+    def forward(ctx: Any, out_CD: Tensor, residual_ND: Tensor | None, clusters: Clusters) -> Tensor:
         ctx.clusters = clusters
-        return out_CD.index_select(0, clusters.cluster_N)
+        if kernels.usable(out_CD):
+            index_N1 = clusters.cluster_N.unsqueeze(1)
+            return torch.ops.megatron_lsh.combine(out_CD, index_N1, None, None, residual_ND, None)
+        rows_ND = out_CD.index_select(0, clusters.cluster_N)
+        return rows_ND if residual_ND is None else rows_ND.add_(residual_ND)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return segment_sum(grads[0].contiguous(), ctx.clusters), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad_ND,) = grads
+        return segment_sum(grad_ND.contiguous(), ctx.clusters), grad_ND if ctx.needs_input_grad[1] else None, None
 
 
 def restore(expert_out_CD: Tensor, residual_ND: Tensor | None, clusters: Clusters) -> Tensor:
@@ -40,8 +46,7 @@ def restore(expert_out_CD: Tensor, residual_ND: Tensor | None, clusters: Cluster
     Returns:
         [N, D] in the dtype of ``expert_out_CD``.
     """
-    rows_ND = _Spread.apply(expert_out_CD, clusters)
-    return rows_ND if residual_ND is None else rows_ND + residual_ND
+    return _Restore.apply(expert_out_CD, residual_ND, clusters)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
 from megatron_lsh.lsh.cluster import Clusters
 
 
@@ -19,6 +21,10 @@ def segment_mean(rows_ND: Tensor, clusters: Clusters) -> Tensor:
 
 
 def _reduce(rows_ND: Tensor, clusters: Clusters, mode: str) -> Tensor:
+    if kernels.usable(rows_ND):
+        return torch.ops.megatron_lsh.segment(
+            rows_ND, None, None, clusters.order_N, clusters.offsets_C, clusters.sizes_C, mode == "mean"
+        )
     # embedding_bag is torch's fused gather-and-reduce: it reads each row once, accumulates bf16 in fp32, and its forward
     # is deterministic on GPUs too (a thread walks a bag in order), which index_add is not. A cluster of one row returns
     # that row to the bit.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.models.norms import build_norm
+from megatron_lsh.models.cache import LayerCache
+from megatron_lsh.models.norms import build_head_norm
 from megatron_lsh.models.recompute import RecomputePlan, recomputed
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
@@ -56,9 +57,9 @@ class SelfAttention(nn.Module):
         self.linear_proj = RowParallelLinear(
             shape.heads * shape.head_dim, shape.hidden, ctx, init=output_init(cfg), bias=cfg.add_bias_linear
         )
-        if cfg.qk_layernorm:  # every rank normalizes its own heads with the same weight
-            self.q_layernorm = build_norm(cfg, shape.head_dim, ctx, sharded_input=ctx.tp.size > 1)
-            self.k_layernorm = build_norm(cfg, shape.head_dim, ctx, sharded_input=ctx.tp.size > 1)
+        if cfg.qk_layernorm:
+            self.q_layernorm = build_head_norm(cfg, shape.heads, shape.head_dim, ctx)
+            self.k_layernorm = build_head_norm(cfg, shape.query_groups, shape.head_dim, ctx)
         self.qk_layernorm = cfg.qk_layernorm
 
     def forward(
@@ -79,6 +80,7 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
         causal: bool = True,
         attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Everything after the QKV projection; apart from it so that a layer can recompute norm and projection together.
 
@@ -87,12 +89,17 @@ class SelfAttention(nn.Module):
             rotary: rotation of queries and keys, if positions are rotary.
             causal: a position sees itself and earlier ones only.
             attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; applied on top of `causal`.
+            cache: keys and values of earlier positions, to which those of these tokens are added; it then says which
+                position may attend to which, in place of `causal` and `attention_mask`.
         """
         q_SBHd, k_SBGd, v_SBGd = self._unpack(qkv_SBP)
         if self.qk_layernorm:
             q_SBHd, k_SBGd = self.q_layernorm(q_SBHd), self.k_layernorm(k_SBGd)
         if rotary is not None:
             q_SBHd, k_SBGd = rotary(q_SBHd), rotary(k_SBGd)
+        if cache is not None:
+            k_SBGd, v_SBGd, attention_mask = cache.extend(k_SBGd, v_SBGd)
+            causal = False
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return core_attention(

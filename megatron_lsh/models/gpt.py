@@ -93,6 +93,10 @@ class GPTModel(nn.Module):
         loss_SB = vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp)
         return loss_SB.t().contiguous(), aux_loss
 
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for rows of up to `capacity` positions, see ``forward``."""
+        return KVCache(self.shape.num_layers, capacity)
+
     def moe_layers(self) -> list[MoELayer]:
         """The mixture-of-experts layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]

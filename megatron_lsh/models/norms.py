@@ -5,10 +5,13 @@ Legend: D normalized width (hidden size, or one head's width for the norms of qu
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lsh.config.model import ModelConfig
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init, local, parameter
 
@@ -61,3 +64,45 @@ def build_norm(
     kind = RMSNorm if cfg.normalization == "RMSNorm" else LayerNorm
     sharded = ctx.sequence_parallel if sharded_input is None else sharded_input
     return kind(width, cfg.norm_epsilon, ctx, sharded_input=sharded)
+
+
+class FullWidthRMSNorm(nn.Module):
+    """RMSNorm over all heads of a token together, the heads spread over the tensor-parallel ranks (OLMoE, arXiv:2409.02060).
+
+    ``weight`` [heads * d], split like the heads.
+    """
+
+    def __init__(self, width: int, eps: float, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.tp = ctx.tp
+        self.weight = parameter((width,), ctx, init=Init("ones"), tp_dim=0)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, eps={self.eps}"
+
+    def forward(self, x_SBHd: Tensor) -> Tensor:
+        """[S, B, heads of this rank, d], keeping shape and dtype."""
+        x = x_SBHd.float()
+        squares = reduce_from_tensor_parallel(x.square().sum((-2, -1), keepdim=True), self.tp)
+        # Every rank's output depends on the sum: its gradient is summed over the ranks, too.
+        squares = copy_to_tensor_parallel(squares, self.tp)
+        x = x * torch.rsqrt(squares / self.width + self.eps)
+        return x.to(x_SBHd.dtype) * local(self.weight).view(x.shape[-2:])
+
+
+def build_head_norm(
+    cfg: ModelConfig, heads: int, head_dim: int, ctx: ParallelContext
+) -> LayerNorm | RMSNorm | FullWidthRMSNorm:
+    """The norm of ``--qk-layernorm`` for [S, B, heads of this rank, d], of `heads` on all ranks together.
+
+    Raises ConfigError for a LayerNorm over all heads.
+    """
+    if cfg.qk_layernorm_width == "head":  # every rank normalizes its own heads with the same weight
+        return build_norm(cfg, head_dim, ctx, sharded_input=ctx.tp.size > 1)
+    if cfg.normalization != "RMSNorm":
+        raise ConfigError(
+            f"--qk-layernorm-width full needs --normalization RMSNorm (it is {cfg.normalization}): change one of them"
+        )
+    return FullWidthRMSNorm(heads * head_dim, cfg.norm_epsilon, ctx)

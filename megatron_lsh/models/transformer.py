@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.models.attention import SelfAttention
+from megatron_lsh.models.cache import KVCache, LayerCache
 from megatron_lsh.models.mlp import MLP
 from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.recompute import RecomputePlan, recomputed
@@ -71,16 +72,19 @@ class TransformerLayer(nn.Module):
         attention_mask: Tensor | None = None,
         token_mask_sB: Tensor | None = None,
         memo: ReplayMemo | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the new activation [s, B, D] and the auxiliary loss (fp32 scalar; zero in a dense layer).
 
         Args:
-            rotary, causal, attention_mask: see ``SelfAttention.attend``.
+            rotary, causal, attention_mask, cache: see ``SelfAttention.attend``.
             token_mask_sB: bool, False for padding that experts need not see.
             memo: given when the caller recomputes this layer as a whole.
         """
         qkv_SBP = self._project_qkv(x_sBD)
-        attended_sBD = self.self_attention.attend(qkv_SBP, rotary=rotary, causal=causal, attention_mask=attention_mask)
+        attended_sBD = self.self_attention.attend(
+            qkv_SBP, rotary=rotary, causal=causal, attention_mask=attention_mask, cache=cache
+        )
         x_sBD = x_sBD + self.dropout(attended_sBD)
         y_sBD, aux_loss = self._feed_forward(x_sBD, token_mask_sB, memo)
         return x_sBD + self.dropout(y_sBD), aux_loss
@@ -154,10 +158,11 @@ class TransformerBlock(nn.Module):
         causal: bool = True,
         attention_mask: Tensor | None = None,
         token_mask_sB: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the normalized output [s, B, D] and the sum of the layers' auxiliary losses (fp32 scalar).
 
-        Arguments as in ``TransformerLayer.forward``.
+        Arguments as in ``TransformerLayer.forward``; the `cache` is that of all layers.
         """
 
         def run(x: Tensor, layers: range, memos: dict[int, ReplayMemo]) -> tuple[Tensor, Tensor]:
@@ -170,6 +175,7 @@ class TransformerBlock(nn.Module):
                     attention_mask=attention_mask,
                     token_mask_sB=token_mask_sB,
                     memo=memos.get(layer),
+                    cache=None if cache is None else cache.layers[layer],
                 )
                 total = total + aux_loss
             return x, total

@@ -10,6 +10,8 @@ once, without autograd, as ``_send`` and ``_return``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +100,30 @@ class Exchange(ABC):
     def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
         """[R, D] on the experts' rank -> [C, D] on the source."""
 
+    @contextmanager
+    def lossless(self) -> Iterator[None]:
+        """Within this context rows travel in the numbers they have, whatever the codec."""
+        before, self._codec = self._codec, CastCodec(None)
+        try:
+            yield
+        finally:
+            self._codec = before
+
     def _encode(self, rows: Tensor, gradient: bool) -> Tensor:
         if gradient and self._noise is None:
             self._noise = torch.Generator(rows.device).manual_seed(self._noise_seed)
-        return self._codec.encode(rows, self._noise if gradient else None)
+        with self._telemetry.timed(self._layer, "wire_time_ms"):
+            return self._codec.encode(rows, self._noise if gradient else None)
 
-    def _account(self, payload: Tensor, rows_sent: int, handle: Handle, like: Tensor) -> None:
+    def _decode(self, payload: Tensor, like: Tensor) -> Tensor:
+        with self._telemetry.timed(self._layer, "wire_time_ms"):
+            return self._codec.decode(payload, like=like)
+
+    def _account(self, payload: Tensor, rows_sent: int, rows_received: int, handle: Handle, like: Tensor) -> None:
+        """Count one movement: rows to and from other ranks, each as wide as ``payload``; without it, as ``like``."""
         payload_row, plain_row = (t.shape[1] * t.element_size() for t in (payload, like))
         self._telemetry.add(self._layer, "alltoall_bytes", rows_sent * payload_row)
+        self._telemetry.add(self._layer, "alltoall_bytes_in", rows_received * payload_row)
         self._telemetry.add(self._layer, "alltoall_bytes_uncompressed", handle.exact_remote_rows * plain_row)
 
 
@@ -174,8 +192,10 @@ class AllToAllExchange(Exchange):
         received = payload.new_empty(sum(in_splits), payload.shape[1])
         with self._telemetry.timed(self._layer, "alltoall_time_ms"):
             dist.all_to_all_single(received, payload, in_splits, out_splits, group=self._group.process_group)
-        self._account(payload, sum(out_splits) - out_splits[self._group.rank], handle, rows)
-        return self._codec.decode(received, like=rows)
+        rank = self._group.rank
+        sent, arrived = (sum(splits) - splits[rank] for splits in (out_splits, in_splits))
+        self._account(payload, sent, arrived, handle, rows)
+        return self._decode(received, like=rows)
 
 
 class AllGatherExchange(Exchange):
@@ -213,9 +233,10 @@ class AllGatherExchange(Exchange):
         gathered = payload.new_empty(self._group.size * block, payload.shape[1])
         with self._telemetry.timed(self._layer, "alltoall_time_ms"):
             dist.all_gather_into_tensor(gathered, padded, group=self._group.process_group)
-        self._account(payload, (self._group.size - 1) * block, handle, rows_CD)
+        remote = (self._group.size - 1) * block
+        self._account(payload, remote, remote, handle, rows_CD)
         assert handle.sort_R is not None
-        return self._codec.decode(gathered.index_select(0, handle.sort_R), like=rows_CD)
+        return self._decode(gathered.index_select(0, handle.sort_R), like=rows_CD)
 
     def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
         block, payload = handle.recv_splits[0], self._encode(rows_RD, gradient)
@@ -226,8 +247,9 @@ class AllGatherExchange(Exchange):
         returned = payload.new_empty(block, payload.shape[1])
         with self._telemetry.timed(self._layer, "alltoall_time_ms"):
             dist.reduce_scatter_tensor(returned, scattered, group=self._group.process_group)
-        self._account(payload, (self._group.size - 1) * block, handle, rows_RD)
-        return self._codec.decode(returned[: handle.send_splits[0]], like=rows_RD)
+        remote = (self._group.size - 1) * block
+        self._account(payload, remote, remote, handle, rows_RD)
+        return self._decode(returned[: handle.send_splits[0]], like=rows_RD)
 
 
 def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

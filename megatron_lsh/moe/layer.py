@@ -6,7 +6,7 @@ docs/architecture.md follows one token through this file.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.lsh import straight_through
-from megatron_lsh.moe.compressor import Compressor, NoCompressor
+from megatron_lsh.moe.compressor import Compressor, LSHCompressor, NoCompressor
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.memo import ReplayMemo
-from megatron_lsh.moe.permute import permute, unpermute
+from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
 from megatron_lsh.moe.registry import DispatcherSpec, resolve_dispatcher
 from megatron_lsh.moe.router import Routing, TopKRouter
 from megatron_lsh.moe.shared_experts import SharedExperts
@@ -65,11 +65,14 @@ class MoELayer(nn.Module):
         )
         self.exchange = dispatcher.exchange
         self.compressor = dispatcher.compressor
+        self.trial = dispatcher.trial
 
     def set_iteration(self, iteration: int, total: int | None = None) -> None:
         """Tell the schedules how many iterations are complete, and how many there will be; called before each one."""
         self._iteration = iteration
         self._scheduled_exact = self._exact_at(iteration, total)
+        if self.trial is not None:
+            self.trial.begin(iteration, paused=self._scheduled_exact)
         self.exchange.reseed((iteration * 1_000_003 + self._layer) % (1 << 62))
 
     def _exact_at(self, iteration: int, total: int | None) -> bool:
@@ -104,31 +107,59 @@ class MoELayer(nn.Module):
         return y_TD.view_as(x_SBD), routing.aux_loss
 
     def _run_experts(self, x_TD: Tensor, routing: Routing, memo: ReplayMemo, count: bool) -> Tensor:
-        exact = self._exact or self._scheduled_exact
+        exact = self._exact or self._scheduled_exact or (self.trial is not None and self.trial.exact)
         compressor = NoCompressor() if exact else self.compressor
-        rows_ND, counts_E, permutation = permute(
-            x_TD, routing.expert_ids_TK, self._num_experts, num_rows=routing.num_rows()
-        )
+        probe = count and not exact and self._probe_due()
+        with nullcontext() if self.trial is None or not self.training else self.trial.timed() as region:
+            x_TD = x_TD if region is None else region.enter(x_TD)
+            if (
+                isinstance(compressor, LSHCompressor)
+                and compressor.reads_tokens(x_TD, routing.probs_TK)
+                and not (probe or self._shortcut)
+            ):
+                y_TD, counts_E = self._tokens_through_experts(x_TD, routing, compressor, memo)
+            else:
+                rows_ND, counts_E, permutation = permute(
+                    x_TD, routing.expert_ids_TK, self._num_experts, num_rows=routing.num_rows()
+                )
+                restored_ND = rows_out_ND = self._rows_through_experts(rows_ND, counts_E, compressor, memo)
+                if self._shortcut:
+                    rows_out_ND = straight_through(rows_out_ND, rows_ND)
+                # Weights are applied at the source: one centroid stands for rows with different weights.
+                y_TD = unpermute(rows_out_ND, routing.probs_TK, permutation)
+            y_TD = y_TD if region is None else region.leave(y_TD)
         if count:
             self._telemetry.add_load(self._layer, counts_E)
-        rows_out_ND = self._through_experts(rows_ND, counts_E, compressor, memo)
-        if count and not exact and self._probe_due():
-            self._probe(rows_ND, counts_E, rows_out_ND)
-        if self._shortcut:
-            rows_out_ND = straight_through(rows_out_ND, rows_ND)
-        # Weights are applied at the source: one centroid stands for rows with different weights.
-        return unpermute(rows_out_ND, routing.probs_TK, permutation)
+        if probe:
+            self._probe(rows_ND, counts_E, restored_ND)
+        return y_TD
 
-    def _through_experts(
+    def _tokens_through_experts(
+        self, x_TD: Tensor, routing: Routing, compressor: LSHCompressor, memo: ReplayMemo | None
+    ) -> tuple[Tensor, Tensor]:
+        """What permute, :meth:`_rows_through_experts` and unpermute compute, by kernels that need no rows in memory.
+
+        Returns:
+            y_TD, and the rows per expert.
+        """
+        permutation = sort_by_expert(routing.expert_ids_TK, self._num_experts, routing.num_rows())
+        wire_CD, wire_counts_E, state = compressor.compress_tokens(x_TD, permutation, memo)
+        back_CD = self._wire_through_experts(wire_CD, wire_counts_E, permutation.counts_E)
+        return compressor.restore_tokens(back_CD, routing.probs_TK, state), permutation.counts_E
+
+    def _rows_through_experts(
         self, rows_ND: Tensor, counts_E: Tensor, compressor: Compressor, memo: ReplayMemo | None
     ) -> Tensor:
         """Rows sorted by expert -> their experts' outputs, wherever those experts are."""
         wire_CD, wire_counts_E, state = compressor.compress(rows_ND, counts_E, memo)
+        return compressor.restore(self._wire_through_experts(wire_CD, wire_counts_E, counts_E), state)
+
+    def _wire_through_experts(self, wire_CD: Tensor, wire_counts_E: Tensor, counts_E: Tensor) -> Tensor:
+        """Send wire rows to their experts, run those, and take the outputs back."""
         received_RD, local_counts, handle = self.exchange.dispatch(wire_CD, wire_counts_E, counts_E)
-        with self._telemetry.timed(self._layer, "experts_time_ms"):
-            out_RD = self.experts(received_RD, local_counts)
-        back_CD = self.exchange.combine(out_RD, handle)
-        return compressor.restore(back_CD, state)
+        with self._telemetry.timed(self._layer, "experts_time_ms") as region:
+            out_RD = region.leave(self.experts(region.enter(received_RD), local_counts))
+        return self.exchange.combine(out_RD, handle)
 
     def _probe_due(self) -> bool:
         interval = self._lsh_cfg.lsh_probe_interval
@@ -137,8 +168,8 @@ class MoELayer(nn.Module):
     @torch.no_grad()
     def _probe(self, rows_ND: Tensor, counts_E: Tensor, restored_ND: Tensor) -> None:
         """Measure what compression did to the experts' outputs, by running the exact ones once more."""
-        with self._telemetry.paused():
-            exact_ND = self._through_experts(rows_ND, counts_E, NoCompressor(), None)
+        with self._telemetry.paused(), self.exchange.lossless():
+            exact_ND = self._rows_through_experts(rows_ND, counts_E, NoCompressor(), None)
         error, total = ((t.float().square().sum()) for t in (restored_ND - exact_ND, exact_ND))
         self._telemetry.add(self._layer, "probe_error_energy", error)
         self._telemetry.add(self._layer, "probe_output_energy", total)
@@ -146,13 +177,16 @@ class MoELayer(nn.Module):
 
 @contextmanager
 def exact_dispatch(model: nn.Module) -> Iterator[None]:
-    """Within this context every MoE layer of ``model`` runs uncompressed (generation, exact evaluation)."""
+    """Within this context every MoE layer of ``model`` runs as an exported model does: every row travels, in the numbers
+    it has (generation, exact evaluation)."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     before = [layer._exact for layer in layers]
-    for layer in layers:
-        layer._exact = True
-    try:
-        yield
-    finally:
-        for layer, exact in zip(layers, before, strict=True):
-            layer._exact = exact
+    with ExitStack() as stack:
+        for layer in layers:
+            layer._exact = True
+            stack.enter_context(layer.exchange.lossless())
+        try:
+            yield
+        finally:
+            for layer, exact in zip(layers, before, strict=True):
+                layer._exact = exact

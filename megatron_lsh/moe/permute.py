@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -116,6 +118,8 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_ND,) = grads
+        if kernels.usable(grad_ND):
+            return torch.ops.megatron_lsh.combine(grad_ND, ctx.row_of_TK, None, None, None, None), None, None
         num_tokens, topk = ctx.row_of_TK.shape
         grad_TD = grad_ND.new_zeros(num_tokens, grad_ND.shape[1], dtype=_accumulation_dtype(grad_ND))
         for k in range(topk):
@@ -127,14 +131,17 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, probs_TK: Tensor, permutation: Permutation) -> Tensor:
         row_of_TK = permutation.row_of_TK
-        num_tokens, topk = row_of_TK.shape
+        ctx.save_for_backward(rows_ND, probs_TK, row_of_TK, permutation.token_of_row_N)
         dtype = _accumulation_dtype(rows_ND, probs_TK)
+        ctx.by_kernels = kernels.usable(rows_ND) and probs_TK.dtype == kernels.accumulator(rows_ND.dtype)
+        if ctx.by_kernels:
+            return torch.ops.megatron_lsh.combine(rows_ND, row_of_TK, probs_TK, None, None, None)
+        num_tokens, topk = row_of_TK.shape
         y_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1], dtype=dtype)
         # One choice at a time: [T, D] of scratch memory instead of [T, K, D] in fp32.
         weights_TK = probs_TK.masked_fill(row_of_TK < 0, 0)
         for k in range(topk):
             y_TD += _gather_rows(rows_ND, row_of_TK[:, k]) * weights_TK[:, k, None]
-        ctx.save_for_backward(rows_ND, probs_TK, row_of_TK, permutation.token_of_row_N)
         return y_TD.to(rows_ND.dtype)
 
     @staticmethod
@@ -144,12 +151,15 @@ class _Unpermute(torch.autograd.Function):
         dtype = _accumulation_dtype(rows_ND, probs_TK)
         grad_rows = grad_probs = None
         if ctx.needs_input_grad[0]:
-            # The weight of each row: a scatter, but no two slots share a row.
-            has_row = row_of_TK >= 0
-            weight_N = probs_TK.new_zeros(rows_ND.shape[0] + 1)
-            weight_N[torch.where(has_row, row_of_TK, rows_ND.shape[0])] = probs_TK.masked_fill(~has_row, 0)
-            grad_rows = (grad_TD[token_of_row_N] * weight_N[:-1, None]).to(rows_ND.dtype)
-        if ctx.needs_input_grad[1]:
+            weight_N1 = kernels.by_row(probs_TK, row_of_TK, rows_ND.shape[0]).unsqueeze(1)
+            if ctx.by_kernels:
+                index_N1 = token_of_row_N.unsqueeze(1)
+                grad_rows = torch.ops.megatron_lsh.combine(grad_TD, index_N1, weight_N1, None, None, None)
+            else:
+                grad_rows = (grad_TD[token_of_row_N] * weight_N1).to(rows_ND.dtype)
+        if ctx.needs_input_grad[1] and ctx.by_kernels:
+            grad_probs = torch.ops.megatron_lsh.dots(grad_TD, rows_ND, row_of_TK, None, None)
+        elif ctx.needs_input_grad[1]:
             columns = [
                 (_gather_rows(rows_ND, row_of_TK[:, k]).to(dtype) * grad_TD).sum(-1) for k in range(row_of_TK.shape[1])
             ]

@@ -7,6 +7,7 @@ flag's value. A factory takes a :class:`DispatcherSpec` and returns a :class:`To
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from importlib.metadata import entry_points
 
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.moe.auto import Trial
 from megatron_lsh.moe.compressor import Compressor, LSHCompressor, NoCompressor
 from megatron_lsh.moe.exchange import AllGatherExchange, AllToAllExchange, Exchange, LocalExchange
 from megatron_lsh.moe.low_rank import LowRankResidual
@@ -50,6 +52,8 @@ class TokenDispatcher:
 
     exchange: Exchange
     compressor: Compressor
+    trial: Trial | None = None
+    """decides whether the compressor is used; None: always"""
 
 
 DispatcherFactory = Callable[[DispatcherSpec], TokenDispatcher]
@@ -76,9 +80,16 @@ def _lsh(spec: DispatcherSpec) -> TokenDispatcher:
     return TokenDispatcher(_exchange(spec, AllToAllExchange), compressor)
 
 
+def _auto(spec: DispatcherSpec) -> TokenDispatcher:
+    if spec.ctx.ep.size == 1 or spec.layer < spec.lsh.lsh_start_layer:  # no row travels, or none may be compressed
+        return _alltoall(spec)
+    trial = Trial(spec.layer, spec.lsh.lsh_auto_iters, spec.ctx.device)
+    return dataclasses.replace(_lsh(spec), trial=trial)
+
+
 def builtin_dispatchers() -> dict[str, DispatcherFactory]:
     """The dispatchers of this package. With one expert-parallel rank each uses the local exchange."""
-    return {"alltoall": _alltoall, "allgather": _allgather, "lsh": _lsh}
+    return {"alltoall": _alltoall, "allgather": _allgather, "lsh": _lsh, "auto": _auto}
 
 
 def resolve_dispatcher(name: str) -> DispatcherFactory:

@@ -6,7 +6,6 @@ per log interval. Adding never synchronises with a GPU: tensors stay on their de
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lsh.moe.timing import Region, Span, timed_region
 from megatron_lsh.parallel.context import Group, ParallelContext
 
 #: The parts of LSH that are timed apart.
@@ -25,8 +25,10 @@ SUMS = (
     "load_balancing_loss",
     "z_loss",
     "alltoall_bytes",
+    "alltoall_bytes_in",
     "alltoall_bytes_uncompressed",
     "alltoall_time_ms",
+    "wire_time_ms",
     "experts_time_ms",
     *(f"lsh_{stage}_time_ms" for stage in LSH_STAGES),
     "lsh_rows",
@@ -48,12 +50,16 @@ class LayerReport:
         load_max_over_mean: rows of the fullest expert over the mean; 1 is perfect balance.
         load_p50, load_p95: percentiles of the rows per expert.
         alltoall_bytes: payload that ranks sent to other ranks, both directions, forward and backward.
+        alltoall_bytes_out_max, alltoall_bytes_in_max: payload that the busiest rank sent to others, and received from
+            them. (Over all ranks what is sent is what is received.)
         alltoall_bytes_uncompressed: what an exact all-to-all would have sent for the same routing.
         alltoall_time_ms: time in all-to-alls (with the wait for slower ranks), mean over the ranks.
+        wire_time_ms: time encoding rows for the wire and decoding them (``--lsh-wire-dtype``), mean over the ranks.
         lsh_compression_rate: centroids sent per row; None when LSH did not run.
         lsh_residual_energy: sum |x - c|^2 / sum |x|^2; None when LSH did not run.
-        experts_time_ms: forward time in the experts, mean over the ranks.
-        lsh_time_ms: forward time per stage of LSH (hash, cluster, refine, compress, restore), mean over the ranks.
+        experts_time_ms: time in the experts, forward and backward, mean over the ranks.
+        lsh_time_ms: time per stage of LSH (hash, cluster, refine; compress and restore with their backward passes), mean
+            over the ranks; empty when LSH did not run.
         restored_error: sum |y - y_exact|^2 / sum |y_exact|^2 of the restored expert outputs, measured on probed
             micro-batches (``--lsh-probe-interval``); None without a probe.
     """
@@ -72,6 +78,14 @@ class LayerReport:
     experts_time_ms: float = 0.0
     lsh_time_ms: dict[str, float] = field(default_factory=dict)
     restored_error: float | None = None
+    alltoall_bytes_out_max: float = 0.0
+    alltoall_bytes_in_max: float = 0.0
+    wire_time_ms: float = 0.0
+
+    @property
+    def lsh_total_time_ms(self) -> float | None:
+        """All stages of LSH together; None when LSH did not run."""
+        return sum(self.lsh_time_ms.values()) if self.lsh_time_ms else None
 
 
 class MoETelemetry:
@@ -88,7 +102,7 @@ class MoETelemetry:
         self._device = device
         self._enabled = True
         self._sums: dict[tuple[str, int], float | Tensor] = {}
-        self._events: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[tuple[str, int, Span]] = []
         self._load_LE = torch.zeros(len(moe_layers), num_experts, dtype=torch.float64, device=device)
         self._micro_batches = 0
 
@@ -120,18 +134,20 @@ class MoETelemetry:
             self._enabled = before
 
     @contextmanager
-    def timed(self, layer: int, name: str) -> Iterator[None]:
-        """Add the milliseconds spent inside: wall time on CPU, stream time on a GPU."""
-        if self._device.type == "cuda" and self._enabled:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, layer, start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self.add(layer, name, (time.perf_counter() - began) * 1e3)
+    def timed(self, layer: int, name: str) -> Iterator[Region]:
+        """Add the milliseconds spent inside to the sum ``name`` of a layer: wall time on CPU, stream time on a GPU.
+
+        With the region that it yields, the backward pass counts too: see :func:`megatron_lsh.moe.timing.timed_region`.
+        """
+
+        def record(span: Span) -> None:
+            if self._enabled and self._device.type == "cuda":
+                self._spans.append((name, layer, span))  # read when collected, so that nothing waits for the GPU
+            elif self._enabled:
+                self.add(layer, name, span.milliseconds())
+
+        with timed_region(self._device, record) as region:
+            yield region
 
     @torch.no_grad()
     def collect(self, ctx: ParallelContext, iterations: int) -> list[LayerReport]:
@@ -142,37 +158,40 @@ class MoETelemetry:
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        events, self._events = self._events, []
-        for name, layer, start, end in events:
-            self.add(layer, name, start.elapsed_time(end))
+        spans, self._spans = self._spans, []
+        for name, layer, span in spans:
+            self.add(layer, name, span.milliseconds())
         num_layers = len(self._index)
         packed = torch.zeros(num_layers, len(SUMS), dtype=torch.float64, device=self._device)
         for (name, index), value in self._sums.items():
             packed[index, SUMS.index(name)] = value
         load_LE = self._load_LE.clone()
-        _sum_over(packed, ctx.world)
-        _sum_over(load_LE, ctx.world)
+        busiest_L2 = packed[:, [SUMS.index("alltoall_bytes"), SUMS.index("alltoall_bytes_in")]]
+        _reduce_over(packed, ctx.world)
+        _reduce_over(load_LE, ctx.world)
+        _reduce_over(busiest_L2, ctx.world, dist.ReduceOp.MAX)
         per_micro_batch = max(self._micro_batches, 1) * ctx.layout.dp
         self._sums.clear()
         self._load_LE.zero_()
         self._micro_batches = 0
-        sums_L, load_LE = packed.cpu(), load_LE.cpu()
-        return [
-            _report(
-                layer, dict(zip(SUMS, sums_L[i].tolist(), strict=True)), load_LE[i], iterations, per_micro_batch, ctx
-            )
-            for layer, i in self._index.items()
-        ]
+        sums_L, load_LE, busiest = packed.cpu(), load_LE.cpu(), busiest_L2.tolist()
+        reports = []
+        for layer, i in self._index.items():
+            sums = dict(zip(SUMS, sums_L[i].tolist(), strict=True))
+            sums |= {"out_max": busiest[i][0], "in_max": busiest[i][1]}
+            reports.append(_report(layer, sums, load_LE[i], iterations, per_micro_batch, ctx))
+        return reports
 
 
-def _sum_over(tensor: Tensor, group: Group) -> None:
+def _reduce_over(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     if group.process_group is not None and group.size > 1:
-        dist.all_reduce(tensor, group=group.process_group)
+        dist.all_reduce(tensor, op, group=group.process_group)
 
 
 def _report(
     layer: int, sums: dict[str, float], load_E: Tensor, iterations: int, per_micro_batch: int, ctx: ParallelContext
 ) -> LayerReport:
+    """``sums`` of one layer over all ranks, with the busiest rank's bytes as ``out_max`` and ``in_max``."""
     lsh_ran = sums["lsh_rows"] > 0
 
     def mean_time(name: str) -> float:
@@ -193,5 +212,8 @@ def _report(
         lsh_residual_energy=sums["lsh_residual_energy"] / max(sums["lsh_row_energy"], 1e-30) if lsh_ran else None,
         experts_time_ms=mean_time("experts_time_ms"),
         lsh_time_ms={stage: mean_time(f"lsh_{stage}_time_ms") for stage in LSH_STAGES} if lsh_ran else {},
+        wire_time_ms=mean_time("wire_time_ms"),
+        alltoall_bytes_out_max=sums["out_max"] / max(iterations, 1),
+        alltoall_bytes_in_max=sums["in_max"] / max(iterations, 1),
         restored_error=sums["probe_error_energy"] / probed if (probed := sums["probe_output_energy"]) > 0 else None,
     )

@@ -61,7 +61,7 @@ def generate_batch(
     context_length: int,
     eod: int | None = None,
     sampling: Sampling | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int | None], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt (at least one token id each) and return the new ids. Collective over the world: all ranks
     compute the same tokens, because experts live on all of them. Experts see exact rows, whatever the dispatcher.
@@ -73,26 +73,27 @@ def generate_batch(
         vocab_size: ids from here on are padding and never drawn.
         context_length: positions the model has. Beyond it, the model goes on with the last half of them as its prompt.
         eod: ends a text; not returned.
-        on_token: called with (place of the prompt, token) as soon as a token is drawn.
+        on_token: called with (place of the prompt, token) as soon as a token is drawn, and with None when a text has ended.
     """
     sampling = sampling or Sampling()
     with _for_generation(model):
-        state = _Batch(model, prompts, ctx, context_length)
+        batch = _Batch(model, prompts, ctx, context_length)
         generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(prompts))]
         running = [True] * len(prompts)
         for _ in range(sampling.max_new_tokens):
-            logits_BV = state.next_logits()[:, :vocab_size]
+            logits_BV = batch.next_logits()[:, :vocab_size]
             drawn = [draw(row, sampling, generator) for row, generator in zip(logits_BV, generators, strict=True)]
             for place, token in enumerate(_agree(drawn, ctx)):
-                running[place] = running[place] and token != eod
-                state.append(place, token)
+                if not running[place]:
+                    continue
+                running[place] = token != eod
                 if running[place]:
-                    state.count(place)
-                    if on_token is not None:
-                        on_token(place, token)
+                    batch.rows[place].append(token)
+                if on_token is not None:
+                    on_token(place, token if running[place] else None)
             if not any(running):
                 break
-    return [row[len(prompt) : length] for row, prompt, length in zip(state.rows, prompts, state.lengths, strict=True)]
+    return [row[len(prompt) :] for row, prompt in zip(batch.rows, prompts, strict=True)]
 
 
 @contextmanager
@@ -108,70 +109,59 @@ def _for_generation(model: nn.Module) -> Iterator[None]:
 
 
 class _Batch:
-    """Rows of tokens of different lengths, and the cache with those that the model has seen.
+    """Rows of tokens of different lengths, and the cache with what the model has seen of them.
 
     Attributes:
-        rows: all tokens of each row. A row that has ended goes on, unseen, because a batch is a rectangle.
-        lengths: how much of each row counts.
+        rows: all tokens of each row; the caller appends to them. A row that has ended stays as it is.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[list[int]], ctx: ParallelContext, context_length: int) -> None:
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[list[int]], ctx: ParallelContext, context_length: int
+    ) -> None:
         if not prompts or not all(prompts):
             raise ValueError("generation needs at least one token to continue in every prompt")
         self.rows = [list(prompt) for prompt in prompts]
-        self.lengths = [len(prompt) for prompt in prompts]
         self._model, self._ctx, self._context = model, ctx, context_length
-        self._multiple = ctx.tp.size if ctx.sequence_parallel else 1
-        self._start(context_length)
-
-    def append(self, place: int, token: int) -> None:
-        self.rows[place].append(token)
-
-    def count(self, place: int) -> None:
-        self.lengths[place] += 1
+        self._multiple = ctx.tp.size if ctx.sequence_parallel else 1  # a sequence is cut over tensor-parallel ranks
+        self._first = [max(len(row) - context_length, 0) for row in self.rows]  # what lies before is forgotten
+        self._cache: KVCache | None = None
 
     def next_logits(self) -> Tensor:
         """fp32 logits [B, V] on the CPU of the token after each row."""
-        if max(len(row) - first for row, first in zip(self.rows, self._first, strict=True)) > self._context:
-            self._start(max(self._context // 2, 1))
-        result: list[Tensor | None] = [None] * len(self.rows)
-        waiting = [row[first + self._seen :] for row, first in zip(self.rows, self._first, strict=True)]
-        if self._seen:  # rows differ in length: each has its own next position
-            waiting = [row[-1:] for row in self.rows]
-        begin = [len(row) - first - len(new) for row, first, new in zip(self.rows, self._first, waiting, strict=True)]
-        for offset in range(0, max(map(len, waiting)), _CHUNK):
-            chunk = [new[offset : offset + _CHUNK] for new in waiting]
-            logits_BSV = self._forward(chunk, [start + offset for start in begin])
-            for place, (new, part) in enumerate(zip(waiting, chunk, strict=True)):
-                if part and offset + len(part) == len(new):
+        for place, row in enumerate(self.rows):
+            if len(row) - self._first[place] > self._context:
+                self._first[place] = len(row) - max(self._context // 2, 1)
+                self._cache = None
+        if self._cache is not None:
+            return self._forward([row[-1:] for row in self.rows], self._cache, new=True)
+        cache: KVCache = self._model.new_cache(self._context + _CHUNK + self._multiple)  # type: ignore[operator]
+        self._cache = cache
+        return self._forward([row[first:] for row, first in zip(self.rows, self._first, strict=True)], cache)
+
+    def _forward(self, tokens: list[list[int]], cache: KVCache, new: bool = False) -> Tensor:
+        """Logits after the last of each row's `tokens`, which are all that the row has or, with `new`, its newest one."""
+        result: dict[int, Tensor] = {}
+        for offset in range(0, max(map(len, tokens)), _CHUNK):
+            chunk = [row[offset : offset + _CHUNK] for row in tokens]
+            begin = [len(row) - first - 1 if new else offset for row, first in zip(self.rows, self._first, strict=True)]
+            logits_BSV = self._step(chunk, begin, cache)
+            for place, part in enumerate(chunk):
+                if part and offset + len(part) == len(tokens[place]):
                     result[place] = logits_BSV[place, len(part) - 1].float().cpu()
-        self._seen = 1
-        return torch.stack([row for row in result if row is not None])
+        return torch.stack([result[place] for place in range(len(tokens))])
 
-    def _start(self, keep: int) -> None:
-        """Forget the cache; the last `keep` tokens of each row are to be seen anew."""
-        self._first = [max(len(row) - keep, 0) for row in self.rows]
-        self._seen = 0
-        # A chunk is padded to the longest row's share and to the tensor-parallel size.
-        self._cache = KVCache(len(self._layers()), self._context + _CHUNK + self._multiple)
-
-    def _layers(self) -> nn.ModuleList:
-        layers = self._model.decoder.layers  # type: ignore[union-attr]
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def _forward(self, chunk: list[list[int]], begin: list[int]) -> Tensor:
-        """Run tokens that start at position `begin` of each row; what is behind a row's tokens is padding."""
+    def _step(self, chunk: list[list[int]], begin: list[int], cache: KVCache) -> Tensor:
+        """Run tokens that start at position `begin` of each row. What is behind a row's tokens is padding."""
         width = -(-max(map(len, chunk)) // self._multiple) * self._multiple
         tokens_BS = torch.tensor([row + [0] * (width - len(row)) for row in chunk])
         positions_BS = torch.tensor(begin)[:, None] + torch.arange(width)
         device = self._ctx.device
-        self._cache.place(positions_BS, device)
+        cache.place(positions_BS, device)
         logits_BSV: Tensor = self._model(
             tokens_BS.to(device),
             # Padding may lie beyond the last position that the model knows.
             position_ids_BS=positions_BS.clamp(max=self._context - 1).to(device),
-            cache=self._cache,
+            cache=cache,
         )
         return logits_BSV
 

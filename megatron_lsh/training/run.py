@@ -28,6 +28,7 @@ from megatron_lsh.training.schedule import Schedule, schedule_shape
 from megatron_lsh.training.startup import describe_model, save_config
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import ForwardStep, Step
+from megatron_lsh.training.upcycling import start_from_dense
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
         total_iterations=required(cfg.training.train_iters),
     )
     timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
+    checkpoint = start_from_dense(cfg, ctx)
     checkpoints = together(
-        ctx, lambda: CheckpointManager(cfg.checkpoint, ctx, timeout=timeout, log_progress=cfg.logging.log_progress)
+        ctx, lambda: CheckpointManager(checkpoint, ctx, timeout=timeout, log_progress=cfg.logging.log_progress)
     )
     together(ctx, lambda: save_config(cfg, ctx))
     figures, per_layer = _figures(cfg, ctx, padded), cfg.moe.moe_per_layer_logging

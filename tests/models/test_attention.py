@@ -91,6 +91,27 @@ def test_query_and_key_norms_work_per_head() -> None:
     torch.testing.assert_close(attention(x), before, rtol=1e-3, atol=1e-3)
 
 
+def test_query_and_key_norms_over_all_heads() -> None:
+    """With full width, scaling all heads changes nothing; scaling one does."""
+    attention = make_attention(
+        qk_layernorm=True, qk_layernorm_width="full", normalization="RMSNorm", add_bias_linear=False
+    )
+    assert attention.q_layernorm.weight.shape == attention.k_layernorm.weight.shape == (32,)
+    x = torch.randn(8, 1, 32)
+    q = torch.randn(8, 1, 4, 8)
+    expected = torch.nn.functional.rms_norm(q.flatten(2), (32,), attention.q_layernorm.weight, eps=1e-5).view_as(q)
+    torch.testing.assert_close(attention.q_layernorm(q), expected)
+    before = attention(x)
+    with torch.no_grad():
+        packed = attention.linear_qkv.weight.unflatten(0, (4, 3, 8))
+        packed[:, :2] *= 50
+        torch.testing.assert_close(attention(x), before, rtol=1e-3, atol=1e-3)
+        packed[0, 0] *= 50
+    assert (attention(x) - before).abs().max() > 1e-2
+    with pytest.raises(ConfigError, match="--qk-layernorm-width full needs --normalization RMSNorm"):
+        make_attention(qk_layernorm=True, qk_layernorm_width="full")
+
+
 def test_document_mask_separates_documents() -> None:
     """Two documents packed into one sequence are attended as if each were alone."""
     mask = document_attention_mask(torch.tensor([[0, 0, 0, 1, 1, 1]]))

@@ -68,7 +68,8 @@ def check_tensor_parallel(settings: dict[str, Any], sharded: bool, **parallel: A
 
 
 def dense_on_two_ranks() -> None:
-    for settings in (GPT2_LIKE, {**LLAMA_LIKE, "qk_layernorm": True}):
+    full_width = {**LLAMA_LIKE, "qk_layernorm": True, "qk_layernorm_width": "full"}
+    for settings in (GPT2_LIKE, {**LLAMA_LIKE, "qk_layernorm": True}, full_width):
         for sequence_parallel in (False, True):
             for sharded in (False, True):
                 check_tensor_parallel(settings, sharded, sequence_parallel=sequence_parallel)

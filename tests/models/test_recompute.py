@@ -81,14 +81,14 @@ def test_bit_equal_and_smaller(plan: str, plain: Run) -> None:
 
 def test_nothing_is_hashed_or_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    hash_rows = lsh.hash_rows
+    project = lsh.project
 
     def counting(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return hash_rows(*args, **kwargs)
+        return project(*args, **kwargs)
 
-    monkeypatch.setattr(lsh, "hash_rows", counting)
+    monkeypatch.setattr(lsh, "project", counting)
     reports = []
     for plan in ("full", "moe"):
         calls = 0

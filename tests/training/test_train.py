@@ -13,6 +13,7 @@ from torch import nn
 from megatron_lsh.config import from_json
 from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
+from megatron_lsh.models.cache import KVCache
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.generate import Sampling, draw, generate
@@ -151,7 +152,10 @@ def test_missing_sets(tmp_path: Path) -> None:
 class Successor(nn.Module):
     """Prefers the token after the last one."""
 
-    def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+    def new_cache(self, capacity: int) -> KVCache:
+        return KVCache(0, capacity)
+
+    def forward(self, tokens_BS: torch.Tensor, position_ids_BS: torch.Tensor, cache: KVCache) -> torch.Tensor:
         return 5.0 * nn.functional.one_hot((tokens_BS + 1) % 16, 16).float()
 
 

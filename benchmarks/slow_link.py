@@ -1,0 +1,115 @@
+"""Ranks of one machine behind slow links: one network namespace per rank, joined by a bridge, each sending at a set rate.
+
+Needs root, iproute2 and the kernel's veth, bridge and tbf. Every namespace is made here, has addresses that exist only
+inside, and is removed afterwards; the machine's own network is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+INTERFACE = "eth0"
+_SUBNET = "10.77.0"
+_ETC = Path("/etc/netns")
+"""where ip-netns(8) looks for a namespace's own configuration files"""
+
+
+def why_not() -> str | None:
+    """Why there can be no slow links on this machine, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    return f"needs {' and '.join(missing)} (Debian: iproute2)" if missing else None
+
+
+class SlowLinks:
+    """Context manager: `ranks` namespaces with the addresses 10.77.0.1, 10.77.0.2, ... on their interface eth0."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self._prefix = f"mlsh{os.getpid()}"
+        self._made: list[str] = []
+        self._made_etc = not _ETC.exists()
+
+    def __enter__(self) -> SlowLinks:
+        try:
+            hub = self._namespace("hub")
+            _run("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
+            _run("ip", "-n", hub, "link", "set", "bridge", "up")
+            for rank in range(self.ranks):
+                here, port = self._namespace(str(rank)), f"port{rank}"
+                _run("ip", "-n", hub, "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", here)
+                _run("ip", "-n", hub, "link", "set", port, "master", "bridge", "up")
+                _run("ip", "-n", here, "addr", "add", f"{self.address(rank)}/24", "dev", INTERFACE)
+                _run("ip", "-n", here, "link", "set", INTERFACE, "up")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._made:  # with a namespace go its interfaces and their peers
+            name = self._made.pop()
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+            shutil.rmtree(_ETC / name, ignore_errors=True)
+        if self._made_etc:
+            with contextlib.suppress(OSError):  # someone else's by now
+                _ETC.rmdir()
+
+    def address(self, rank: int) -> str:
+        return f"{_SUBNET}.{rank + 1}"
+
+    def start(self, rank: int, command: Sequence[str], port: int, log: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a rank in its namespace with torchrun's environment variables; output to `log`, or here."""
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": self.address(0), "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": INTERFACE,
+            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        out = log.open("wb") if log is not None else None
+        try:
+            inside = ["ip", "netns", "exec", f"{self._prefix}-{rank}", *command]
+            return subprocess.Popen(inside, env=environment, stdout=out, stderr=out)
+        finally:
+            if out is not None:
+                out.close()
+
+    def _namespace(self, name: str) -> str:
+        name = f"{self._prefix}-{name}"
+        _run("ip", "netns", "add", name)
+        self._made.append(name)
+        # What processes inside see in /etc: without names to find, every connection waits for a DNS time-out.
+        (_ETC / name).mkdir(parents=True)
+        names = [f"{self.address(rank)} rank{rank}\n" for rank in range(self.ranks)]
+        (_ETC / name / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
+        (_ETC / name / "nsswitch.conf").write_text("hosts: files\n")
+        _run("ip", "-n", name, "link", "set", "lo", "up")
+        return name
+
+
+def set_rate(mbit: float | None) -> None:
+    """From within a namespace: limit what this rank sends to `mbit` Mbit/s; None lifts the limit."""
+    subprocess.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"], check=False, capture_output=True)
+    if mbit is not None:
+        limit = ["rate", f"{round(mbit * 1000)}kbit", "burst", "256kb", "latency", "50ms"]
+        _run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
+
+
+def sent_bytes() -> int:
+    """From within a namespace: bytes the interface has sent, headers included."""
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{' '.join(command)} failed: {error.stderr.strip()}") from error

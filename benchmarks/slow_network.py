@@ -1,0 +1,262 @@
+"""Step time with the exact all-to-all and with LSH, in several wire dtypes, where the network is slow.
+
+    sudo python -m benchmarks.slow_network --ranks 2 4 --shares 30 45 70
+
+Ranks run in network namespaces of this machine that send at a limited rate (benchmarks/slow_link.py). The rate is chosen
+by measurement so that the exact all-to-all takes the wanted shares of the step, those of the paper's clusters. Then all
+variants take turns, step by step, in the same processes on the same link. Optimizer, attention and the reduction of
+gradients over data-parallel ranks are part of every step. Also compares the payload that the telemetry counts with the
+bytes that leave the network interfaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import ROOT, progress, table, write_result
+from benchmarks.slow_link import SlowLinks, sent_bytes, set_rate, why_not
+from benchmarks.variants import Bench, Variant, configure, gpt_task
+from megatron_lsh.parallel.data_parallel import accumulate
+from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.run import set_up
+from megatron_lsh.training.step import to_device
+
+MODEL = [
+    "--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 256, "--vocab-size", 1023,
+    "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
+    "--attention-dropout", 0, "--hidden-dropout", 0, "--num-experts", 8, "--moe-ffn-hidden-size", 1024,
+    "--moe-router-topk", 2, "--moe-aux-loss-coeff", 1e-2, "--micro-batch-size", 8, "--mock-data", "--num-workers", 0,
+    "--device", "cpu", "--peak-tflops", 1, "--distributed-timeout-minutes", 3,
+]  # fmt: skip
+MICRO_BATCHES = 2
+PORT = 29641
+EXACT = Variant()
+
+
+# On the ranks
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One rank: find the rates, measure everything in turn; rank 0 writes the figures."""
+    ranks = arguments.ranks[0]
+    batch = ["--global-batch-size", 8 * MICRO_BATCHES * ranks, "--expert-model-parallel-size", ranks]
+    cfg = configure([*MODEL, *batch, *arguments.flags], ranks)
+    ctx = initialize(cfg.parallel, moe=True)
+    run = set_up(cfg, gpt_task(cfg), ctx)
+    variants = [Variant(rate, wire) for rate in arguments.rates for wire in arguments.wires]
+    with run.batches("train") as batches:
+        bench = Bench(run, batches)
+        for variant in dict.fromkeys([EXACT, *variants]):  # first calls, at full speed
+            bench.use(variant)
+            bench.step()
+        bytes_checked = [check_bytes(bench, variant) for variant in dict.fromkeys([EXACT, *variants])]
+        bench.use(EXACT)
+        unshaped = _medians([bench.step() for _ in range(3)])
+        links, started = [], time.monotonic()
+        for number, share in enumerate(arguments.shares):
+            mbit = find_rate(bench, share / 100, unshaped)
+            samples: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
+            for repeat in range(arguments.repeats):
+                order = variants if repeat % 2 == 0 else variants[::-1]  # a drift meets all alike
+                for variant in order:
+                    bench.use(variant)
+                    samples[variant].append(bench.step())
+                if ctx.rank == 0:
+                    done = number * arguments.repeats + repeat + 1
+                    total = len(arguments.shares) * arguments.repeats
+                    progress(done, total, started, f"{ranks} ranks, all-to-all at {share}%, {mbit:.0f} Mbit/s")
+            links.append({"wanted_share": share / 100, "mbit_per_rank": mbit, "variants": summary(samples)})
+    set_rate(None)
+    if ctx.rank == 0:
+        result = {"ranks": ranks, "unshaped_exact": unshaped, "links": links, "bytes": bytes_checked}
+        Path(arguments.out).write_text(json.dumps(result))
+    shutdown(ctx)
+
+
+def find_rate(bench: Bench, share: float, unshaped: dict[str, float]) -> float:
+    """Set the links so that the exact all-to-all takes `share` of the step; returns Mbit/s per rank."""
+    bench.use(EXACT)
+    wanted_ms = share / (1 - share) * (unshaped["step_ms"] - unshaped["alltoall_ms"])
+    mbit = 8e-3 * unshaped["bytes"] / bench.run.ctx.world.size / wanted_ms
+    for _ in range(4):  # gloo gets less out of a link than its rate, and other traffic slows down, too
+        set_rate(mbit)
+        bench.step()
+        now = _medians([bench.step() for _ in range(2)])
+        measured = now["alltoall_ms"] / now["step_ms"]
+        if abs(measured - share) < 0.015:
+            break
+        wanted_ms = share / (1 - share) * (now["step_ms"] - now["alltoall_ms"])
+        mbit *= now["alltoall_ms"] / wanted_ms
+    return mbit
+
+
+def check_bytes(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """Payload by the telemetry against bytes by the interfaces, over all ranks, in one micro-batch whose gradients stay at
+    home: nothing but all-to-alls (and their counts) crosses the network."""
+    run = bench.run
+    bench.use(variant)
+    with run.batches("train") as batches:
+        batch = to_device(next(batches), run.ctx.device)
+    accumulate(run.model, last=False)
+    dist.barrier(group=run.ctx.world.process_group)
+    bench.collect()
+    before = sent_bytes()
+    loss, aux_loss = run.step.forward_step(run.model, batch)
+    (loss + aux_loss).backward()
+    time.sleep(0.2)  # let the last acknowledgements leave
+    counted = torch.tensor(float(sent_bytes() - before), dtype=torch.float64)
+    dist.all_reduce(counted, group=run.ctx.world.process_group)
+    run.step.optimizer.zero_grad(set_to_none=True)
+    payload = bench.collect()["bytes"]
+    return {"variant": variant.name, "payload": payload, "interface": float(counted), "ratio": float(counted) / payload}
+
+
+def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+
+
+def summary(samples: dict[Variant, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Per variant: all step times, medians of everything, and the speed-up over exact in the model's numbers."""
+    exact_ms = statistics.median(sample["step_ms"] for sample in samples[EXACT])
+    rows = []
+    for variant, steps in samples.items():
+        medians = _medians(steps)
+        rows.append(
+            {
+                "variant": variant.name,
+                "rate": variant.rate,
+                "wire": variant.wire,
+                "steps_ms": [round(step["step_ms"], 2) for step in steps],
+                "speedup": exact_ms / medians["step_ms"],
+                "alltoall_share": medians["alltoall_ms"] / medians["step_ms"],
+                **medians,
+            }
+        )
+    return rows
+
+
+# Around the ranks
+
+
+def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str, Any]:
+    """Start the ranks of one measurement, wait for them, return rank 0's figures."""
+    out = folder / f"{ranks}.json"
+    own = ["--worker", "--out", str(out), "--ranks", str(ranks), "--repeats", str(arguments.repeats)]
+    own += ["--shares", *map(str, arguments.shares), "--wires", *(w or "model" for w in arguments.wires)]
+    own += ["--rates", *("exact" if r is None else str(r) for r in arguments.rates)]
+    command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
+    logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
+    with SlowLinks(ranks) as links:
+        processes = [links.start(rank, command, PORT, logs[rank]) for rank in range(ranks)]
+        try:
+            _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    if not out.exists():
+        tails = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log is not None)
+        raise SystemExit(f"a rank failed\n{tails}")
+    return json.loads(out.read_text())
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until all are done, or one has failed."""
+    while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+        time.sleep(0.2)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Markdown: step times per variant and link, then where the time goes, then the count of bytes."""
+    links = result["links"]
+    header = ["step, ms (quartiles), speed-up"]
+    for link in links:
+        header.append(f"all-to-all at {_exact(link)['alltoall_share']:.0%}, {link['mbit_per_rank']:.0f} Mbit/s")
+    rows = []
+    for same in zip(*(link["variants"] for link in links), strict=True):
+        rows.append([same[0]["variant"], *(f"{_times(v['steps_ms'])} {v['speedup']:.2f}x" for v in same)])
+    parts = []
+    for link in links:
+        for v in (v for v in link["variants"] if v["wire"] is None):
+            cells = [f"{v[key]:.0f}" for key in ("step_ms", "alltoall_ms", "experts_ms", "lsh_ms", "wire_ms")]
+            parts.append([f"{link['mbit_per_rank']:.0f}", v["variant"], *cells, f"{v['bytes'] / 1e6:.1f}"])
+    counted = [
+        [c["variant"], f"{c['payload'] / 1e6:.2f}", f"{c['interface'] / 1e6:.2f}", f"{c['ratio']:.3f}"]
+        for c in result["bytes"]
+    ]
+    return "\n\n".join(
+        [
+            f"{result['ranks']} ranks",
+            table(header, rows),
+            table(
+                ["Mbit/s", "model's numbers", "step, ms", "all-to-all", "experts", "LSH", "encoding", "MB sent"], parts
+            ),
+            table(["one micro-batch", "payload, MB", "interfaces, MB", "ratio"], counted),
+        ]
+    )
+
+
+def _exact(link: dict[str, Any]) -> dict[str, Any]:
+    return next(v for v in link["variants"] if v["rate"] is None and v["wire"] is None)
+
+
+def _times(steps_ms: list[float]) -> str:
+    median = f"{statistics.median(steps_ms):.0f}"
+    if len(steps_ms) < 4:
+        return median
+    low, _, high = statistics.quantiles(steps_ms, n=4)
+    return f"{median} ({low:.0f}-{high:.0f})"
+
+
+def _rate(text: str) -> float | None:
+    return None if text == "exact" else float(text)
+
+
+def _wire(text: str) -> str | None:
+    return None if text == "model" else text
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2])
+    parser.add_argument("--shares", nargs="+", type=float, default=[30, 45, 70], help="of exact all-to-all, per cent")
+    parser.add_argument(
+        "--rates", nargs="+", type=_rate, default=[None, 0.1, 0.2, 0.35, 0.5], help="exact, or rows sent"
+    )
+    wires = [None, "bf16", "fp8", "int8", "int4"]
+    parser.add_argument("--wires", nargs="+", type=_wire, default=wires, help="model, fp32, bf16, fp8, int8, int4")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags for pretrain_gpt_moe.py")
+    parser.add_argument("--name", default="slow_network", help="of the result file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    if arguments.worker:
+        return work(arguments)
+    if reason := why_not():
+        raise SystemExit(f"slow_network cannot run here: {reason}")
+    if None not in arguments.rates or None not in arguments.wires:
+        parser.error("--rates needs exact and --wires needs model: everything is compared with them")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in arguments.ranks:
+            results.append(measure(arguments, ranks, Path(folder)))
+            print(f"\n{report(results[-1])}\n", flush=True)
+    settings = {"model": MODEL, "micro_batches": MICRO_BATCHES, "flags": arguments.flags, "repeats": arguments.repeats}
+    path = write_result(arguments.name, settings | {"measurements": results})
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

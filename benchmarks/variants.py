@@ -1,0 +1,100 @@
+"""Several ways of dispatching for one model, exchanged between steps: for measurements that must be interleaved."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.data.loader import BatchIterator
+from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.moe.layer import MoELayer
+from megatron_lsh.moe.registry import DispatcherSpec, TokenDispatcher, resolve_dispatcher
+from megatron_lsh.training.run import Run, Task, required
+from pretrain_gpt_moe import build_data, forward_step
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which rows travel (`rate`: None for all), and in which numbers (`wire`: None for those of the model)."""
+
+    rate: float | None = None
+    wire: str | None = None
+
+    @property
+    def name(self) -> str:
+        rows = "exact" if self.rate is None else f"LSH {100 * self.rate:g}%"
+        return rows if self.wire is None else f"{rows}, {self.wire}"
+
+
+class Bench:
+    """A training run whose dispatcher can be exchanged. The model, its data and its optimizer stay."""
+
+    def __init__(self, run: Run, batches: BatchIterator) -> None:
+        self.run = run
+        self._batches = batches
+        self._iteration = 0
+        self._layers = [module for module in run.model.modules() if isinstance(module, MoELayer)]
+        self._dispatchers: dict[Variant, list[TokenDispatcher]] = {}
+
+    def use(self, variant: Variant) -> None:
+        """Dispatch like this from now on."""
+        if variant not in self._dispatchers:
+            self._dispatchers[variant] = self._build(variant)
+        for layer, dispatcher in zip(self._layers, self._dispatchers[variant], strict=True):
+            del layer.compressor  # a module's attribute does not change between module and plain object
+            layer.exchange, layer.compressor = dispatcher.exchange, dispatcher.compressor
+
+    def _build(self, variant: Variant) -> list[TokenDispatcher]:
+        cfg, ctx = self.run.cfg, self.run.ctx
+        lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=variant.rate or 1.0)
+        factory = resolve_dispatcher("alltoall" if variant.rate is None else "lsh")
+        hidden, experts = required(cfg.model.hidden_size), required(cfg.moe.num_experts)
+        return [
+            factory(DispatcherSpec(cfg.moe, lsh, ctx, hidden, experts, layer, self.run.telemetry))
+            for layer in moe_layers(cfg)
+        ]
+
+    def step(self) -> dict[str, float]:
+        """One training iteration: the wall time of the slowest rank, and what the MoE layers spent it on (mean over the
+        ranks). The same on every rank, so that ranks can act on it."""
+        world = self.run.ctx.world
+        if world.size > 1:
+            dist.barrier(group=world.process_group)
+        started = time.perf_counter()
+        self.run.step(self._batches, self._iteration, stop=False)
+        step_ms = torch.tensor(1e3 * (time.perf_counter() - started), dtype=torch.float64)
+        self._iteration += 1
+        if world.size > 1:
+            dist.all_reduce(step_ms, dist.ReduceOp.MAX, group=world.process_group)
+        return {"step_ms": float(step_ms)} | self.collect()
+
+    def collect(self) -> dict[str, float]:
+        """Times (ms per rank) and bytes (sum over ranks) of the MoE layers since the last call."""
+        layers = self.run.telemetry.collect(self.run.ctx, iterations=1)
+        return {
+            "alltoall_ms": sum(layer.alltoall_time_ms for layer in layers),
+            "experts_ms": sum(layer.experts_time_ms for layer in layers),
+            "lsh_ms": sum(layer.lsh_total_time_ms or 0.0 for layer in layers),
+            "wire_ms": sum(layer.wire_time_ms for layer in layers),
+            "bytes": sum(layer.alltoall_bytes for layer in layers),
+            "bytes_uncompressed": sum(layer.alltoall_bytes_uncompressed for layer in layers),
+        }
+
+
+def configure(flags: list[Any], ranks: int) -> Config:
+    """The checked configuration of a run that saves and writes nothing."""
+    length = ["--train-iters", "1000000", "--eval-iters", "0", "--lr", "1e-4", "--lr-decay-style", "constant"]
+    return validate(parse_args([*map(str, flags), *length]), ranks)
+
+
+def gpt_task(cfg: Config) -> Task:
+    """The task of pretrain_gpt_moe.py."""
+    return Task(build_gpt, build_data, partial(forward_step, cfg))

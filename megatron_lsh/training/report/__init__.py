@@ -1,0 +1,1 @@
+"""One HTML page that compares runs, from what they wrote (`tools/report.py`)."""

@@ -1,0 +1,110 @@
+"""The benchmarks run and say what they should; their figures are not for here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import overhead, slow_network
+from benchmarks.slow_link import SlowLinks, why_not
+from benchmarks.variants import Variant
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results are written instead of benchmarks/results/."""
+
+    def write(name: str, result: dict) -> Path:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(result, default=str))
+        return path
+
+    for module in (overhead, slow_network):
+        monkeypatch.setattr(module, "write_result", write)
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_overhead(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overhead.main(["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"])
+    sizes = json.loads((results / "overhead.json").read_text())["sizes"]
+    assert [(s["tokens"], s["hidden"], s["experts"]) for s in sizes] == [(64, 256, 8), (2048, 32, 8), (2048, 256, 4)]
+    for size in sizes:
+        assert all(ms > 0 for ms in size["ms"].values()) and size["share_of_experts"] > 0
+        assert size["lsh_ms"] == pytest.approx(
+            sum(size["ms"][s] for s in ("hash", "cluster", "refine", "compress", "restore"))
+        )
+    assert "| 64 | 256 | 8 | 16 |" in capsys.readouterr().out
+
+
+def test_names_of_variants() -> None:
+    names = [Variant().name, Variant(wire="fp8").name, Variant(0.2).name, Variant(0.35, "int4").name]
+    assert names == ["exact", "exact, fp8", "LSH 20%", "LSH 35%, int4"]
+
+
+needs_namespaces = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.network
+@needs_namespaces
+def test_slow_links_are_slow_and_leave_nothing(tmp_path: Path) -> None:
+    before = namespaces()
+    try:
+        links = SlowLinks(2).__enter__()
+    except SystemExit as error:  # root, but not of this machine's network
+        pytest.skip(str(error))
+    try:
+        port = 29650
+        listen = f"import socket; s = socket.create_server(('', {port})); print(s.accept()[0].recv(9).decode())"
+        listener = links.start(0, [sys.executable, "-c", listen], port, tmp_path / "log")
+        send = f"""
+import os, socket, time
+from benchmarks.slow_link import sent_bytes, set_rate
+set_rate(5); set_rate(7)
+os.system("tc qdisc")
+for _ in range(50):
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], {port})).send(b"here I am")
+        break
+    except OSError:
+        time.sleep(0.1)
+print("sent", sent_bytes())
+"""
+        sender = links.start(1, [sys.executable, "-c", send], port, tmp_path / "out")
+        assert sender.wait(20) == 0 and listener.wait(20) == 0
+        out = (tmp_path / "out").read_text()
+        assert "rate 7Mbit" in out and int(out.split()[-1]) > 9
+        assert (tmp_path / "log").read_text() == "here I am\n"
+    finally:
+        links.__exit__(None, None, None)
+    assert namespaces() == before
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@needs_namespaces
+def test_slow_network(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--num-layers", "1", "--hidden-size", "64", "--moe-ffn-hidden-size", "64", "--seq-length", "128"]
+    words = ["--shares", "50", "--rates", "exact", "0.2", "--wires", "model", "int8", "--repeats", "1"]
+    slow_network.main([*words, "--flags", *flags])
+    (measurement,) = json.loads((results / "slow_network.json").read_text())["measurements"]
+    exact, exact_int8, lsh, lsh_int8 = measurement["links"][0]["variants"]
+    assert [v["variant"] for v in (exact, exact_int8, lsh, lsh_int8)] == [
+        "exact",
+        "exact, int8",
+        "LSH 20%",
+        "LSH 20%, int8",
+    ]
+    assert exact["speedup"] == 1.0 and exact["alltoall_share"] > 0.25
+    assert lsh["bytes"] / exact["bytes"] == pytest.approx(0.2, abs=0.03) and lsh_int8["bytes"] < 0.3 * lsh["bytes"]
+    assert lsh["lsh_ms"] > 0 == exact["lsh_ms"] and exact_int8["wire_ms"] > exact["wire_ms"]
+    assert measurement["bytes"][0]["ratio"] == pytest.approx(1.0, abs=0.05)  # payload against the interfaces
+    assert "one micro-batch" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Measure the share of the all-to-all in a training step, exact and with LSH, for your model on your cluster.
+
+    torchrun --nproc-per-node 8 tools/profile_alltoall.py THE FLAGS OF pretrain_gpt_moe.py [--steps 8] [--json FILE]
+
+Runs a few steps of each kind in turn; saves and loads nothing. Prints the break-even bandwidth, at which LSH stops
+paying, and a prediction for other clusters from a cost model fitted to the measurement
+(megatron_lsh/training/alltoall_profile.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the entry script, which is in no package
+
+from megatron_lsh.config import Config, assumed_world_size, parse_args, validate
+from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.alltoall_profile import (
+    as_json,
+    fit,
+    measure,
+    measured_text,
+    predicted_text,
+    profiling_config,
+)
+from megatron_lsh.training.faults import launch
+from megatron_lsh.training.run import Task, required
+from megatron_lsh.training.startup import introduce, set_determinism
+from pretrain_gpt_moe import build_data, forward_step
+
+
+def own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of each kind")
+    parser.add_argument("--json", type=Path, help="write everything measured and fitted to this file")
+    predict = parser.add_argument_group("what to predict for")
+    gbit, speeds = [1, 10, 25, 50, 100, 200, 400], [1, 10, 100, 1000]
+    predict.add_argument("--predict-gbit", nargs="+", type=float, default=gbit, help="bandwidths per rank")
+    predict.add_argument("--predict-ranks", type=int, help="expert-parallel ranks (default: as measured)")
+    predict.add_argument(
+        "--predict-compute", nargs="+", type=float, default=speeds, help="times as fast as this machine"
+    )
+    return parser
+
+
+def main(words: list[str]) -> int:
+    own, flags = own_flags().parse_known_args(words)
+
+    def configure() -> Config:
+        cfg = parse_args(flags)
+        return profiling_config(validate(cfg, assumed_world_size(cfg)))
+
+    return launch(configure, lambda cfg: profile(cfg, own))
+
+
+def profile(cfg: Config, own: argparse.Namespace) -> None:
+    """Measure, and report on rank 0."""
+
+    def forward(model, batch):  # type: ignore[no-untyped-def]
+        return forward_step(cfg, model, batch)
+
+    set_determinism(cfg)
+    ctx = initialize(cfg.parallel, moe=True)
+    introduce(cfg, ctx)
+    exact, lsh = measure(cfg, Task(build_gpt, build_data, forward), ctx, max(own.steps, 1))
+    if ctx.rank == 0:
+        ranks = ctx.ep.size
+        model = fit(exact, lsh, topk=cfg.moe.moe_router_topk, hidden=required(cfg.model.hidden_size), ranks=ranks)
+        print(measured_text(exact, lsh, model), end="\n\n")
+        print(predicted_text(model, own.predict_gbit, own.predict_ranks or ranks, own.predict_compute), flush=True)
+        if own.json is not None:
+            own.json.write_text(json.dumps(as_json(exact, lsh, model), indent=1) + "\n")
+    shutdown(ctx)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Compare runs on one HTML page: loss against steps, tokens, seconds and bytes; where time goes; what compression did.
+
+    python tools/report.py runs/exact runs/gpt-moe-lsh --out report.html
+
+A run is a folder with a metrics file (--metrics-jsonl), or the file itself. Figures per layer need
+--moe-per-layer-logging. The others are compared with the first run. The page needs no other file and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megatron_lsh.errors import MegatronLSHError
+from megatron_lsh.training.report.page import render
+from megatron_lsh.training.report.runs import read_runs
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder or metrics file of a run")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="where to write the page")
+    parser.add_argument("--names", nargs="+", help="what to call the runs (default: their folders)")
+    parser.add_argument("--title", help="heading of the page")
+    arguments = parser.parse_args(words)
+    if arguments.names is not None and len(arguments.names) != len(arguments.runs):
+        parser.error(f"--names has {len(arguments.names)} names for {len(arguments.runs)} runs")
+    try:
+        runs = read_runs(arguments.runs, arguments.names)
+    except MegatronLSHError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    title = arguments.title or " against ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
+    note = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {time.strftime('%Y-%m-%d %H:%M')}"
+    arguments.out.write_text(render(runs, title, note), encoding="utf-8")
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
