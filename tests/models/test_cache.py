@@ -43,7 +43,7 @@ def test_logits_are_those_of_a_whole_pass(settings: dict[str, Any]) -> None:
 def test_misuse() -> None:
     model = make_gpt(make_config())
     tokens_BS, _ = make_batch(length=4)
-    with pytest.raises(ValueError, match="call KVCache.place"):
+    with pytest.raises(ValueError, match=r"call KVCache\.place"):
         model(tokens_BS, cache=model.new_cache(8))
     with pytest.raises(ValueError, match="position 8 is beyond the cache's capacity of 8"):
         model.new_cache(8).place(torch.tensor([[8]]), torch.device("cpu"))
