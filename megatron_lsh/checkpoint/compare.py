@@ -22,6 +22,7 @@ _FUNCTION = {
         "rotary_base",
         "rotary_percent",
         "normalization",
+        "norm_epsilon",
         "swiglu",
         "openai_gelu",
     ),

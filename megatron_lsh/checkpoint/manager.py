@@ -95,6 +95,7 @@ class CheckpointManager:
     def load(self, state: TrainingState) -> LoadResult | None:
         """Fill `state` from --load, or from --pretrained-checkpoint if --load has no checkpoint. Collective.
 
+        A converted checkpoint (``release``) has weights only, and needs no --finetune to be loaded without the rest.
         None if there is nothing to load. The caller applies the result's `progress`, `rng` and `extra`.
         Raises CheckpointError, the same on all ranks: a checkpoint of another model, no valid checkpoint where there
         should be one, optimizer or random states that are asked for but were not saved, and a missing checkpoint with
@@ -103,11 +104,11 @@ class CheckpointManager:
         self.wait()
         cfg = self._cfg
         found: Found | None = None
-        weights_only = cfg.finetune
+        weights_only = new_function = cfg.finetune
         if cfg.load is not None:
             found = find_checkpoint(Path(cfg.load), cfg.ckpt_step, self._ranks, self._notify)
         if found is None and cfg.pretrained_checkpoint is not None:
-            weights_only = True
+            weights_only = new_function = True
             found = find_checkpoint(Path(cfg.pretrained_checkpoint), None, self._ranks, self._notify)
             if found is None:
                 raise CheckpointError(f"--pretrained-checkpoint {cfg.pretrained_checkpoint} has no checkpoint in it")
@@ -119,10 +120,12 @@ class CheckpointManager:
             if cfg.load is not None:
                 self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
             return None
+        weights_only = weights_only or found.folder.name == folders.RELEASE
         options = LoadOptions(
             optimizer=cfg.load_optim and not weights_only,
             rng=cfg.load_rng and not weights_only,
             weights_only=weights_only,
+            new_function=new_function,
         )
         start = time.monotonic()
         result = load_checkpoint(found, state, self._layout, options, self._ranks, self._notify)

@@ -49,11 +49,12 @@ class Found:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What to restore besides the weights."""
+    """What to restore besides the weights, and whether settings may differ that make another model of the same weights."""
 
     optimizer: bool
     rng: bool
     weights_only: bool
+    new_function: bool
 
 
 def find_checkpoint(root: Path, step: int | None, ranks: Ranks, notify: Notify) -> Found | None:
@@ -229,7 +230,7 @@ def _compare(
         if state.padded_rows.get(name, old) != old
     ]
     problems = different_tensors(metadata, tensors, padded)
-    forbidden = [] if options.weights_only else different_function(config, state.config)
+    forbidden = [] if options.new_function else different_function(config, state.config)
     if problems or rows or forbidden:
         details = summary(forbidden or settings), summary(rows), summary(problems)
         raise CheckpointError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lsh.config import validate
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.attention import SelfAttention, core_attention, document_attention_mask
 from megatron_lsh.models.recompute import RecomputePlan
@@ -110,6 +111,8 @@ def test_query_and_key_norms_over_all_heads() -> None:
     assert (attention(x) - before).abs().max() > 1e-2
     with pytest.raises(ConfigError, match="--qk-layernorm-width full needs --normalization RMSNorm"):
         make_attention(qk_layernorm=True, qk_layernorm_width="full")
+    with pytest.raises(ConfigError, match=r"qk_layernorm_width \(full\) must be head with .*\(LayerNorm\)"):
+        validate(make_config(qk_layernorm=True, qk_layernorm_width="full"), 1)
 
 
 def test_document_mask_separates_documents() -> None:

@@ -1,0 +1,307 @@
+"""Hugging Face folders: reading both layouts, writing the hub's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lsh.checkpoint.convert.hf_config import choose_family, read_hf_config, write_hf_config
+from megatron_lsh.checkpoint.convert.safetensors import SafetensorsReader, SafetensorsWriter
+from megatron_lsh.checkpoint.convert.source import (
+    VOCABULARY,
+    Origin,
+    Rows,
+    Source,
+    TensorSpec,
+    all_pieces,
+    fail,
+    model_shapes,
+    required_vocab,
+    row_by_row,
+    whole,
+)
+from megatron_lsh.checkpoint.convert.tables import (
+    IGNORED,
+    Family,
+    Row,
+    fused_name,
+    hub_names,
+    per_expert,
+)
+from megatron_lsh.config import Config
+from megatron_lsh.errors import CheckpointError
+from megatron_lsh.models.shape import ModelShape
+
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_COMPLETE = "the checkpoint is incomplete or of another model; download it again"
+
+
+class HuggingFaceSource:
+    """A folder that ``save_pretrained`` wrote or that was downloaded from the hub. Reads headers only, at first.
+
+    Raises CheckpointError: an unsupported architecture or setting, a missing file, a tensor that is missing, left over or
+    of a wrong shape, each by name.
+    """
+
+    def __init__(self, folder: str | Path, max_position_embeddings: int | None = None) -> None:
+        folder = Path(folder)
+        self.what = str(folder)
+        config = _read_json(folder / "config.json", "--load takes a folder with the files of one Hugging Face model")
+        self.family, self.cfg, self.notices = read_hf_config(
+            config, str(folder / "config.json"), max_position_embeddings
+        )
+        self._model = ModelShape.from_config(self.cfg.model)
+        self._reader = SafetensorsReader(_weight_files(folder))
+        self._rows: dict[str, tuple[Row, int]] = {}
+        self._fused: set[str] = set()
+        self.tensors: dict[str, TensorSpec] = {}
+        dtypes = self._account()
+        self.origin = Origin(config, small_files(folder), dtypes)
+
+    def pieces(self, name: str) -> list[Rows]:
+        spec = self.tensors[name]
+        if name in VOCABULARY:
+            return vocabulary_pieces(name, spec, required_vocab(self.cfg))
+        return row_by_row(name, spec) if per_expert(self._rows[name][0]) else whole(name, spec)
+
+    def read(self, rows: Rows) -> Tensor:
+        spec = self.tensors[rows.name]
+        if rows.name in VOCABULARY and rows.first >= required_vocab(self.cfg):
+            return torch.zeros(rows.count, *spec.shape[1:], dtype=spec.dtype)
+        row, layer = self._rows[rows.name]
+        if rows.name in self._fused:
+            fused = fused_name(row, layer)
+            assert fused is not None
+            return self._reader.read(fused, rows.first, rows.count)
+        if not per_expert(row):
+            parts = [self._reader.read(name) for name in hub_names(row, layer)]
+            return row.layout.join([part.to(spec.dtype) for part in parts], self._model)
+        experts = []
+        for expert in range(rows.first, rows.first + rows.count):
+            parts = [self._reader.read(name).to(spec.dtype) for name in hub_names(row, layer, expert)]
+            experts.append(row.layout.join(parts, self._model))
+        return experts[0].unsqueeze(0) if len(experts) == 1 else torch.stack(experts)
+
+    def culprits(self, rows: Rows) -> list[str]:
+        row, layer = self._rows[rows.name]
+        fused = fused_name(row, layer)
+        if rows.name in self._fused and fused is not None:
+            return [fused]
+        experts = range(rows.first, rows.first + rows.count) if per_expert(row) else [None]
+        names = [name for expert in experts for name in hub_names(row, layer, expert)]
+        return [name for name in names if not torch.isfinite(self._reader.read(name)).all()]
+
+    def _account(self) -> dict[str, torch.dtype]:
+        """Match the files' tensors with the model's, whole and exactly. Returns the types that differ within a tensor."""
+        found = self._reader.tensors
+        problems: list[str] = []
+        used: set[str] = set()
+        dtypes: dict[str, torch.dtype] = {}
+        for native, shape in model_shapes(self.cfg).items():
+            match = self.family.row(native)
+            if match is None:
+                raise CheckpointError(f"{self.what}: a {self.family.model_type} has no {native}: report this as a bug")
+            self._rows[native] = row, layer = match
+            fused = fused_name(row, layer)
+            if fused in found:
+                self._fused.add(native)
+                expected = {fused: shape}
+            else:
+                expected = hub_shapes(self.family, native, shape, self.cfg)
+            parts = {name: found[name] for name in expected if name in found}
+            problems += [f"{name} is missing" for name in expected if name not in found]
+            problems += [
+                f"{name} in {self._reader.file_of(name).name} has shape {list(part.shape)} and should have "
+                f"{list(expected[name])}"
+                for name, part in parts.items()
+                if part.shape != expected[name]
+            ]
+            used |= set(parts)
+            kinds = [part.dtype for part in parts.values()]
+            dtype = reduce(torch.promote_types, kinds) if kinds else torch.float32
+            dtypes |= {name: part.dtype for name, part in parts.items() if part.dtype != dtype}
+            self.tensors[native] = TensorSpec(shape, dtype)
+        extra = [name for name in found if name not in used and not IGNORED.fullmatch(name)]
+        if extra == ["lm_head.weight"] and self._repeats_embedding():
+            extra = []
+        problems += [f"{name} in {self._reader.file_of(name).name} is left over" for name in extra]
+        fail(self.what, problems, _COMPLETE)
+        return dtypes
+
+    def _repeats_embedding(self) -> bool:
+        """Whether an output layer that the settings tie to the embedding is stored a second time, and equal."""
+        output, embedding = self._reader.read("lm_head.weight"), self._reader.read("model.embed_tokens.weight")
+        if not torch.equal(output, embedding):
+            raise CheckpointError(
+                f"{self.what}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them: "
+                "set tie_word_embeddings to false there"
+            )
+        self.notices.append(f"{self.what}: lm_head.weight repeats the tied embedding and is dropped")
+        return True
+
+
+def vocabulary_pieces(name: str, spec: TensorSpec, vocab: int) -> list[Rows]:
+    """The rows of real tokens, then the padding, if there is any."""
+    padding = spec.shape[0] - vocab
+    return [Rows(name, 0, vocab)] + ([Rows(name, vocab, padding)] if padding else [])
+
+
+def hub_shapes(family: Family, native: str, shape: tuple[int, ...], cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the hub layout that the native tensor `native` holds, in its order.
+
+    Raises CheckpointError if the family has no such tensor.
+    """
+    match = family.row(native)
+    if match is None:
+        raise CheckpointError(f"{native} has no place in a {family.model_type}: the model cannot be exported as one")
+    row, layer = match
+    model = ModelShape.from_config(cfg.model)
+    if native in VOCABULARY:
+        shape = (required_vocab(cfg), *shape[1:])
+    if not per_expert(row):
+        return dict(zip(hub_names(row, layer), row.layout.shapes(shape, model), strict=True))
+    result: dict[str, tuple[int, ...]] = {}
+    for expert in range(shape[0]):
+        result |= zip(hub_names(row, layer, expert), row.layout.shapes(shape[1:], model), strict=True)
+    return result
+
+
+def hub_specs(source: Source, family: Family) -> dict[str, TensorSpec]:
+    """All tensors of the hub layout that a source becomes, in the order in which they are written."""
+    return {
+        name: TensorSpec(shape, source.origin.dtypes.get(name, spec.dtype))
+        for native, spec in source.tensors.items()
+        for name, shape in hub_shapes(family, native, spec.shape, source.cfg).items()
+    }
+
+
+def hub_tensors(source: Source, family: Family, rows: Rows, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the hub layout in some rows of a native tensor."""
+    match = family.row(rows.name)
+    assert match is not None
+    row, layer = match
+    model = ModelShape.from_config(source.cfg.model)
+    if rows.name in VOCABULARY:
+        value = value[: max(required_vocab(source.cfg) - rows.first, 0)]
+        if not value.shape[0]:
+            return
+    slices = enumerate(value, rows.first) if per_expert(row) else [(None, value)]
+    for expert, part in slices:
+        for name, tensor in zip(hub_names(row, layer, expert), row.layout.split(part, model), strict=True):
+            yield name, tensor.to(source.origin.dtypes.get(name, tensor.dtype))
+
+
+class HuggingFaceWriter:
+    """Writes a source as a folder in the hub layout.
+
+    Args:
+        model_type: the family; by default that of the source's own config.json if it fits, else the first that does.
+        max_shard: bytes per file.
+
+    Raises CheckpointError if the model is of no family.
+    """
+
+    def __init__(self, source: Source, folder: Path, model_type: str | None = None, max_shard: int = 5 * 10**9) -> None:
+        self._source = source
+        self._folder = folder
+        self.family = _family(source, model_type)
+        self.specs = hub_specs(source, self.family)
+        self._writer = SafetensorsWriter(folder, self.specs, max_shard)
+
+    def write(self, read: Callable[[Rows], Tensor]) -> None:
+        """Write all tensors; ``read(rows)`` gives each piece, in order. Raises OSError and what `read` raises."""
+        with self._writer:
+            for rows in all_pieces(self._source):
+                for name, tensor in hub_tensors(self._source, self.family, rows, read(rows)):
+                    self._writer.write(name, tensor)
+            self._writer.finish()
+
+    def finish(self) -> None:
+        """Write the small files. Raises OSError."""
+        origin = self._source.origin
+        origin.copy_files(self._folder)
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.specs.values():
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+        dtype = str(max(sizes, key=lambda kind: sizes[kind])).removeprefix("torch.")
+        same = origin.hf_config if origin.hf_config.get("model_type") == self.family.model_type else {}
+        tokens = {key: value for key, value in origin.hf_config.items() if key.endswith("_token_id")}
+        config = write_hf_config(self._source.cfg, self.family, dtype, {**tokens, **same})
+        _write_json(self._folder / "config.json", config)
+        generation = self._folder / "generation_config.json"
+        if not generation.exists():
+            ids = {
+                key: config[key]
+                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                if config.get(key) is not None
+            }
+            _write_json(generation, {"_from_model_config": True, **ids})
+
+
+def _family(source: Source, model_type: str | None) -> Family:
+    own = source.origin.hf_config.get("model_type")
+    if model_type is None and own is not None:
+        try:
+            return choose_family(source.cfg, own)
+        except CheckpointError:  # trained on as another architecture: upcycled, for one
+            pass
+    return choose_family(source.cfg, model_type)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if not index.exists():
+        if single.exists():
+            return [single]
+        other = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
+        raise CheckpointError(
+            f"{folder} has neither model.safetensors nor {INDEX}"
+            + (f" (but {', '.join(sorted(other)[:3])})" if other else "")
+            + ": only safetensors are read; save the model again with save_pretrained of a recent transformers"
+        )
+    weight_map = _read_json(index, "download it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: download it again")
+    files = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
+    fail(str(index), [f"the shard {name} is not there" for name in missing], "download the missing files")
+    return [folder / name for name in files]
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """Name -> path of what goes along with the weights: tokenizer, generation_config.json and the like."""
+    return {path.name: path for path in sorted(folder.iterdir()) if _belongs_along(path)}
+
+
+def _belongs_along(path: Path) -> bool:
+    """Neither weights nor what is written anew."""
+    return (
+        path.is_file()
+        and path.name not in ("config.json", INDEX)
+        and not path.name.startswith(".")
+        and path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken")
+        and not path.name.endswith(".index.json")
+    )
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} must hold a JSON object: download it again")
+    return document
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

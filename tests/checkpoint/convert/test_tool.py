@@ -1,0 +1,141 @@
+"""tools/convert_checkpoint.py"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from megatron_lsh.checkpoint.convert import load_native
+from megatron_lsh.config import parse_args, validate
+from tests.checkpoint.convert.helpers import assert_bit_equal, contents, hf_tensors
+from tests.checkpoint.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
+
+ROOT = Path(__file__).parents[3]
+
+
+def load_tool(name: str = "convert_checkpoint") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_and_back_through_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool()
+    save_tiny(tmp_path / "hf", "mixtral", torch.bfloat16)
+    way = ["hf", "native", "megatron", "native", "hf"]
+    load = tmp_path / "hf"
+    for number, (source, target) in enumerate(itertools.pairwise(way)):
+        save = tmp_path / f"{number}_{target}"
+        flags = ["--from", source, "--to", target, "--load", str(load), "--save", str(save)]
+        if target == "megatron":
+            flags += ["--target-tensor-parallel-size", "2", "--target-expert-parallel-size", "2", "--spelling", "te"]
+        if source == "megatron":
+            flags += ["--vocab-size", "67"]
+        if target == "hf":
+            flags += ["--max-shard-size", "20KB", "--reference", str(tmp_path / "hf")]
+        assert tool.main(flags) == 0
+        said = capsys.readouterr()
+        assert "tensors, 0.000 GB, shapes and SHA-256 equal" in said.out and f"saved {save}" in said.out
+        assert ("agree, largest difference of logits" in said.out) == ("hf" in (source, target))
+        assert "converting 100.0%" in said.err and "verifying  100.0%" in said.err
+        load = save
+    assert_bit_equal(hf_tensors(load), hf_tensors(tmp_path / "hf"))
+    assert len(list(load.glob("*.safetensors"))) > 2
+
+    # The settings of a converted checkpoint are those of a training run.
+    flags = [
+        "--config",
+        str(tmp_path / "0_native/release/config.json"),
+        "--load",
+        str(tmp_path / "0_native"),
+        "--mock-data",
+    ]
+    cfg = validate(parse_args([*flags, "--micro-batch-size", "1", "--lr", "1e-4", "--train-iters", "1"]), 1)
+    assert cfg.moe.num_experts == 4 and cfg.model.vocab_size == 67 and cfg.model.rotary_base == 1_000_000
+
+
+def test_upcycling_dtype_and_no_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool()
+    dense = save_tiny(tmp_path / "hf", "qwen3")
+    flags = ["--from", "hf", "--load", str(tmp_path / "hf"), "--quiet", "--moe-use-upcycling", "--num-experts", "4"]
+    assert tool.main([*flags, "--to", "native", "--save", str(tmp_path / "native")]) == 0
+    assert "agree, largest difference of logits" in capsys.readouterr().out, "with the dense model"
+    assert load_native(tmp_path / "native").cfg.moe.num_experts == 4
+    assert tool.main([*flags, "--to", "hf", "--save", str(tmp_path / "moe"), "--no-verify"]) == 0
+    said = capsys.readouterr()
+    assert "WARNING: --no-verify" in said.err and "verified" not in said.out and "converting" not in said.err
+    logits = hf_logits(load_pretrained(tmp_path / "moe"), prompts())
+    torch.testing.assert_close(logits, hf_logits(dense, prompts()), rtol=0, atol=2e-5)
+    assert tool.main([*flags, "--to", "hf", "--save", str(tmp_path / "half"), "--dtype", "fp16", "--no-logits"]) == 0
+    said = capsys.readouterr()
+    assert "SHA-256 equal" in said.out and "logits" not in said.out
+    assert {value.dtype for value in hf_tensors(tmp_path / "half").values()} == {torch.float16}
+    assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool()
+    flags = ["--from", "hf", "--to", "native", "--load", str(tmp_path / "none"), "--save", str(tmp_path / "out")]
+    assert tool.main(flags) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: --load {tmp_path / 'none'} is not a folder: give the one that holds the checkpoint\n"
+    )
+    with pytest.raises(SystemExit):
+        tool.main([*flags, "--num-experts", "4"])
+    assert "--num-experts needs --moe-use-upcycling" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main([*flags, "--max-shard-size", "big"])
+    assert "big is no size such as 5GB" in capsys.readouterr().err
+    assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed(number: signal.Signals, tmp_path: Path) -> None:
+    """A conversion that is ended from outside leaves nothing, or nothing that looks finished; the next one succeeds."""
+    save_tiny(
+        tmp_path / "hf", "llama", hidden_size=256, intermediate_size=1024, vocab_size=20_000, num_hidden_layers=12
+    )
+    flags = ["--from", "hf", "--to", "native", "--load", tmp_path / "hf", "--save", tmp_path / "out", "--no-verify"]
+    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    partial = tmp_path / "out" / "release.incomplete"
+    while process.poll() is None and not partial.exists():
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.wait(60)
+    assert process.returncode != 0
+    if number == signal.SIGKILL:
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["release.incomplete"]
+    else:
+        assert not (tmp_path / "out").exists()
+    flags = [
+        "--from",
+        "hf",
+        "--to",
+        "native",
+        "--load",
+        str(tmp_path / "hf"),
+        "--save",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
+    if number == signal.SIGKILL:
+        assert load_tool().main(flags) == 0
