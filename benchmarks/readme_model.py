@@ -33,9 +33,9 @@ def train(name: str, iters: int, folder: Path) -> dict[str, Any]:
     records, evaluations = read_metrics(place / "metrics.jsonl")
     steady = records[len(records) // 4 :]
 
-    def median(key: str) -> float:
+    def median(key: str) -> float | None:
         values = [record[key] for record in steady if record.get(key) is not None]
-        return statistics.median(values) if values else float("nan")
+        return statistics.median(values) if values else None
 
     return {
         "training": [(record["iteration"], record["lm_loss"]) for record in records],
@@ -83,8 +83,8 @@ def main() -> None:
             (
                 name,
                 f"{result['validation'][-1][1]:.3f}",
-                f"{100 * result['lsh_compression_rate']:.1f}%",
-                f"{result['lsh_residual_energy']:.2f}",
+                "100%" if (rate := result["lsh_compression_rate"]) is None else f"{100 * rate:.1f}%",
+                "" if (energy := result["lsh_residual_energy"]) is None else f"{energy:.2f}",
                 f"{result['alltoall_bytes'] / 1e6:.2f}",
                 f"{result['alltoall_bytes_uncompressed'] / 1e6:.2f}",
                 f"{result['iteration_time_ms']:.0f} ({low:.0f}-{high:.0f})",

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +94,17 @@ class SlowLinks:
         (_ETC / name / "nsswitch.conf").write_text("hosts: files\n")
         _run("ip", "-n", name, "link", "set", "lo", "up")
         return name
+
+
+def wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all ranks are done, or one has failed; none is left behind."""
+    try:
+        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def set_rate(mbit: float | None) -> None:

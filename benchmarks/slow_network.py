@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import ROOT, progress, table, write_result
-from benchmarks.slow_link import SlowLinks, sent_bytes, set_rate, why_not
+from benchmarks.slow_link import SlowLinks, sent_bytes, set_rate, wait, why_not
 from benchmarks.variants import Bench, Variant, configure, gpt_task
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.initialize import initialize, shutdown
@@ -158,23 +157,11 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
     command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
     logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
     with SlowLinks(ranks) as links:
-        processes = [links.start(rank, command, PORT, logs[rank]) for rank in range(ranks)]
-        try:
-            _wait(processes)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        wait([links.start(rank, command, PORT, logs[rank]) for rank in range(ranks)])
     if not out.exists():
         tails = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log is not None)
         raise SystemExit(f"a rank failed\n{tails}")
     return json.loads(out.read_text())
-
-
-def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Until all are done, or one has failed."""
-    while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
-        time.sleep(0.2)
 
 
 def report(result: dict[str, Any]) -> str:
