@@ -12,6 +12,7 @@ runs on the current stream, allocates nothing whose size depends on data, and ad
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,6 +50,10 @@ SCHEMAS = {
     "dots": "(Tensor grad, Tensor source, Tensor index, Tensor? row, Tensor? centroid) -> Tensor",
     # out[t] = sum_k [weight[t, k] grad[t] - sum[i] / size[i]] + grad_centroid[i] / size[i]; no bracket where size is 1.
     "spread": "(Tensor? grad, Tensor? weight, Tensor? sum, Tensor? grad_centroid, Tensor index, Tensor sizes) -> Tensor",
+    # Rows to bytes: WIRE_FORMATS[format] numbers, then the row's scale in fp32 -> uint8 [C, bytes]. noise [C, D] in [0, 1)
+    # makes rounding stochastic.
+    "encode": "(Tensor rows, Tensor? noise, int format) -> Tensor",
+    "decode": "(Tensor payload, int format, int features, ScalarType dtype) -> Tensor",
     # The two below are differentiable in x, expert_out and weight. A slot is a (token, choice) pair; row_of_slot and
     # cluster_of_slot [T, K] are -1 where it has no row.
     # Mean of each cluster's rows -> [C, D].
@@ -59,6 +64,10 @@ SCHEMAS = {
     "restore": "(Tensor expert_out, Tensor weight, Tensor? x, Tensor? centroid, Tensor index, Tensor row_of_slot, "
     "Tensor order, Tensor offsets, Tensor sizes, Tensor cluster_of_slot) -> Tensor",
 }
+
+
+#: The numbers of ``encode`` and ``decode``, by their index.
+WIRE_FORMATS = ("fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -81,26 +90,36 @@ class Status:
         return f"LSH kernels: none for {device_type} ({reason}); plain PyTorch instead"
 
 
-def _load() -> Status:
-    """Load the shared libraries that setup.py left beside this file."""
-    folder = Path(__file__).parent
+def load(folder: Path) -> Status:
+    """Load the shared libraries that setup.py left in ``folder`` (see ``build_into`` in kernels/build.py)."""
     report = folder / "_kernels.txt"
     reasons = dict(line.split(": ", 1) for line in report.read_text().splitlines()) if report.exists() else {}
     devices: set[str] = set()
     missing: dict[str, str] = {}
     for device in ("cpu", "cuda"):
-        libraries = sorted(folder.glob(f"_kernels_{device}.*"))
+        library = next(folder.glob(f"_kernels_{device}.*.so"), None)
         if device == "cuda" and not torch.cuda.is_available():
             missing[device] = "no CUDA device"
-        elif not libraries:
-            missing[device] = reasons.get(device, "not built; python kernels/build.py builds them")
+        elif library is None:
+            missing[device] = reasons.get(device, f"not built; python kernels/build.py {device} builds them")
+        elif (current := _sources_digest()) and library.name != f"_kernels_{device}.{current}.so":
+            missing[device] = f"built from other sources; python kernels/build.py {device} builds them again"
         else:
             try:
-                torch.ops.load_library(str(libraries[0]))
+                torch.ops.load_library(str(library))
                 devices.add(device)
             except OSError as error:
-                missing[device] = f"{libraries[0].name} cannot be loaded: {error}"
+                missing[device] = f"{library.name} cannot be loaded: {error}"
     return Status(frozenset(devices), missing)
+
+
+def _sources_digest() -> str | None:
+    """``digest`` of kernels/build.py, where this package lies beside its kernels' sources."""
+    folder = Path(__file__).parents[2] / "kernels"
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".cpp", ".cu", ".cuh", ".h")]
+    if not files:
+        return None
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 _enabled: ContextVar[bool] = ContextVar("megatron_lsh_kernels")
@@ -215,6 +234,16 @@ def _fake_spread(
     return like.new_empty(index.shape[0], like.shape[1])
 
 
+def _fake_encode(rows: Tensor, noise: Tensor | None, format: int) -> Tensor:
+    features = rows.shape[1]
+    numbers = (features + 1) // 2 if WIRE_FORMATS[format] == "int4" else features
+    return rows.new_empty(rows.shape[0], numbers + 4, dtype=torch.uint8)
+
+
+def _fake_decode(payload: Tensor, format: int, features: int, dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(payload.shape[0], features, dtype=dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "hash": _fake_hash,
     "plan": _fake_plan,
@@ -226,6 +255,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "combine": _fake_combine,
     "dots": _fake_dots,
     "spread": _fake_spread,
+    "encode": _fake_encode,
+    "decode": _fake_decode,
 }
 
 
@@ -321,4 +352,4 @@ def define(namespace: str) -> None:
 
 
 define("megatron_lsh")
-STATUS = _load()
+STATUS = load(Path(__file__).parent)

@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh import kernels
+
 WIRE_DTYPES = ("fp32", "bf16", "fp8", "int8", "int4")
 _SCALE_BYTES = 4
 
@@ -53,15 +55,22 @@ class CastCodec(WireCodec):
 class _ScaledCodec(WireCodec):
     """Numbers of at most 8 bits behind one fp32 scale per row, as bytes: [C, numbers + 4] uint8."""
 
+    name: str
     largest: float
 
     def encode(self, rows_CD: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        if kernels.usable(rows_CD) and rows_CD.dtype != torch.float64:
+            up_CD = None if self.name == "fp8" else _draw(rows_CD, noise)
+            return torch.ops.megatron_lsh.encode(rows_CD, up_CD, kernels.WIRE_FORMATS.index(self.name))
         scale_C1 = (rows_CD.abs().amax(1).float() / self.largest).unsqueeze(1)
         # A row of zeros keeps scale 0 and divides by 1. A non-finite row yields a non-finite scale, so it stays visible.
         scaled_CD = rows_CD.float() / torch.where(scale_C1 == 0, 1.0, scale_C1)
         return torch.cat([self._pack(scaled_CD, noise), scale_C1.view(torch.uint8)], dim=1)
 
     def decode(self, payload: Tensor, like: Tensor) -> Tensor:
+        if kernels.usable(like) and like.dtype != torch.float64:
+            format = kernels.WIRE_FORMATS.index(self.name)
+            return torch.ops.megatron_lsh.decode(payload, format, like.shape[1], like.dtype)
         numbers, scale = payload.split([payload.shape[1] - _SCALE_BYTES, _SCALE_BYTES], dim=1)
         scaled_CD = self._unpack(numbers.contiguous(), like.shape[1])
         return (scaled_CD * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)).to(like.dtype)
@@ -78,6 +87,7 @@ class _ScaledCodec(WireCodec):
 class Fp8Codec(_ScaledCodec):
     """float8 e4m3; moved as bytes, because gloo knows no fp8."""
 
+    name = "fp8"
     largest = 448.0
 
     def _pack(self, scaled_CD: Tensor, noise: torch.Generator | None) -> Tensor:
@@ -88,6 +98,7 @@ class Fp8Codec(_ScaledCodec):
 
 
 class Int8Codec(_ScaledCodec):
+    name = "int8"
     largest = 127.0
 
     def _pack(self, scaled_CD: Tensor, noise: torch.Generator | None) -> Tensor:
@@ -98,6 +109,7 @@ class Int8Codec(_ScaledCodec):
 
 
 class Int4Codec(_ScaledCodec):
+    name = "int4"
     largest = 7.0
 
     def _pack(self, scaled_CD: Tensor, noise: torch.Generator | None) -> Tensor:
@@ -111,9 +123,13 @@ class Int4Codec(_ScaledCodec):
         return nibbles.float() - 8
 
 
+def _draw(x: Tensor, noise: torch.Generator | None) -> Tensor | None:
+    return None if noise is None else torch.rand(x.shape, generator=noise, device=x.device)
+
+
 def _round(x: Tensor, noise: torch.Generator | None, largest: float) -> Tensor:
-    up = 0.5 if noise is None else torch.rand(x.shape, generator=noise, device=x.device)
-    return (x + up).floor().nan_to_num(0.0).clamp(-largest, largest)
+    up = _draw(x, noise)
+    return (x + (0.5 if up is None else up)).floor().nan_to_num(0.0).clamp(-largest, largest)
 
 
 def make_codec(name: str | None) -> WireCodec:
