@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -186,7 +186,9 @@ def _encoded(settings: EncoderSettings, workers: int, sources: list[Source]) -> 
     except BrokenProcessPool as error:
         raise DataError("a worker process died (out of memory?): use fewer --workers") from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # An interrupt in the middle of the pool's own start leaves a thread that cannot be joined yet; it still ends.
+        with suppress(RuntimeError):
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def preprocess(args: argparse.Namespace) -> list[IndexedDataset]:
