@@ -40,7 +40,7 @@ help:
 INSTALLED     := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-$(INSTALLED): pyproject.toml scripts/install.sh $(wildcard setup.py kernels/*.cpp kernels/*.cu kernels/*.h)
+$(INSTALLED): pyproject.toml scripts/install.sh $(wildcard setup.py kernels/*.*)
 	@scripts/install.sh "$(VENV)"
 	@touch $@
 

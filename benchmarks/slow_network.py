@@ -38,7 +38,6 @@ MODEL = [
     "--moe-router-topk", 2, "--moe-aux-loss-coeff", 1e-2, "--micro-batch-size", 8, "--mock-data", "--num-workers", 0,
     "--device", "cpu", "--peak-tflops", 1, "--distributed-timeout-minutes", 3,
 ]  # fmt: skip
-MICRO_BATCHES = 2
 PORT = 29641
 EXACT = Variant()
 
@@ -49,7 +48,7 @@ EXACT = Variant()
 def work(arguments: argparse.Namespace) -> None:
     """One rank: find the rates, measure everything in turn; rank 0 writes the figures."""
     ranks = arguments.ranks[0]
-    batch = ["--global-batch-size", 8 * MICRO_BATCHES * ranks, "--expert-model-parallel-size", ranks]
+    batch = ["--global-batch-size", 8 * arguments.micro_batches * ranks, "--expert-model-parallel-size", ranks]
     cfg = configure([*MODEL, *batch, *arguments.flags], ranks)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, gpt_task(cfg), ctx)
@@ -152,7 +151,14 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
     """Start the ranks of one measurement, wait for them, return rank 0's figures."""
     out = folder / f"{ranks}.json"
     own = ["--worker", "--out", str(out), "--ranks", str(ranks), "--repeats", str(arguments.repeats)]
-    own += ["--shares", *map(str, arguments.shares), "--wires", *(w or "model" for w in arguments.wires)]
+    own += [
+        "--micro-batches",
+        str(arguments.micro_batches),
+        "--shares",
+        *map(str, arguments.shares),
+        "--wires",
+        *(w or "model" for w in arguments.wires),
+    ]
     own += ["--rates", *("exact" if r is None else str(r) for r in arguments.rates)]
     command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
     logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
@@ -223,7 +229,8 @@ def main(words: list[str] | None = None) -> None:
     )
     wires = [None, "bf16", "fp8", "int8", "int4"]
     parser.add_argument("--wires", nargs="+", type=_wire, default=wires, help="model, fp32, bf16, fp8, int8, int4")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, default=2, help="of 2048 tokens per rank and step")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags for pretrain_gpt_moe.py")
     parser.add_argument("--name", default="slow_network", help="of the result file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -240,7 +247,12 @@ def main(words: list[str] | None = None) -> None:
         for ranks in arguments.ranks:
             results.append(measure(arguments, ranks, Path(folder)))
             print(f"\n{report(results[-1])}\n", flush=True)
-    settings = {"model": MODEL, "micro_batches": MICRO_BATCHES, "flags": arguments.flags, "repeats": arguments.repeats}
+    settings = {
+        "model": MODEL,
+        "micro_batches": arguments.micro_batches,
+        "flags": arguments.flags,
+        "repeats": arguments.repeats,
+    }
     path = write_result(arguments.name, settings | {"measurements": results})
     print(f"wrote {path.relative_to(ROOT)}")
 

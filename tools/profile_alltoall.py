@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the entry script, which is in no package
@@ -54,22 +55,19 @@ def main(words: list[str]) -> int:
     own, flags = own_flags().parse_known_args(words)
 
     def configure() -> Config:
-        cfg = parse_args(flags)
+        cfg: Config = parse_args(flags)
         return profiling_config(validate(cfg, assumed_world_size(cfg)))
 
-    return launch(configure, lambda cfg: profile(cfg, own))
+    return launch(configure, partial(profile, own))
 
 
-def profile(cfg: Config, own: argparse.Namespace) -> None:
+def profile(own: argparse.Namespace, cfg: Config) -> None:
     """Measure, and report on rank 0."""
-
-    def forward(model, batch):  # type: ignore[no-untyped-def]
-        return forward_step(cfg, model, batch)
 
     set_determinism(cfg)
     ctx = initialize(cfg.parallel, moe=True)
     introduce(cfg, ctx)
-    exact, lsh = measure(cfg, Task(build_gpt, build_data, forward), ctx, max(own.steps, 1))
+    exact, lsh = measure(cfg, Task(build_gpt, build_data, partial(forward_step, cfg)), ctx, max(own.steps, 1))
     if ctx.rank == 0:
         ranks = ctx.ep.size
         model = fit(exact, lsh, topk=cfg.moe.moe_router_topk, hidden=required(cfg.model.hidden_size), ranks=ranks)

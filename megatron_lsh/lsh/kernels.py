@@ -152,7 +152,8 @@ def usable(tensor: Tensor) -> bool:
 
 @functools.cache
 def _announce(device: str) -> None:
-    warnings.warn(STATUS.describe(device), stacklevel=3)
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(STATUS.describe(device), stacklevel=3)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

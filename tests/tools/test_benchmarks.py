@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, slow_network
+from benchmarks import overhead, peers, slow_network
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
 
@@ -23,7 +23,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text(json.dumps(result, default=str))
         return path
 
-    for module in (overhead, slow_network):
+    for module in (overhead, peers, slow_network):
         monkeypatch.setattr(module, "write_result", write)
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
@@ -93,7 +93,20 @@ print("sent", sent_bytes())
 @needs_namespaces
 def test_slow_network(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--num-layers", "1", "--hidden-size", "64", "--moe-ffn-hidden-size", "64", "--seq-length", "128"]
-    words = ["--shares", "50", "--rates", "exact", "0.2", "--wires", "model", "int8", "--repeats", "1"]
+    words = [
+        "--shares",
+        "50",
+        "--rates",
+        "exact",
+        "0.2",
+        "--wires",
+        "model",
+        "int8",
+        "--repeats",
+        "1",
+        "--micro-batches",
+        "1",
+    ]
     slow_network.main([*words, "--flags", *flags])
     (measurement,) = json.loads((results / "slow_network.json").read_text())["measurements"]
     exact, exact_int8, lsh, lsh_int8 = measurement["links"][0]["variants"]
@@ -108,3 +121,15 @@ def test_slow_network(results: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert lsh["lsh_ms"] > 0 == exact["lsh_ms"] and exact_int8["wire_ms"] > exact["wire_ms"]
     assert measurement["bytes"][0]["ratio"] == pytest.approx(1.0, abs=0.05)  # payload against the interfaces
     assert "one micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@needs_namespaces
+def test_peers(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--tokens", "64", "--hidden", "32", "--ffn", "32", "--mbit", "0", "--repeats", "2"]
+    peers.main(["--peers", "megatron_lsh, exact", "megatron_lsh, LSH 20%", "fairscale", *sizes])
+    result = json.loads((results / "peers.json").read_text())
+    assert {"megatron_lsh, exact", "megatron_lsh, LSH 20%"} <= set(result["versions"])
+    assert "fairscale" in {**result["versions"], **result["skipped"]}
+    assert "tokens/s, full speed" in capsys.readouterr().out

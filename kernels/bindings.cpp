@@ -1,0 +1,332 @@
+// torch.ops.megatron_lsh: checks arguments, allocates results, calls the C interface. Schemas, fake kernels and derivatives are
+// in megatron_lsh/lsh/ops.py.
+//
+// Only torch's stable interface is used (plain C underneath), so one build serves every torch from 2.11 on, and the CUDA
+// bindings compile without a CUDA build of torch. Compiled once with LSH_BACKEND=cpu and once with LSH_BACKEND=cuda.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace megatron_lsh {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float:
+            return kFloat32;
+        case ScalarType::Half:
+            return kFloat16;
+        case ScalarType::BFloat16:
+            return kBFloat16;
+        case ScalarType::Double:
+            return kFloat64;
+        default:
+            STD_TORCH_CHECK(false, "rows must be fp32, fp16, bf16 or fp64");
+    }
+}
+
+ScalarType accumulator(const Tensor& t) {
+    return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A contiguous tensor of the wanted dtype (the input itself where it is one), its sizes checked; -1 is any size.
+Tensor checked(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+    STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
+    STD_TORCH_CHECK(t.dim() == int64_t(sizes.size()), name, " must have ", sizes.size(), " dimensions, has ", t.dim());
+    int64_t d = 0;
+    for (const int64_t size : sizes) {
+        STD_TORCH_CHECK(size < 0 || t.size(d) == size, name, ": size ", t.size(d), " of dimension ", d, " must be ", size);
+        ++d;
+    }
+    return torch::stable::contiguous(t);
+}
+
+Tensor integers(const Tensor& t, const char* name, int64_t size = -1) {
+    return checked(t, name, ScalarType::Long, {size});
+}
+
+OptionalTensor checked(const OptionalTensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+    return t ? OptionalTensor(checked(*t, name, dtype, sizes)) : std::nullopt;
+}
+
+template <class T = void>
+T* data(const Tensor& t) {
+    return static_cast<T*>(t.data_ptr());
+}
+template <class T = void>
+T* data(const OptionalTensor& t) {
+    return t ? data<T>(*t) : nullptr;
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(like, sizes, dtype);
+}
+
+constexpr auto kLong = ScalarType::Long;
+
+// How to run: on a GPU, the tensors' device and its current stream.
+#if defined(LSH_ON_GPU)
+#define LSH_RUN(name, tensor, args)                                                             \
+    do {                                                                                        \
+        const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());       \
+        void* stream = nullptr;                                                                 \
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream((tensor).get_device_index(), &stream)); \
+        const int error = lsh_##name##_cuda(args, stream);                                      \
+        STD_TORCH_CHECK(error == 0, "megatron_lsh::" #name " failed to launch: CUDA error ", error); \
+    } while (false)
+#elif defined(LSH_EMULATED)
+#define LSH_RUN(name, tensor, args) \
+    STD_TORCH_CHECK(lsh_##name##_cuda(args, nullptr) == 0, "megatron_lsh::" #name " failed")
+#else
+#define LSH_RUN(name, tensor, args) lsh_##name##_cpu(args)
+#endif
+
+#if defined(LSH_ON_GPU) || defined(LSH_EMULATED)
+constexpr bool kOnGpu = true;
+#else
+constexpr bool kOnGpu = false;
+#endif
+
+// 8-byte words the planning kernels sort in; the CPU allocates its own.
+int64_t plan_scratch(int64_t rows, int64_t clusters) { return kOnGpu ? 6 * rows + clusters : 0; }
+
+int64_t num_rows(const OptionalTensor& index, const Tensor& source) { return index ? index->size(0) : source.size(0); }
+
+Tensor hash(Tensor projection, OptionalTensor index, Tensor row_ends, int64_t num_hashes, int64_t code_bits) {
+    projection = checked(projection, "projection", ScalarType::Float, {-1, -1});
+    index = checked(index, "index", kLong, {-1});
+    row_ends = integers(row_ends, "row_ends");
+    STD_TORCH_CHECK(num_hashes > 0 && projection.size(1) % num_hashes == 0, "projection must have num_hashes equal parts");
+    const int64_t rows = num_rows(index, projection);
+    Tensor key = empty(projection, {rows}, kLong);
+    const HashArgs args{data<float>(projection), data<int64_t>(index), data<int64_t>(row_ends), data<uint64_t>(key),
+                        rows, row_ends.size(0), projection.size(1) / num_hashes, int32_t(num_hashes),
+                        int32_t(code_bits)};
+    if (rows) LSH_RUN(hash, projection, args);
+    return key;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan(Tensor key, Tensor projection, OptionalTensor index,
+                                                Tensor row_ends, Tensor cluster_ends, int64_t num_clusters,
+                                                int64_t num_hashes, int64_t code_bits) {
+    key = integers(key, "key");
+    const int64_t rows = key.size(0);
+    projection = checked(projection, "projection", ScalarType::Float, {index ? -1 : rows, -1});
+    index = checked(index, "index", kLong, {rows});
+    row_ends = integers(row_ends, "row_ends");
+    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0));
+    Tensor cluster = empty(key, {rows}, kLong), order = empty(key, {rows}, kLong);
+    Tensor sizes = empty(key, {num_clusters}, kLong), offsets = empty(key, {num_clusters}, kLong);
+    Tensor scratch = empty(key, {plan_scratch(rows, num_clusters)}, kLong);
+    const PlanArgs args{data<uint64_t>(key), data<float>(projection), data<int64_t>(index), data<int64_t>(row_ends),
+                        data<int64_t>(cluster_ends), data<int64_t>(cluster), data<int64_t>(order), data<int64_t>(sizes),
+                        data<int64_t>(offsets), data<uint64_t>(scratch), rows, row_ends.size(0), num_clusters,
+                        projection.size(1), int32_t(num_hashes), int32_t(code_bits)};
+    if (rows) LSH_RUN(plan, key, args);
+    return {cluster, order, sizes, offsets};
+}
+
+std::tuple<Tensor, Tensor> nearest(Tensor rows, OptionalTensor index, Tensor centroids, Tensor row_ends,
+                                   Tensor cluster_ends) {
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1});
+    index = checked(index, "index", kLong, {-1});
+    centroids = checked(centroids, "centroids", rows.scalar_type(), {-1, rows.size(1)});
+    row_ends = integers(row_ends, "row_ends");
+    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0));
+    const int64_t count = num_rows(index, rows), clusters = centroids.size(0), features = rows.size(1);
+    const int64_t experts = row_ends.size(0);
+    Tensor cluster = empty(rows, {count}, kLong), distance = empty(rows, {count}, accumulator(rows));
+    const int64_t scratch_size = kOnGpu ? clusters : (clusters + experts * kPanel) * (features + 1);
+    Tensor scratch = empty(rows, {scratch_size}, accumulator(rows));
+    const NearestArgs args{data(rows), data<int64_t>(index), data(centroids), data<int64_t>(row_ends),
+                           data<int64_t>(cluster_ends), data<int64_t>(cluster), data(distance), data(scratch), count,
+                           clusters, features, experts, dtype_of(rows)};
+    if (count) LSH_RUN(nearest, rows, args);
+    return {cluster, distance};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> regroup(Tensor nearest, Tensor distance, Tensor row_ends, Tensor cluster_ends,
+                                                   int64_t num_clusters) {
+    nearest = integers(nearest, "nearest");
+    const int64_t rows = nearest.size(0);
+    distance = checked(distance, "distance", ScalarType::Float, {rows});
+    row_ends = integers(row_ends, "row_ends");
+    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0));
+    Tensor cluster = empty(nearest, {rows}, kLong), order = empty(nearest, {rows}, kLong);
+    Tensor sizes = empty(nearest, {num_clusters}, kLong), offsets = empty(nearest, {num_clusters}, kLong);
+    Tensor scratch = empty(nearest, {plan_scratch(rows, num_clusters)}, kLong);
+    const RegroupArgs args{data<int64_t>(nearest), data<float>(distance), data<int64_t>(row_ends),
+                           data<int64_t>(cluster_ends), data<int64_t>(cluster), data<int64_t>(order),
+                           data<int64_t>(sizes), data<int64_t>(offsets), data<uint64_t>(scratch), rows,
+                           row_ends.size(0), num_clusters};
+    if (rows) LSH_RUN(regroup, nearest, args);
+    return {cluster, order, sizes, offsets};
+}
+
+void segment_into(Tensor source, OptionalTensor index, OptionalTensor weight, Tensor order, Tensor offsets,
+                  Tensor sizes, bool mean, const Tensor& out, const OptionalTensor& residual) {
+    source = checked(source, "source", source.scalar_type(), {-1, -1});
+    order = integers(order, "order");
+    const int64_t rows = order.size(0), features = source.size(1), clusters = out.size(0);
+    index = checked(index, "index", kLong, {rows});
+    STD_TORCH_CHECK(index || source.size(0) == rows, "source must have one row for each row of order");
+    weight = checked(weight, "weight", accumulator(source), {rows});
+    sizes = integers(sizes, "sizes", clusters);
+    offsets = integers(offsets, "offsets", clusters);
+    Tensor scratch = empty(source, {kOnGpu ? rows / kWindow : 0, features}, ScalarType::Float);
+    const SegmentArgs args{data(source), data<int64_t>(index), data(weight), data<int64_t>(order), data<int64_t>(offsets),
+                           data<int64_t>(sizes), data(out), data(residual), data<float>(scratch), rows, clusters,
+                           features, mean ? 1 : 0, dtype_of(source)};
+    if (clusters && features) LSH_RUN(segment, source, args);
+}
+
+Tensor segment(Tensor source, OptionalTensor index, OptionalTensor weight, Tensor order, Tensor offsets,
+               Tensor sizes, bool mean) {
+    Tensor out = empty(source, {sizes.size(0), source.size(1)}, source.scalar_type());
+    segment_into(source, index, weight, order, offsets, sizes, mean, out, std::nullopt);
+    return out;
+}
+
+std::tuple<Tensor, Tensor> segment_residual(Tensor source, Tensor order, Tensor offsets, Tensor sizes) {
+    Tensor out = empty(source, {sizes.size(0), source.size(1)}, source.scalar_type());
+    Tensor residual = empty(source, {source.size(0), source.size(1)}, source.scalar_type());
+    segment_into(source, std::nullopt, std::nullopt, order, offsets, sizes, true, out, residual);
+    return {out, residual};
+}
+
+Tensor combine(Tensor source, Tensor index, OptionalTensor weight, OptionalTensor divisor, OptionalTensor row,
+               OptionalTensor centroid) {
+    source = checked(source, "source", source.scalar_type(), {-1, -1});
+    index = checked(index, "index", kLong, {-1, -1});
+    const int64_t tokens = index.size(0), slots = index.size(1), features = source.size(1);
+    weight = checked(weight, "weight", accumulator(source), {tokens, slots});
+    divisor = checked(divisor, "divisor", kLong, {source.size(0)});
+    row = checked(row, "row", source.scalar_type(), {tokens, features});
+    centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features});
+    STD_TORCH_CHECK(row || !centroid, "a centroid needs the row it is taken from");
+    STD_TORCH_CHECK(!row || !divisor, "a row and a divisor exclude each other");
+    Tensor out = empty(source, {tokens, features}, source.scalar_type());
+    const CombineArgs args{data(source), data<int64_t>(index), data(weight), data<int64_t>(divisor), data(row),
+                           data(centroid), data(out), tokens, slots, features, dtype_of(source)};
+    if (tokens && features) LSH_RUN(combine, source, args);
+    return out;
+}
+
+Tensor dots(Tensor grad, Tensor source, Tensor index, OptionalTensor row, OptionalTensor centroid) {
+    source = checked(source, "source", source.scalar_type(), {-1, -1});
+    index = checked(index, "index", kLong, {-1, -1});
+    const int64_t tokens = index.size(0), slots = index.size(1), features = source.size(1);
+    grad = checked(grad, "grad", source.scalar_type(), {tokens, features});
+    row = checked(row, "row", source.scalar_type(), {tokens, features});
+    centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features});
+    STD_TORCH_CHECK(bool(row) == bool(centroid), "row and centroid come together");
+    Tensor out = empty(source, {tokens, slots}, accumulator(source));
+    const DotsArgs args{data(grad), data(source), data<int64_t>(index), data(row), data(centroid), data(out), tokens, slots,
+                        features, dtype_of(source)};
+    if (tokens && slots) LSH_RUN(dots, source, args);
+    return out;
+}
+
+Tensor spread(OptionalTensor grad, OptionalTensor weight, OptionalTensor sum, OptionalTensor grad_centroid, Tensor index,
+              Tensor sizes) {
+    STD_TORCH_CHECK(grad || grad_centroid, "nothing to spread");
+    STD_TORCH_CHECK(bool(grad) == bool(sum), "grad and sum come together");
+    const Tensor& like = grad ? *grad : *grad_centroid;
+    index = checked(index, "index", kLong, {-1, -1});
+    sizes = integers(sizes, "sizes");
+    const int64_t tokens = index.size(0), slots = index.size(1), features = like.size(1), clusters = sizes.size(0);
+    grad = checked(grad, "grad", like.scalar_type(), {tokens, features});
+    weight = checked(weight, "weight", accumulator(like), {tokens, slots});
+    sum = checked(sum, "sum", like.scalar_type(), {clusters, features});
+    grad_centroid = checked(grad_centroid, "grad_centroid", like.scalar_type(), {clusters, features});
+    Tensor out = empty(like, {tokens, features}, like.scalar_type());
+    const SpreadArgs args{data(grad), data(weight), data(sum), data(grad_centroid), data<int64_t>(index),
+                          data<int64_t>(sizes), data(out), tokens, slots, features, dtype_of(like)};
+    if (tokens && features) LSH_RUN(spread, like, args);
+    return out;
+}
+
+// Bytes of a row of the payload: `features` numbers and a scale.
+int64_t payload_bytes(int64_t format, int64_t features) {
+    STD_TORCH_CHECK(format >= kFp8 && format <= kInt4, "unknown wire format ", format);
+    return (format == kInt4 ? (features + 1) / 2 : features) + 4;
+}
+
+Tensor encode(Tensor rows, OptionalTensor noise, int64_t format) {
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1});
+    STD_TORCH_CHECK(dtype_of(rows) != kFloat64, "rows must be fp32, fp16 or bf16");
+    const int64_t count = rows.size(0), features = rows.size(1);
+    noise = checked(noise, "noise", ScalarType::Float, {count, features});
+    Tensor payload = empty(rows, {count, payload_bytes(format, features)}, ScalarType::Byte);
+    const EncodeArgs args{data(rows), data<float>(noise), data<uint8_t>(payload), count, features, WireFormat(format),
+                          dtype_of(rows)};
+    if (count) LSH_RUN(encode, rows, args);
+    return payload;
+}
+
+Tensor decode(Tensor payload, int64_t format, int64_t features, ScalarType dtype) {
+    payload = checked(payload, "payload", ScalarType::Byte, {-1, payload_bytes(format, features)});
+    const int64_t count = payload.size(0);
+    Tensor rows = empty(payload, {count, features}, dtype);
+    STD_TORCH_CHECK(dtype_of(rows) != kFloat64, "rows must be fp32, fp16 or bf16");
+    const DecodeArgs args{data<uint8_t>(payload), data(rows), count, features, WireFormat(format), dtype_of(rows)};
+    if (count && features) LSH_RUN(decode, payload, args);
+    return rows;
+}
+
+#if !defined(LSH_ON_GPU) && !defined(LSH_EMULATED)
+Tensor project(Tensor rows, Tensor rotation) {
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1});
+    STD_TORCH_CHECK(dtype_of(rows) != kFloat64, "project computes in fp32");
+    rotation = checked(rotation, "rotation", ScalarType::Float, {rows.size(1), -1});
+    const int64_t columns = rotation.size(1), padded = (columns + kPanel - 1) / kPanel * kPanel;
+    Tensor out = empty(rows, {rows.size(0), columns}, ScalarType::Float);
+    Tensor packed = empty(rows, {padded, rows.size(1)}, ScalarType::Float);
+    const ProjectArgs args{data(rows), data<float>(rotation), data<float>(out), data<float>(packed), rows.size(0),
+                           rows.size(1), columns, dtype_of(rows)};
+    LSH_RUN(project, rows, args);
+    return out;
+}
+#endif
+
+void register_ops(torch::stable::detail::StableLibrary& m) {
+    m.impl("hash", TORCH_BOX(&hash));
+    m.impl("plan", TORCH_BOX(&plan));
+    m.impl("nearest", TORCH_BOX(&nearest));
+    m.impl("regroup", TORCH_BOX(&regroup));
+    m.impl("segment", TORCH_BOX(&segment));
+    m.impl("segment_residual", TORCH_BOX(&segment_residual));
+    m.impl("combine", TORCH_BOX(&combine));
+    m.impl("dots", TORCH_BOX(&dots));
+    m.impl("spread", TORCH_BOX(&spread));
+    m.impl("encode", TORCH_BOX(&encode));
+    m.impl("decode", TORCH_BOX(&decode));
+#if !defined(LSH_ON_GPU) && !defined(LSH_EMULATED)
+    m.impl("project", TORCH_BOX(&project));
+#endif
+}
+
+}  // namespace
+
+#if defined(LSH_ON_GPU)
+STABLE_TORCH_LIBRARY_IMPL(megatron_lsh, CUDA, m) { register_ops(m); }
+#elif defined(LSH_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(megatron_lsh_emulated, CPU, m) { register_ops(m); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(megatron_lsh, CPU, m) { register_ops(m); }
+#endif
+
+}  // namespace megatron_lsh

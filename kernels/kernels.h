@@ -1,0 +1,182 @@
+// The C interface of the kernels: plain structs and functions, no torch, no C++ types.
+//
+// Every operation exists twice, as lsh_<name>_cpu and lsh_<name>_cuda, and computes the same thing. Pointers are to contiguous
+// arrays; shapes are in the comments. Legend: N rows sorted by expert, D features, C clusters, E experts, T tokens, K slots per
+// token, Q hashes. A null optional pointer means "not there". All sizes are 64 bits. A function
+// returns 0, or a CUDA error code.
+//
+// Rows need not be materialised: where an operation takes `index` [N], row n is row index[n] of a source with M rows (its token);
+// without, row n is row n, and M = N.
+#pragma once
+
+#include <cstdint>
+
+namespace megatron_lsh {
+
+enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+
+// key[n] = (expert of n, code_1, ..., code_Q) of the projection of row n.
+struct HashArgs {
+    const float* projection;  // [M, Q * width]
+    const int64_t* index;     // [N] optional
+    const int64_t* row_ends;  // [E] end of each expert's rows
+    uint64_t* key;            // [N]
+    int64_t rows, experts, width;
+    int32_t num_hashes, code_bits;
+};
+
+// Cut each expert's rows, sorted by key, at its budget's weakest links.
+struct PlanArgs {
+    const uint64_t* key;          // [N]
+    const float* projection;      // [M, P]
+    const int64_t* index;         // [N] optional
+    const int64_t* row_ends;      // [E]
+    const int64_t* cluster_ends;  // [E] end of each expert's clusters
+    int64_t* cluster;             // [N] out: cluster of each row
+    int64_t* order;               // [N] out: rows by cluster
+    int64_t* sizes;               // [C] out
+    int64_t* offsets;             // [C] out: begin of each cluster in order
+    uint64_t* scratch;            // [6 N + C], CUDA only
+    int64_t rows, experts, clusters, features;
+    int32_t num_hashes, code_bits;
+};
+
+// out[n, p] = sum_d rows[n, d] * rotation[d, p]. CPU only; on a GPU it is a matrix product of the library.
+struct ProjectArgs {
+    const void* rows;       // [N, D]
+    const float* rotation;  // [D, P]
+    float* out;             // [N, P]
+    float* packed;          // [ceil(P / kPanel) * kPanel, D] scratch
+    int64_t num_rows, features, columns;
+    DType dtype;
+};
+
+// The nearest centroid of each row among those of its expert.
+struct NearestArgs {
+    const void* rows;             // [M, D]
+    const int64_t* index;         // [N] optional
+    const void* centroids;        // [C, D]
+    const int64_t* row_ends;      // [E]
+    const int64_t* cluster_ends;  // [E]
+    int64_t* cluster;             // [N] out
+    void* distance;               // [N] out: squared distance, fp32 (fp64 for fp64)
+    void* scratch;                // CUDA: fp32 [C]. CPU: packed centroids, see kPanel
+    int64_t num_rows, clusters, features, experts;
+    DType dtype;
+};
+
+// Give each expert's empty clusters its farthest rows, one each, and put the clusters in order.
+struct RegroupArgs {
+    const int64_t* nearest;       // [N] cluster of each row
+    const float* distance;        // [N]
+    const int64_t* row_ends;      // [E]
+    const int64_t* cluster_ends;  // [E]
+    int64_t* cluster;             // [N] out
+    int64_t* order;               // [N] out
+    int64_t* sizes;               // [C] out
+    int64_t* offsets;             // [C] out
+    uint64_t* scratch;            // [6 N + C], CUDA only
+    int64_t rows, experts, clusters;
+};
+
+// out[j] = sum (or mean) over the rows n of cluster j of weight[n] * row n; residual[n] = row n - out[j].
+struct SegmentArgs {
+    const void* source;      // [M, D]
+    const int64_t* index;    // [N] optional
+    const void* weight;      // [N] optional, fp32 (fp64 for fp64)
+    const int64_t* order;    // [N]
+    const int64_t* offsets;  // [C]
+    const int64_t* sizes;    // [C]
+    void* out;               // [C, D]
+    void* residual;          // [N, D] optional out
+    float* scratch;          // [N / kWindow, D], CUDA only
+    int64_t rows, clusters, features;
+    int32_t mean;
+    DType dtype;
+};
+
+// out[t] = sum_k weight[t, k] * (source[i] / divisor[i] + (row[t] - centroid[i])), i = index[t, k]; slots with i < 0 are skipped.
+struct CombineArgs {
+    const void* source;      // [C, D]
+    const int64_t* index;    // [T, K]
+    const void* weight;      // [T, K] optional
+    const int64_t* divisor;  // [C] optional
+    const void* row;         // [T, D] optional
+    const void* centroid;    // [C, D] with row; without it the row is added whole
+    void* out;               // [T, D]
+    int64_t tokens, slots, features;
+    DType dtype;
+};
+
+// out[t, k] = sum_d grad[t, d] * (source[i, d] + (row[t, d] - centroid[i, d])), i = index[t, k]; 0 where i < 0.
+struct DotsArgs {
+    const void* grad;      // [T, D]
+    const void* source;    // [C, D]
+    const int64_t* index;  // [T, K]
+    const void* row;       // [T, D] optional
+    const void* centroid;  // [C, D] with row
+    void* out;             // [T, K] fp32 (fp64 for fp64)
+    int64_t tokens, slots, features;
+    DType dtype;
+};
+
+// out[t] = sum_k (weight[t, k] * grad[t] - sum[i] / size[i]) + grad_centroid[i] / size[i], i = index[t, k]; the bracket is zero
+// for clusters of one row. The first part is there with grad and sum, the second with grad_centroid.
+struct SpreadArgs {
+    const void* grad;           // [T, D] optional
+    const void* weight;         // [T, K] optional
+    const void* sum;            // [C, D] with grad
+    const void* grad_centroid;  // [C, D] optional
+    const int64_t* index;       // [T, K]
+    const int64_t* sizes;       // [C]
+    void* out;                  // [T, D]
+    int64_t tokens, slots, features;
+    DType dtype;
+};
+
+enum WireFormat : int32_t { kFp8 = 0, kInt8 = 1, kInt4 = 2 };
+
+// Rows to bytes: each number divided by the row's scale |x|_max / largest, rounded; then the scale (fp32). A row of the payload
+// has wire_bytes(format, D) bytes.
+struct EncodeArgs {
+    const void* rows;      // [C, D]
+    const float* noise;    // [C, D] optional, in [0, 1): round up with the probability of the remainder (not for fp8)
+    uint8_t* payload;      // [C, wire_bytes] out
+    int64_t num_rows, features;
+    WireFormat format;
+    DType dtype;
+};
+
+struct DecodeArgs {
+    const uint8_t* payload;  // [C, wire_bytes]
+    void* rows;              // [C, D] out
+    int64_t num_rows, features;
+    WireFormat format;
+    DType dtype;
+};
+
+// Features of packed centroids: panels of kPanel centroids, each [D, kPanel]. At most this wide for any instruction set.
+constexpr int64_t kPanel = 48;
+
+// Long clusters are summed by windows of this many rows, so that no thread walks a hot cluster alone.
+constexpr int64_t kWindow = 128;
+
+#define LSH_DECLARE(name, Args)          \
+    int lsh_##name##_cpu(const Args&);   \
+    int lsh_##name##_cuda(const Args&, void* stream);
+
+extern "C" {
+LSH_DECLARE(hash, HashArgs)
+LSH_DECLARE(plan, PlanArgs)
+LSH_DECLARE(nearest, NearestArgs)
+LSH_DECLARE(regroup, RegroupArgs)
+LSH_DECLARE(segment, SegmentArgs)
+LSH_DECLARE(combine, CombineArgs)
+LSH_DECLARE(dots, DotsArgs)
+LSH_DECLARE(spread, SpreadArgs)
+LSH_DECLARE(encode, EncodeArgs)
+LSH_DECLARE(decode, DecodeArgs)
+int lsh_project_cpu(const ProjectArgs&);
+}
+
+}  // namespace megatron_lsh

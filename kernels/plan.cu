@@ -1,0 +1,215 @@
+// Plan and regroup: from keys (or nearest centroids) to clusters in order. One block per expert, whose rows are contiguous, so
+// experts need nothing from each other and the host needs to know nothing.
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace megatron_lsh {
+namespace {
+
+#if !defined(LSH_PLAN_THREADS)
+#define LSH_PLAN_THREADS 1024
+#endif
+constexpr int kThreads = LSH_PLAN_THREADS;
+constexpr int kLinkThreads = 256;
+
+using Memory = SortMemory<kThreads>;
+
+// One expert's rows and clusters, and its part of the scratch: [6 N + C] words of 8 bytes.
+struct Group {
+    int64_t first_row, num_rows, first_cluster, num_clusters;
+    uint64_t* keys[2];
+    uint32_t* values[4];
+    uint64_t* per_cluster;
+};
+
+template <class Args>
+LSH_DEVICE Group group_of(const Args& a, int64_t expert) {
+    Group g;
+    g.first_row = begin_of(a.row_ends, expert);
+    g.num_rows = a.row_ends[expert] - g.first_row;
+    g.first_cluster = begin_of(a.cluster_ends, expert);
+    g.num_clusters = a.cluster_ends[expert] - g.first_cluster;
+    for (int i = 0; i < 2; ++i) g.keys[i] = a.scratch + i * a.rows + g.first_row;
+    for (int i = 0; i < 4; ++i) g.values[i] = reinterpret_cast<uint32_t*>(a.scratch + (2 + i) * a.rows) + g.first_row;
+    g.per_cluster = a.scratch + 6 * a.rows + g.first_cluster;
+    return g;
+}
+
+// Bits needed to write numbers below `count`.
+LSH_DEVICE int bit_length(uint64_t count) { return count > 1 ? 64 - leading_zeros(count - 1) : 0; }
+
+LSH_DEVICE void add_one(int64_t* counter) { atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull); }
+
+// Given the cluster of each row, fill sizes, offsets and order (rows by cluster; within one, as they were).
+template <class Args>
+LSH_DEVICE void order_group(const Args& a, const Group& g, Memory& memory) {
+    int64_t* sizes = a.sizes + g.first_cluster;
+    for (int64_t c = threadIdx.x; c < g.num_clusters; c += kThreads) sizes[c] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+        const int64_t cluster = a.cluster[g.first_row + i] - g.first_cluster;
+        add_one(sizes + cluster);
+        g.keys[0][i] = uint64_t(cluster);
+        g.values[0][i] = uint32_t(i);
+    }
+    __syncthreads();
+    const Pairs pairs{{g.keys[0], g.keys[1]}, {g.values[0], g.values[1]}};
+    const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, bit_length(g.num_clusters), memory);
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads)
+        a.order[g.first_row + i] = g.first_row + g.values[sorted][i];
+    int64_t offset = g.first_row;
+    for (int64_t first = 0; first < g.num_clusters; first += kThreads) {
+        const int64_t c = first + threadIdx.x;
+        unsigned total;
+        const unsigned before = exclusive_sum<kThreads>(c < g.num_clusters ? unsigned(sizes[c]) : 0, &total);
+        if (c < g.num_clusters) a.offsets[g.first_cluster + c] = offset + before;
+        offset += total;
+    }
+}
+
+// Sort each expert's rows by key: keys into keys[0], rows into values[2].
+__global__ void __launch_bounds__(kThreads, 1) sort_kernel(const PlanArgs a) {
+    __shared__ Memory memory;
+    const Group g = group_of(a, blockIdx.x);
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+        g.keys[0][i] = a.key[g.first_row + i];
+        g.values[0][i] = uint32_t(i);
+    }
+    __syncthreads();
+    const Pairs pairs{{g.keys[0], g.keys[1]}, {g.values[0], g.values[1]}};
+    const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, a.num_hashes * a.code_bits, memory);
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+        if (sorted) g.keys[0][i] = g.keys[1][i];
+        g.values[2][i] = g.values[sorted][i];
+    }
+}
+
+// How strongly each sorted row is tied to its predecessor, into keys[1]: a warp per row.
+__global__ void __launch_bounds__(kLinkThreads) link_kernel(const PlanArgs a) {
+    const int64_t n = flat_index() / kWarpSize;
+    if (n >= a.rows) return;
+    const int lane = threadIdx.x % kWarpSize;
+    const Group g = group_of(a, upper_bound(a.row_ends, a.experts, n));
+    const int64_t i = n - g.first_row;
+    double gap = 0;
+    if (i > 0) {
+        const int64_t row = g.first_row + g.values[2][i], previous = g.first_row + g.values[2][i - 1];
+        const float* x = a.projection + source_of(a.index, row) * a.features;
+        const float* y = a.projection + source_of(a.index, previous) * a.features;
+        for (int64_t p = lane; p < a.features; p += kWarpSize) {
+            const double difference = x[p] - y[p];
+            gap += difference * difference;
+        }
+    }
+    for (int step = kWarpSize / 2; step > 0; step /= 2) gap += __shfl_xor_sync(kFullWarp, gap, step);
+    if (lane == 0) {
+        const int common = i > 0 ? common_codes(g.keys[0][i], g.keys[0][i - 1], a.num_hashes, a.code_bits) : 0;
+        g.keys[1][i] = ordered(i > 0 ? link_strength(common, gap) : kNoLink);
+    }
+}
+
+// Start a cluster at each of the budget's weakest links, and number clusters by their first rows.
+__global__ void __launch_bounds__(kThreads, 1) cut_kernel(const PlanArgs a) {
+    __shared__ Memory memory;
+    const Group g = group_of(a, blockIdx.x);
+    uint64_t* first_row_of = g.per_cluster;
+    int64_t* number_of = a.sizes + g.first_cluster;  // until sizes are known
+    const uint32_t* row_at = g.values[2];
+    uint32_t* starts = g.values[3];
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+        g.values[0][i] = uint32_t(i);
+        starts[i] = 0;
+    }
+    for (int64_t c = threadIdx.x; c < g.num_clusters; c += kThreads) first_row_of[c] = ~uint64_t(0);
+    __syncthreads();
+    // The strengths are in keys[1]; the sorted keys in keys[0] are not needed any more.
+    const Pairs pairs{{g.keys[1], g.keys[0]}, {g.values[0], g.values[1]}};
+    const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, 64, memory);
+    for (int64_t i = threadIdx.x; i < g.num_clusters; i += kThreads) starts[g.values[sorted][i]] = 1;
+    __syncthreads();
+    int64_t carry = -1;
+    for (int64_t first = 0; first < g.num_rows; first += kThreads) {
+        const int64_t i = first + threadIdx.x;
+        const unsigned start = i < g.num_rows ? starts[i] : 0;
+        unsigned total;
+        const int64_t cluster = carry + exclusive_sum<kThreads>(start, &total) + start;
+        if (i < g.num_rows) {
+            a.cluster[g.first_row + row_at[i]] = cluster;
+            atomicMin(reinterpret_cast<unsigned long long*>(first_row_of + cluster), (unsigned long long)(row_at[i]));
+        }
+        carry += total;
+    }
+    __syncthreads();
+    int64_t numbered = 0;
+    for (int64_t first = 0; first < g.num_rows; first += kThreads) {
+        const int64_t i = first + threadIdx.x;
+        const int64_t cluster = i < g.num_rows ? a.cluster[g.first_row + i] : 0;
+        const unsigned is_first = i < g.num_rows && first_row_of[cluster] == uint64_t(i);
+        unsigned total;
+        const int64_t number = numbered + exclusive_sum<kThreads>(is_first, &total);
+        if (is_first) number_of[cluster] = number;
+        numbered += total;
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads)
+        a.cluster[g.first_row + i] = g.first_cluster + number_of[a.cluster[g.first_row + i]];
+    __syncthreads();
+    order_group(a, g, memory);
+}
+
+// Give the k empty clusters of an expert its k farthest rows, then put its clusters in order.
+__global__ void __launch_bounds__(kThreads, 1) regroup_kernel(const RegroupArgs a) {
+    __shared__ Memory memory;
+    const Group g = group_of(a, blockIdx.x);
+    int64_t* sizes = a.sizes + g.first_cluster;
+    uint64_t* empty = g.per_cluster;
+    for (int64_t c = threadIdx.x; c < g.num_clusters; c += kThreads) sizes[c] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+        const int64_t cluster = a.nearest[g.first_row + i];
+        a.cluster[g.first_row + i] = cluster;
+        add_one(sizes + (cluster - g.first_cluster));
+    }
+    __syncthreads();
+    int64_t empties = 0;
+    for (int64_t first = 0; first < g.num_clusters; first += kThreads) {
+        const int64_t c = first + threadIdx.x;
+        const unsigned is_empty = c < g.num_clusters && sizes[c] == 0;
+        unsigned total;
+        const int64_t position = empties + exclusive_sum<kThreads>(is_empty, &total);
+        if (is_empty) empty[position] = uint64_t(g.first_cluster + c);
+        empties += total;
+    }
+    __syncthreads();
+    if (empties > 0) {  // the same for all threads
+        for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+            g.keys[0][i] = ~ordered(a.distance[g.first_row + i]);
+            g.values[0][i] = uint32_t(i);
+        }
+        __syncthreads();
+        const Pairs pairs{{g.keys[0], g.keys[1]}, {g.values[0], g.values[1]}};
+        const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, 32, memory);
+        for (int64_t i = threadIdx.x; i < empties && i < g.num_rows; i += kThreads)
+            a.cluster[g.first_row + g.values[sorted][i]] = int64_t(empty[i]);
+        __syncthreads();
+    }
+    order_group(a, g, memory);
+}
+
+}  // namespace
+
+extern "C" int lsh_plan_cuda(const PlanArgs& a, void* stream) {
+    const auto s = cudaStream_t(stream);
+    LSH_LAUNCH(sort_kernel, unsigned(a.experts), kThreads, s, a);
+    LSH_LAUNCH(link_kernel, unsigned(ceil_div(a.rows, kLinkThreads / kWarpSize)), kLinkThreads, s, a);
+    LSH_LAUNCH(cut_kernel, unsigned(a.experts), kThreads, s, a);
+    return int(cudaGetLastError());
+}
+
+extern "C" int lsh_regroup_cuda(const RegroupArgs& a, void* stream) {
+    LSH_LAUNCH(regroup_kernel, unsigned(a.experts), kThreads, cudaStream_t(stream), a);
+    return int(cudaGetLastError());
+}
+
+}  // namespace megatron_lsh

@@ -1,0 +1,58 @@
+"""The MoE layer with and without kernels: outputs, every gradient, gauges; and which path is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_lsh.config.moe import LSHConfig
+from megatron_lsh.lsh import kernels
+from megatron_lsh.moe.memo import ReplayMemo
+from tests.kernels.test_usage import Recorder
+from tests.moe.test_dispatchers import make_layer, run, single, tokens
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+
+def budget(**settings) -> LSHConfig:
+    return LSHConfig(lsh_target_rate=0.4, **settings)
+
+
+@pytest.mark.parametrize(
+    ("lsh", "moe", "by_tokens"),
+    [
+        (budget(), {}, True),
+        (budget(lsh_residual="none"), {}, True),
+        (budget(lsh_residual="none", lsh_gradient="straight-through"), {}, True),
+        (budget(lsh_refine_steps=0), {}, True),
+        (LSHConfig(lsh_clustering="bucket", lsh_num_hashes=1, lsh_hash_width=2), {}, True),
+        (budget(lsh_residual="lowrank", lsh_residual_rank=4), {}, False),
+        (budget(), {"moe_gradient_shortcut": True}, False),
+        (budget(), {"moe_expert_capacity_factor": 1.0}, True),
+    ],
+    ids=["identity", "none", "straight-through", "unrefined", "bucket", "lowrank", "shortcut", "capacity"],
+)
+def test_layer_with_and_without_kernels(lsh: LSHConfig, moe: dict, by_tokens: bool) -> None:
+    layer, telemetry = make_layer(single(), "lsh", lsh, **moe)
+    mask = torch.rand(12, 2, generator=torch.Generator().manual_seed(1)) < 0.8
+    with kernels.reference_only():
+        expected = run(layer, tokens(0), mask)
+    (plain,) = telemetry.collect(single(), iterations=1)
+    with Recorder() as recorder:
+        got = run(layer, tokens(0), mask)
+    (ours,) = telemetry.collect(single(), iterations=1)
+    assert ("restore" in recorder.called) == by_tokens and recorder.called
+    for name, want in expected.items():
+        torch.testing.assert_close(got[name], want, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert ours.lsh_compression_rate == plain.lsh_compression_rate
+    assert ours.lsh_residual_energy == pytest.approx(plain.lsh_residual_energy, rel=1e-4, abs=1e-6)
+
+
+def test_recomputation_repeats_the_clusters() -> None:
+    layer, _ = make_layer(single(), "lsh", budget())
+    memo, x = ReplayMemo(), tokens(0)
+    first = layer(x, None, memo)[0]
+    with Recorder() as recorder:
+        again = layer(x, None, memo)[0]
+    assert torch.equal(first, again)
+    assert not recorder.called & {"hash", "plan", "nearest", "regroup"}
