@@ -1,6 +1,6 @@
 """The README's model, trained with the exact all-to-all and with LSH: both loss curves, bytes and step time.
 
-    python benchmarks/readme_model.py --iters 300
+    python -m benchmarks.readme_model --iters 300
 
 The runs are `make pretrain` with another dispatcher, one after the other on the same ranks. Writes
 benchmarks/results/readme_model.json and docs/figures/readme_model.png.

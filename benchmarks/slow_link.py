@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 INTERFACE = "eth0"
 _SUBNET = "10.77.0"
@@ -37,8 +40,11 @@ class SlowLinks:
         self._prefix = f"mlsh{os.getpid()}"
         self._made: list[str] = []
         self._made_etc = not _ETC.exists()
+        self._before: Any = signal.SIG_DFL
 
     def __enter__(self) -> SlowLinks:
+        # A benchmark that is told to end must still clean up.
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
         try:
             hub = self._namespace("hub")
             _run("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
@@ -57,6 +63,7 @@ class SlowLinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
         while self._made:  # with a namespace go its interfaces and their peers
             name = self._made.pop()
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
