@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_lsh.config import Config, assumed_world_size, parse_args, validate
 from megatron_lsh.data.loader import Datasets, build_train_valid_test
 from megatron_lsh.data.tokenizers import Tokenizer
+from megatron_lsh.models.attention import document_attention_mask
 from megatron_lsh.models.gpt import build_gpt
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.training.dry_run import dry_run
@@ -44,8 +45,7 @@ def forward_step(cfg: Config, model: nn.Module, batch: Batch) -> tuple[Tensor, T
     position_ids_BS = batch["position_ids"] if cfg.data.reset_position_ids else None
     mask_B1SS = None
     if cfg.data.reset_attention_mask:
-        documents_BS = batch["document_ids"]
-        mask_B1SS = (documents_BS[:, None, :] == documents_BS[:, :, None]).unsqueeze(1)
+        mask_B1SS = document_attention_mask(batch["document_ids"])
     loss_BS, aux_loss = model(batch["tokens"], batch["labels"], position_ids_BS, mask_B1SS)
     return masked_mean(loss_BS, batch["loss_mask"]), aux_loss
 
