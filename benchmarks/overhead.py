@@ -1,11 +1,11 @@
-"""What LSH costs beside the experts it relieves: hash, cluster, refine, compress and restore, forward and backward.
+"""What LSH costs beside the MoE layer's own compute: hash, cluster, refine, compress and restore, forward and backward.
 
     python -m benchmarks.overhead
 
-One rank, one thread, no network. Rows are those of T tokens with K experts each, spread evenly; starting from one size,
-each of tokens, width D (with F = 4 D) and experts varies alone. Two shares: LSH against the experts on all rows, which is
-what the exact all-to-all would compute; and LSH plus the experts on the centroids against the same, below 1 where LSH
-saves time without any network.
+One rank, one thread, no network. T tokens with K experts each, spread evenly; starting from one size, each of tokens,
+width D (with F = 4 D) and experts varies alone. Two shares: LSH against the exact layer from tokens to outputs (permutation,
+experts on all rows, weighted sum); and the layer with LSH against the same, below 1 where LSH saves time without any
+network. Where kernels are built, restoring includes the weighted sum, which is therefore counted as LSH.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.common import ROOT, progress, table, write_result
 from megatron_lsh.config import LSHConfig, ModelConfig, MoEConfig
 from megatron_lsh.moe.compressor import LSHCompressor
 from megatron_lsh.moe.experts import Experts
+from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
 from megatron_lsh.moe.telemetry import LSH_STAGES, MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.parameters import initialize_parameters
@@ -50,7 +51,7 @@ def sizes(tokens: list[int], hidden: list[int], experts: list[int]) -> list[Size
 
 
 class Layer:
-    """Compressor and experts of one size, with rows to run them on."""
+    """Compressor and experts of one size, with tokens to run them on."""
 
     def __init__(self, size: Size, lsh: LSHConfig, device: torch.device, dtype: torch.dtype) -> None:
         ctx = offline_context(device=str(device))
@@ -62,42 +63,63 @@ class Layer:
         self.experts = Experts(model, moe, ctx)
         initialize_parameters(self.experts, seed=1)
         self.experts.to(dtype)
-        self.rows_ND, self.counts_E = make_rows(size, device, dtype)
-        self.grad_ND = torch.randn_like(self.rows_ND)
+        self.tokens_TD = make_tokens(size).to(device, dtype)
+        self.ids_TK = spread_evenly(size).to(device)
+        self.probs_TK = torch.full(self.ids_TK.shape, 1 / size.topk, device=device)
+        self.grad_TD = torch.randn_like(self.tokens_TD)
 
     def exact(self) -> dict[str, float]:
-        """Experts on all rows, forward and backward: ms."""
-        rows = self.rows_ND.clone().requires_grad_()
-        with self.telemetry.timed(0, "experts_time_ms") as region:
-            out = region.leave(self.experts(region.enter(rows), self.counts_E))
-        return self._finish(out, "exact_")
+        """The layer without compression, forward and backward: ms."""
+        started, (x_TD, probs_TK) = time.perf_counter(), self._inputs()
+        rows_ND, counts_E, permutation = permute(x_TD, self.ids_TK, self.size.experts, num_rows=self.ids_TK.numel())
+        y_TD = unpermute(self._run(rows_ND, counts_E), probs_TK, permutation)
+        return self._finish(y_TD, started, "exact_")
 
     def lsh(self) -> dict[str, float]:
-        """Compress, experts on the centroids, restore, forward and backward: ms."""
-        rows = self.rows_ND.clone().requires_grad_()
-        wire, counts_E, state = self.compressor.compress(rows, self.counts_E, None)
-        with self.telemetry.timed(0, "experts_time_ms") as region:
-            out = region.leave(self.experts(region.enter(wire), counts_E))
-        return self._finish(self.compressor.restore(out, state), "")
+        """The layer with compression, by kernels where there are any, forward and backward: ms."""
+        started, (x_TD, probs_TK) = time.perf_counter(), self._inputs()
+        num_rows = self.ids_TK.numel()
+        if self.compressor.reads_tokens(x_TD, probs_TK):
+            permutation = sort_by_expert(self.ids_TK, self.size.experts, num_rows)
+            wire_CD, counts_E, state = self.compressor.compress_tokens(x_TD, permutation, None)
+            y_TD = self.compressor.restore_tokens(self._run(wire_CD, counts_E), probs_TK, state)
+        else:
+            rows_ND, counts_E, permutation = permute(x_TD, self.ids_TK, self.size.experts, num_rows=num_rows)
+            wire_CD, counts_E, rows_state = self.compressor.compress(rows_ND, counts_E, None)
+            restored_ND = self.compressor.restore(self._run(wire_CD, counts_E), rows_state)
+            y_TD = unpermute(restored_ND, probs_TK, permutation)
+        return self._finish(y_TD, started, "")
 
-    def _finish(self, out: Tensor, prefix: str) -> dict[str, float]:
-        out.backward(self.grad_ND)
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        return self.tokens_TD.clone().requires_grad_(), self.probs_TK.clone().requires_grad_()
+
+    def _run(self, rows: Tensor, counts_E: Tensor) -> Tensor:
+        counts_E = counts_E.cpu()  # as an exchange returns them
+        with self.telemetry.timed(0, "experts_time_ms") as region:
+            return region.leave(self.experts(region.enter(rows), counts_E))
+
+    def _finish(self, y_TD: Tensor, started: float, prefix: str) -> dict[str, float]:
+        y_TD.backward(self.grad_TD)
+        if y_TD.is_cuda:
+            torch.cuda.synchronize()
+        layer_ms = 1e3 * (time.perf_counter() - started)
         self.experts.zero_grad(set_to_none=True)
         (report,) = self.telemetry.collect(self.ctx, iterations=1)
-        return {f"{prefix}experts": report.experts_time_ms, **report.lsh_time_ms}
+        return {f"{prefix}layer": layer_ms, f"{prefix}experts": report.experts_time_ms, **report.lsh_time_ms}
 
 
-def make_rows(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows with some likeness, as tokens have: a few thousand kinds, plus noise; sorted by expert, evenly spread."""
+def make_tokens(size: Size) -> Tensor:
+    """Tokens with some likeness, as those of a text have: a thousand kinds, plus noise."""
     generator = torch.Generator().manual_seed(0)
-    n = size.tokens * size.topk
     kinds = torch.randn(1000, size.hidden, generator=generator)
-    rows = kinds[torch.randint(1000, (n,), generator=generator)] + 0.5 * torch.randn(
-        n, size.hidden, generator=generator
-    )
-    counts = torch.full((size.experts,), n // size.experts)
-    counts[: n % size.experts] += 1
-    return rows.to(device, dtype), counts.to(device)
+    noise = torch.randn(size.tokens, size.hidden, generator=generator)
+    return kinds[torch.randint(1000, (size.tokens,), generator=generator)] + 0.5 * noise
+
+
+def spread_evenly(size: Size) -> Tensor:
+    """int64 [T, K]: every expert gets the same number of tokens, give or take one."""
+    first_T = torch.randperm(size.tokens, generator=torch.Generator().manual_seed(1)).unsqueeze(1)
+    return (first_T + torch.arange(size.topk) * (size.experts // size.topk)) % size.experts
 
 
 def measure(layer: Layer, repeats: int) -> dict[str, Any]:
@@ -108,29 +130,38 @@ def measure(layer: Layer, repeats: int) -> dict[str, Any]:
         if repeat >= 2:  # first calls
             samples.append(sample)
     medians = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
-    lsh_each = [sum(sample[stage] for stage in LSH_STAGES) / sample["exact_experts"] for sample in samples]
+    lsh_each = [sum(sample[stage] for stage in LSH_STAGES) / sample["exact_layer"] for sample in samples]
     lsh = sum(medians[stage] for stage in LSH_STAGES)
     return asdict(layer.size) | {
         "ms": medians,
         "lsh_ms": lsh,
-        "share_of_experts": lsh / medians["exact_experts"],
+        "share_of_layer": lsh / medians["exact_layer"],
         "share_range": [min(lsh_each), max(lsh_each)],
-        "compressed_over_exact": (lsh + medians["experts"]) / medians["exact_experts"],
+        "compressed_over_exact": medians["layer"] / medians["exact_layer"],
     }
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    header = ["tokens", "D", "experts", "rows per expert", "experts, all rows, ms", "experts, centroids, ms"]
-    header += [f"{stage}, ms" for stage in LSH_STAGES] + ["LSH / experts (range)", "(LSH + centroids) / experts"]
+    header = [
+        "tokens",
+        "D",
+        "experts",
+        "rows per expert",
+        "exact layer, ms",
+        "its experts",
+        "layer with LSH, ms",
+        "its experts",
+    ]
+    header += [f"{stage}, ms" for stage in LSH_STAGES] + ["LSH / exact layer (range)", "layer with LSH / exact"]
     rows = []
     for r in results:
         low, high = r["share_range"]
         rows.append(
             [
                 r["tokens"], r["hidden"], r["experts"], r["tokens"] * r["topk"] // r["experts"],
-                f"{r['ms']['exact_experts']:.1f}", f"{r['ms']['experts']:.1f}",
+                *(f"{r['ms'][key]:.1f}" for key in ("exact_layer", "exact_experts", "layer", "experts")),
                 *(f"{r['ms'][stage]:.2f}" for stage in LSH_STAGES),
-                f"{100 * r['share_of_experts']:.1f}% ({100 * low:.1f}-{100 * high:.1f})",
+                f"{100 * r['share_of_layer']:.1f}% ({100 * low:.1f}-{100 * high:.1f})",
                 f"{r['compressed_over_exact']:.2f}",
             ]
         )  # fmt: skip
@@ -145,6 +176,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--refine-steps", type=int, default=1)
     parser.add_argument("--clustering", choices=["budget", "bucket"], default="budget")
+    residuals = ["none", "identity", "interpolate"]
+    parser.add_argument("--residual", choices=residuals, default=LSHConfig().lsh_residual)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -153,7 +186,10 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     lsh = LSHConfig(
-        lsh_target_rate=arguments.rate, lsh_refine_steps=arguments.refine_steps, lsh_clustering=arguments.clustering
+        lsh_target_rate=arguments.rate,
+        lsh_refine_steps=arguments.refine_steps,
+        lsh_clustering=arguments.clustering,
+        lsh_residual=arguments.residual,
     )
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     results, started = [], time.monotonic()

@@ -1,17 +1,20 @@
 """What compression costs in loss: one small GPT-MoE on real text, trained with every variant, seed and length.
 
-    python -m benchmarks.quality --variants exact paper budget --seeds 1 2 3 --iters 400
+    python -m benchmarks.quality --variants exact paper budget --seeds 1 2 3 --iters 300
 
 Each run is one process with one thread; several run side by side (--jobs). Clusters form per (rank, expert) among the
-rows of one micro-batch, so one rank with EP 1 compresses as each of many ranks would; the loss needs no network.
-(Wire dtypes do: with one rank nothing is encoded, so they are not among the variants.)
-Every validation loss is measured twice: with the dispatcher the model was trained with, and exactly.
+rows of one micro-batch, so one rank with EP 1 compresses as each of many ranks would; the loss needs no network. Wire
+dtypes round every row as if it travelled (`benchmarks/dispatchers.py`).
+Every validation loss is measured twice: with the dispatcher the model was trained with, and exactly. Finished runs are
+kept in --folder, and tables, JSON and plot are made of all that are there: a long comparison can be made in parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from benchmarks.common import (
     write_result,
 )  # fmt: skip
 
-MODEL = [
+MODEL: list[Any] = [
     "--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", 4, "--seq-length", 256,
     "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
     "--attention-dropout", 0, "--hidden-dropout", 0, "--num-experts", 8, "--moe-ffn-hidden-size", 256,
@@ -39,29 +42,70 @@ MODEL = [
 
 LSH = ["--moe-token-dispatcher-type", "lsh"]
 NONE = [*LSH, "--lsh-residual", "none"]
+INTERPOLATE = [*LSH, "--lsh-residual", "interpolate"]
+IDENTITY = [*LSH, "--lsh-residual", "identity"]
+BUCKET = [*IDENTITY, "--lsh-clustering", "bucket"]
 SHORTCUT = ["--moe-gradient-shortcut"]
+RATES = (10, 35, 50, 75)
+"""beside the default of 20; at 100% everything is bit-equal to exact (tests/moe/test_dispatchers.py)"""
+
+
+def plugin(name: str, *flags: Any) -> list[Any]:
+    """A dispatcher of benchmarks/dispatchers.py."""
+    return ["--moe-token-dispatcher-type", f"benchmarks.dispatchers:{name}", *flags]
+
 
 #: What can be compared. Add a line to try something.
 VARIANTS: dict[str, list[Any]] = {
     "exact": [],
-    "paper": [*LSH, "--lsh-clustering", "bucket"],
-    "budget unrefined": [*LSH, "--lsh-refine-steps", 0],
-    "budget": LSH,
-    "budget refined twice": [*LSH, "--lsh-refine-steps", 2],
-    "budget none": NONE,
-    "budget straight-through": [*NONE, "--lsh-gradient", "straight-through"],
-    "budget lowrank": [*LSH, "--lsh-residual", "lowrank"],
-    "budget finish": [*LSH, "--lsh-anneal-iters", "15%"],
-    "budget lowrank finish": [*LSH, "--lsh-residual", "lowrank", "--lsh-anneal-iters", "15%"],
-    **{f"budget {rate}%": [*LSH, "--lsh-target-rate", rate / 100] for rate in (10, 35, 50, 75)},
-    "shortcut exact": SHORTCUT,
+    **{wire: plugin("coded", "--lsh-wire-dtype", wire) for wire in ("fp8", "int8", "int4")},
+    # the paper's recipe, and its parts
+    "paper": BUCKET,
+    "bucket none": [*NONE, "--lsh-clustering", "bucket"],
+    "bucket finish": [*BUCKET, "--lsh-anneal-iters", "15%"],
+    # budgets
+    "budget": IDENTITY,
+    **{f"budget {rate}%": [*IDENTITY, "--lsh-target-rate", rate / 100] for rate in RATES},
+    "none": NONE,
+    **{f"none {rate}%": [*NONE, "--lsh-target-rate", rate / 100] for rate in RATES},
+    "interpolate": INTERPOLATE,
+    **{f"interpolate {rate}%": [*INTERPOLATE, "--lsh-target-rate", rate / 100] for rate in RATES},
+    "interpolate means": [*INTERPOLATE, "--lsh-representative", "mean"],
+    "interpolate finish": [*INTERPOLATE, "--lsh-anneal-iters", "15%"],
+    "interpolate warm-up": [*INTERPOLATE, "--lsh-warmup-iters", "15%"],
     **{
-        f"shortcut none {rate}%": [*NONE, "--lsh-target-rate", rate / 100, *SHORTCUT]
-        for rate in (10, 20, 35, 50, 75, 100)
+        f"interpolate {w}": plugin("coded_lsh", "--lsh-residual", "interpolate", "--lsh-wire-dtype", w)
+        for w in ("fp8", "int4")
     },
+    "straight-through": [*NONE, "--lsh-gradient", "straight-through"],
+    "lowrank": [*LSH, "--lsh-residual", "lowrank"],
+    "finish": [*IDENTITY, "--lsh-anneal-iters", "15%"],
+    "none finish": [*NONE, "--lsh-anneal-iters", "15%"],
+    "lowrank finish": [*LSH, "--lsh-residual", "lowrank", "--lsh-anneal-iters", "15%"],
+    "warm-up": [*IDENTITY, "--lsh-warmup-iters", "15%"],
+    "none warm-up": [*NONE, "--lsh-warmup-iters", "15%"],
+    **{
+        f"budget {w}": plugin("coded_lsh", "--lsh-residual", "identity", "--lsh-wire-dtype", w)
+        for w in ("fp8", "int8", "int4")
+    },
+    **{f"none {w}": plugin("coded_lsh", "--lsh-residual", "none", "--lsh-wire-dtype", w) for w in ("fp8", "int4")},
+    # other clusters
+    "unrefined": [*IDENTITY, "--lsh-refine-steps", 0],
+    "refined twice": [*IDENTITY, "--lsh-refine-steps", 2],
+    "random seeds": plugin("random_seeds", "--lsh-residual", "identity"),
+    "Hadamard": plugin("hadamard", "--lsh-residual", "identity"),
+    "hyperplanes": [*IDENTITY, "--lsh-hash-width", 1, "--lsh-num-hashes", 24],
+    "shared lowrank": plugin("shared_low_rank", "--lsh-residual", "lowrank"),
+    # the gradient of the identity around every expert, exact training included
+    "shortcut exact": SHORTCUT,
     "shortcut paper": [*NONE, "--lsh-clustering", "bucket", *SHORTCUT],
-    "shortcut none finish": [*NONE, "--lsh-anneal-iters", "15%", *SHORTCUT],
+    "shortcut": [*NONE, *SHORTCUT],
+    **{f"shortcut {rate}%": [*NONE, "--lsh-target-rate", rate / 100, *SHORTCUT] for rate in RATES},
+    "shortcut finish": [*NONE, "--lsh-anneal-iters", "15%", *SHORTCUT],
 }
+
+Job = tuple[str, int, int]
+"""variant, seed, iterations"""
 
 
 def flags_for(variant: str, seed: int, iters: int, folder: Path) -> list[Any]:
@@ -88,71 +132,155 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_all(jobs: list[tuple[str, int, int]], parallel: int, folder: Path) -> dict[tuple[str, int, int], dict]:
-    """Train everything, `parallel` runs at a time; finished runs of an earlier call are kept."""
-    results, running, started = {}, [], time.monotonic()
-    queue = list(jobs)
+def run_all(jobs: list[Job], parallel: int, folder: Path) -> None:
+    """Train what is not there yet, `parallel` runs at a time."""
+    running: list[tuple[Job, Path, subprocess.Popen[bytes]]] = []
+    done, started = 0, time.monotonic()
+    queue = [job for job in jobs if not (place_of(job, folder) / "done.json").exists()]
+    total = len(queue)
     while queue or running:
         while queue and len(running) < parallel:
             job = queue.pop(0)
-            place = folder / f"{job[0].replace(' ', '-').replace('%', '')}-seed{job[1]}-{job[2]}"
-            if (place / "done").exists():
-                results[job] = outcome(place)
-                continue
+            place = place_of(job, folder)
             (place / "metrics.jsonl").unlink(missing_ok=True)
             running.append((job, place, start_training(flags_for(*job, place), place / "log.txt")))
         for entry in [entry for entry in running if entry[2].poll() is not None]:
             job, place, process = entry
             running.remove(entry)
             finish(process, place / "log.txt")
-            (place / "done").touch()
-            results[job] = outcome(place)
-            progress(len(results), len(jobs), started, f"{job}: {results[job]['validation_loss']:.4f}")
+            result = outcome(place)
+            (place / "done.json").write_text(json.dumps({"job": job} | result))
+            done += 1
+            progress(done, total, started, f"{job}: {result['validation_loss']:.4f}")
         time.sleep(0.5)
+
+
+def place_of(job: Job, folder: Path) -> Path:
+    return folder / f"{job[0].replace(' ', '-').replace('%', '')}-seed{job[1]}-{job[2]}"
+
+
+def collect(folder: Path) -> dict[Job, dict[str, Any]]:
+    """All finished runs of variants that are still known."""
+    results = {}
+    for path in sorted(folder.glob("*/done.json")):
+        result = json.loads(path.read_text())
+        variant, seed, iters = result.pop("job")
+        if variant in VARIANTS:
+            results[variant, seed, iters] = result
     return results
 
 
-def report(results: dict[tuple[str, int, int], dict], iters: int, seeds: list[int]) -> str:
-    """Rows in the order of VARIANTS; the gap is paired by seed with the exact run of the same gradient path."""
-    rows = []
+def relative_bytes(variant: str, rows_sent: float) -> float:
+    """Payload over that of all rows in bf16. Quantized rows carry an fp32 scale."""
+    hidden = MODEL[MODEL.index("--hidden-size") + 1]
+    flags = VARIANTS[variant]
+    wire = flags[flags.index("--lsh-wire-dtype") + 1] if "--lsh-wire-dtype" in flags else "bf16"
+    per_row = {"bf16": 2 * hidden, "fp8": hidden + 4, "int8": hidden + 4, "int4": hidden / 2 + 4}[wire]
+    return rows_sent * per_row / (2 * hidden)
+
+
+def summarize(results: dict[Job, dict[str, Any]], iters: int) -> list[dict[str, Any]]:
+    """One entry per variant in the order of VARIANTS; gaps are paired by seed with the exact run of the same gradient."""
+    entries = []
     for variant in VARIANTS:
-        runs = [results.get((variant, seed, iters)) for seed in seeds]
-        if not all(runs):
+        runs = {seed: run for (v, seed, n), run in results.items() if v == variant and n == iters}
+        if not runs:
             continue
         control = "shortcut exact" if variant.startswith("shortcut") else "exact"
-        gaps = [
-            run["validation_loss"] - results[control, seed, iters]["validation_loss"]
-            for run, seed in zip(runs, seeds, strict=True)
-            if (control, seed, iters) in results
-        ]
-        energy = [run["residual_energy"] for run in runs if run["residual_energy"] is not None]
-        rows.append(
-            (
-                variant,
-                f"{100 * statistics.mean(run['rows_sent'] for run in runs):.1f}%",
-                spread([run["validation_loss"] for run in runs]),
-                spread(gaps) if gaps else "",
-                spread([run["validation_loss_exact"] for run in runs]),
-                spread(energy, 2) if energy else "",
-            )
+        controls = {seed: results[control, seed, iters] for seed in runs if (control, seed, iters) in results}
+        rows_sent = statistics.mean(run["rows_sent"] for run in runs.values())
+        entries.append(
+            {
+                "variant": variant,
+                "control": control,
+                "seeds": sorted(runs),
+                "rows_sent": rows_sent,
+                "bytes": relative_bytes(variant, rows_sent),
+                "loss": [run["validation_loss"] for run in runs.values()],
+                "gap": [runs[seed]["validation_loss"] - c["validation_loss"] for seed, c in controls.items()],
+                "exactly": [run["validation_loss_exact"] for run in runs.values()],
+                "energy": [run["residual_energy"] for run in runs.values() if run["residual_energy"] is not None],
+            }
         )
-    header = ("variant", "rows sent", "validation loss", "gap to its control", "evaluated exactly", "residual energy")
+    return entries
+
+
+def report(entries: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    header = (
+        "variant", "seeds", "rows sent", "bytes", "validation loss", "gap to its control", "evaluated exactly",
+        "residual energy",
+    )  # fmt: skip
+    rows = [
+        (
+            entry["variant"], len(entry["seeds"]), f"{100 * entry['rows_sent']:.1f}%", f"{100 * entry['bytes']:.1f}%",
+            spread(entry["loss"]), *(spread(entry[key], digits) if entry[key] else "" for key, digits in
+                                     (("gap", 3), ("exactly", 3), ("energy", 2))),
+        )
+        for entry in entries
+    ]  # fmt: skip
     return table(header, rows)
+
+
+def plot(by_length: dict[int, list[dict[str, Any]]], path: Path) -> None:
+    """The frontier: gap to exact training against bytes; bars are standard deviations over seeds."""
+    import matplotlib.pyplot as plt
+
+    families = {
+        "budget, identity": ["budget 10%", "budget", "budget 35%", "budget 50%", "budget 75%"],
+        "budget, none": ["none 10%", "none", "none 35%", "none 50%", "none 75%"],
+        "budget, interpolate": [
+            "interpolate 10%",
+            "interpolate",
+            "interpolate 35%",
+            "interpolate 50%",
+            "interpolate 75%",
+        ],
+        "interpolate in fp8, int4": ["interpolate int4", "interpolate fp8"],
+        "interpolate, exact finish": ["interpolate finish"],
+        "shortcut on both sides": ["shortcut 10%", "shortcut", "shortcut 35%", "shortcut 50%", "shortcut 75%"],
+        "paper": ["paper"],
+        "fp8, int8, int4 rows": ["int4", "int8", "fp8"],
+        "budget in fp8, int8, int4": ["budget int4", "budget int8", "budget fp8"],
+        "identity, exact finish": ["finish"],
+    }
+    figure, axes = plt.subplots(1, len(by_length), figsize=(5.5 * len(by_length), 4), sharey=True, squeeze=False)
+    for axis, (iters, entries) in zip(axes[0], sorted(by_length.items()), strict=True):
+        known = {entry["variant"]: entry for entry in entries if entry["gap"]}
+        for label, variants in families.items():
+            points = [known[variant] for variant in variants if variant in known]
+            if points:
+                axis.errorbar(
+                    [100 * entry["bytes"] for entry in points],
+                    [statistics.mean(entry["gap"]) for entry in points],
+                    [statistics.stdev(entry["gap"]) if len(entry["gap"]) > 1 else 0 for entry in points],
+                    marker="o", markersize=4, capsize=2, label=label, linewidth=1,
+                )  # fmt: skip
+        axis.axhline(0, color="black", linewidth=0.7)
+        axis.set(xlabel="bytes, % of all rows in bf16", title=f"{iters} iterations")
+    axes[0][0].set_ylabel("validation loss above exact, nats")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--iters", nargs="+", type=int, default=[400, 800])
+    parser.add_argument("--iters", nargs="+", type=int, default=[300, 900])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quality")
     arguments = parser.parse_args()
     jobs = [(v, s, i) for i in arguments.iters for s in arguments.seeds for v in arguments.variants]
-    results = run_all(jobs, arguments.jobs, arguments.folder)
-    for iters in arguments.iters:
-        print(f"\n{iters} iterations, seeds {arguments.seeds}\n\n{report(results, iters, arguments.seeds)}")
-    rows = [{"variant": v, "seed": s, "iters": i} | results[v, s, i] for v, s, i in jobs]
+    run_all(jobs, arguments.jobs, arguments.folder)
+    results = collect(arguments.folder)
+    by_length = {iters: summarize(results, iters) for iters in sorted({job[2] for job in results})}
+    for iters, entries in by_length.items():
+        print(f"\n{iters} iterations\n\n{report(entries)}")
+    plot(by_length, ROOT / "docs" / "figures" / "quality.png")
+    rows = [{"variant": v, "seed": s, "iters": i} | result for (v, s, i), result in sorted(results.items())]
     print(f"\nwrote {write_result('quality', {'runs': rows})}")
 
 

@@ -93,9 +93,15 @@ class LSHConfig:
     )
     lsh_residual: str = flag(
         "identity",
-        "What a row adds to its centroid's expert output: nothing, row - centroid, or that plus a learned low-rank map "
-        "of it",
-        choices=("none", "identity", "lowrank"),
+        "What a row adds to its centroid's expert output: nothing, row - centroid (the paper's), that plus a learned "
+        "low-rank map of it, or the change between the two of a function fitted to all centroids' outputs",
+        choices=("none", "identity", "lowrank", "interpolate"),
+    )
+    lsh_representative: str | None = flag(
+        None,
+        "What is sent for a cluster: the mean of its rows, or its row nearest to the mean (default: member with "
+        "--lsh-residual interpolate, else mean)",
+        choices=("mean", "member"),
     )
     lsh_residual_rank: int = flag(16, "Rank of --lsh-residual lowrank", at_least=1)
     lsh_gradient: str = flag(
@@ -126,6 +132,10 @@ class LSHConfig:
         "Every so many iterations, also run the exact experts on one micro-batch and log the error of the restored rows",
         at_least=1,
     )
+
+    def sends_members(self) -> bool:
+        """--lsh-representative with its default filled in."""
+        return (self.lsh_representative or ("member" if self.lsh_residual == "interpolate" else "mean")) == "member"
 
     def hash_shape(self) -> tuple[int, int]:
         """(q, w) with the defaults filled in. Budgets cut a fine hash where they need to; buckets need a coarse one."""

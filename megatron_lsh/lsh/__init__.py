@@ -9,6 +9,8 @@ from megatron_lsh.lsh.budget import cluster_by_budget, cluster_projection, row_b
 from megatron_lsh.lsh.cluster import Clusters, cluster_by_code
 from megatron_lsh.lsh.compress import compress, residual_energy
 from megatron_lsh.lsh.hash import codes_of, hash_rows, make_rotation, project
+from megatron_lsh.lsh.interpolate import interpolate
+from megatron_lsh.lsh.members import compress_to_members, nearest_members
 from megatron_lsh.lsh.refine import nearest_centroid, refine
 from megatron_lsh.lsh.restore import restore, straight_through
 from megatron_lsh.lsh.tokens import clusters_of_slots, compress_tokens, restore_tokens
@@ -21,10 +23,13 @@ __all__ = [
     "clusters_of_slots",
     "codes_of",
     "compress",
+    "compress_to_members",
     "compress_tokens",
     "hash_rows",
+    "interpolate",
     "make_rotation",
     "nearest_centroid",
+    "nearest_members",
     "project",
     "refine",
     "residual_energy",

@@ -52,11 +52,13 @@ class LSHState:
         clusters: which rows each centroid stands for.
         counts_E: int64, rows per expert before compression.
         residual_ND: row minus centroid, in the rows' dtype; None where neither value nor gradient needs it.
+        points: the rows and what was sent for them, where outputs are interpolated between the latter.
     """
 
     clusters: lsh.Clusters
     counts_E: Tensor
     residual_ND: Tensor | None
+    points: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class LSHCompressor(nn.Module):
         self._layer = layer
         self._telemetry = telemetry
         self._num_hashes, self._width = cfg.hash_shape()
-        self._keeps_residual = cfg.lsh_residual != "none" or cfg.lsh_gradient == "straight-through"
+        self._keeps_residual = cfg.lsh_residual in ("identity", "lowrank") or cfg.lsh_gradient == "straight-through"
+        self._interpolates, self._sends_members = cfg.lsh_residual == "interpolate", cfg.sends_members()
         self.low_rank = low_rank
         rotation = lsh.make_rotation(
             hidden, self._num_hashes, self._width, seed=cfg.lsh_seed, stream=layer, device=device
@@ -118,17 +121,26 @@ class LSHCompressor(nn.Module):
         clusters = memo.recall((self._layer, "clusters"), lambda: self._cluster(rows_ND.detach(), None, counts_E))
         with self._telemetry.timed(self._layer, "lsh_compress_time_ms") as region:
             rows_ND = region.enter(rows_ND)
-            centroids_CD, residual_ND = lsh.compress(rows_ND, clusters, with_residual=self._keeps_residual)
+            if self._sends_members:
+                member_C = memo.recall((self._layer, "members"), lambda: lsh.nearest_members(rows_ND, clusters))
+                centroids_CD, residual_ND = lsh.compress_to_members(
+                    rows_ND, clusters, member_C, with_residual=self._keeps_residual
+                )
+            else:
+                centroids_CD, residual_ND = lsh.compress(rows_ND, clusters, with_residual=self._keeps_residual)
+            points = (rows_ND, centroids_CD) if self._interpolates else None
             centroids_CD = region.leave(centroids_CD)
         if not memo.replaying((self._layer, "lsh")):
             self._record(rows_ND.detach(), None, centroids_CD.detach(), clusters)
-        return centroids_CD, clusters.counts_E, LSHState(clusters, counts_E, residual_ND)
+        return centroids_CD, clusters.counts_E, LSHState(clusters, counts_E, residual_ND, points)
 
     def restore(self, wire_CD: Tensor, state: LSHState) -> Tensor:
         with self._telemetry.timed(self._layer, "lsh_restore_time_ms") as region:
             return region.leave(self._restore(region.enter(wire_CD), state))
 
     def _restore(self, wire_CD: Tensor, state: LSHState) -> Tensor:
+        if state.points is not None:
+            return lsh.interpolate(wire_CD, *state.points, state.clusters, state.counts_E)
         if self._cfg.lsh_residual == "none":
             rows_ND = lsh.restore(wire_CD, None, state.clusters)
             return rows_ND if state.residual_ND is None else lsh.straight_through(rows_ND, state.residual_ND)
@@ -140,7 +152,8 @@ class LSHCompressor(nn.Module):
 
     def reads_tokens(self, x_TD: Tensor, probs_TK: Tensor) -> bool:
         """Whether :meth:`compress_tokens` can take the place of permute and compress, which needs kernels."""
-        return self.low_rank is None and kernels.usable(x_TD) and probs_TK.dtype == kernels.accumulator(x_TD.dtype)
+        on_rows = self.low_rank is not None or self._interpolates or self._sends_members
+        return not on_rows and kernels.usable(x_TD) and probs_TK.dtype == kernels.accumulator(x_TD.dtype)
 
     def compress_tokens(
         self, x_TD: Tensor, permutation: Permutation, memo: ReplayMemo | None
@@ -191,7 +204,11 @@ class LSHCompressor(nn.Module):
             return lsh.refine(rows_ND, clusters, counts_E, cfg.lsh_refine_steps, index_N)
 
     def _record(self, rows_ND: Tensor, index_N: Tensor | None, centroids_CD: Tensor, clusters: lsh.Clusters) -> None:
-        missed, total = lsh.residual_energy(rows_ND, centroids_CD, clusters, index_N)
+        if self._sends_members:
+            missed = (rows_ND - centroids_CD.index_select(0, clusters.cluster_N)).float().square().sum()
+            total = rows_ND.float().square().sum()
+        else:
+            missed, total = lsh.residual_energy(rows_ND, centroids_CD, clusters, index_N)
         self._telemetry.add(self._layer, "lsh_rows", clusters.num_rows)
         self._telemetry.add(self._layer, "lsh_clusters", clusters.num_clusters)
         self._telemetry.add(self._layer, "lsh_residual_energy", missed)

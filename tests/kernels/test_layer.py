@@ -27,10 +27,23 @@ def budget(**settings) -> LSHConfig:
         (budget(lsh_refine_steps=0), {}, True),
         (LSHConfig(lsh_clustering="bucket", lsh_num_hashes=1, lsh_hash_width=2), {}, True),
         (budget(lsh_residual="lowrank", lsh_residual_rank=4), {}, False),
+        (budget(lsh_residual="interpolate"), {}, False),
+        (budget(lsh_residual="interpolate", lsh_representative="mean"), {}, False),
         (budget(), {"moe_gradient_shortcut": True}, False),
         (budget(), {"moe_expert_capacity_factor": 1.0}, True),
     ],
-    ids=["identity", "none", "straight-through", "unrefined", "bucket", "lowrank", "shortcut", "capacity"],
+    ids=[
+        "identity",
+        "none",
+        "straight-through",
+        "unrefined",
+        "bucket",
+        "lowrank",
+        "interpolate",
+        "interpolate means",
+        "shortcut",
+        "capacity",
+    ],
 )
 def test_layer_with_and_without_kernels(lsh: LSHConfig, moe: dict, by_tokens: bool) -> None:
     layer, telemetry = make_layer(single(), "lsh", lsh, **moe)

@@ -1,6 +1,7 @@
 """Dispatchers: every way to the experts and back gives the same mathematics (architecture.md, invariants 1, 2, 5, 7)."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -113,8 +114,9 @@ def ranks_agree_with_one(ep_sizes):
             if dispatcher == "lsh" and ep > 1:
                 check_one_row_per_cluster_is_exact(ctx, got, telemetry)
         if ep > 1:
-            for residual in ("none", "identity", "lowrank"):
-                layer, telemetry = make_layer(ctx, "lsh", dataclasses.replace(FULL, lsh_residual=residual))
+            for residual, sent in product(("none", "identity", "lowrank", "interpolate"), ("mean", "member")):
+                full = dataclasses.replace(FULL, lsh_residual=residual, lsh_representative=sent)
+                layer, telemetry = make_layer(ctx, "lsh", full)
                 check_one_row_per_cluster_is_exact(ctx, run(layer, x), telemetry)
 
 
@@ -189,7 +191,9 @@ def degenerate_inputs():
     one[0, 0] = True
     mine = nobody if ctx.rank == 0 else ~nobody
     for dispatcher in ("alltoall", "allgather", "lsh"):
-        for lsh in (FINE, COARSE, LSHConfig(), LSHConfig(lsh_residual="lowrank", lsh_wire_dtype="int4")):
+        others = [LSHConfig(lsh_residual="lowrank", lsh_wire_dtype="int4")]
+        others += [LSHConfig(lsh_residual="interpolate", lsh_representative=sent) for sent in ("mean", "member")]
+        for lsh in (FINE, COARSE, LSHConfig(), *others):
             layer, _ = make_layer(ctx, dispatcher, lsh)
             for inputs, mask in ((x, nobody), (x, one), (x, mine), (equal, None), (zero, None)):
                 got = run(layer, inputs, mask)
@@ -212,7 +216,7 @@ def both_on_two_ranks():
     budgets_hold_with_every_option()
 
 
-@pytest.mark.parametrize("residual", ["identity", "none"])
+@pytest.mark.parametrize("residual", ["identity", "none", "interpolate"])
 def test_recomputation_replays_the_same_clusters(residual):
     """Invariant 7, and gauges are not counted twice."""
     lsh = LSHConfig(lsh_clustering="bucket", lsh_num_hashes=1, lsh_hash_width=4, lsh_residual=residual)

@@ -34,7 +34,7 @@ def test_overhead(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = json.loads((results / "overhead.json").read_text())["sizes"]
     assert [(s["tokens"], s["hidden"], s["experts"]) for s in sizes] == [(64, 256, 8), (2048, 32, 8), (2048, 256, 4)]
     for size in sizes:
-        assert all(ms > 0 for ms in size["ms"].values()) and size["share_of_experts"] > 0
+        assert all(ms > 0 for ms in size["ms"].values()) and size["share_of_layer"] > 0
         assert size["lsh_ms"] == pytest.approx(
             sum(size["ms"][s] for s in ("hash", "cluster", "refine", "compress", "restore"))
         )

@@ -1,0 +1,120 @@
+"""Dispatchers that only benchmarks use, as plug-ins: `--moe-token-dispatcher-type benchmarks.dispatchers:NAME`.
+
+One rank cannot encode what it does not send, and most ideas for better clusters were not worth a flag. Here they are, so
+that anyone can measure them again:
+
+    coded, coded_lsh    one rank, with every row encoded and decoded (`--lsh-wire-dtype`) as if it had travelled
+    random_seeds        the nearest of random rows in place of hashing, then means: as refinement does
+    hadamard            structured rotations: three rounds of random signs and a Hadamard transform (Andoni et al. 2015)
+    shared_low_rank     one learned low-rank map for all experts of a layer in place of one each
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megatron_lsh import lsh
+from megatron_lsh.lsh.budget import cluster_sizes
+from megatron_lsh.lsh.cluster import Clusters, expert_of_row
+from megatron_lsh.lsh.refine import nearest_centroid
+from megatron_lsh.moe.compressor import LSHCompressor
+from megatron_lsh.moe.exchange import Handle, LocalExchange
+from megatron_lsh.moe.low_rank import LowRankResidual
+from megatron_lsh.moe.registry import DispatcherSpec, TokenDispatcher, resolve_dispatcher
+from megatron_lsh.moe.wire import make_codec
+
+
+class CodedLocalExchange(LocalExchange):
+    """EP = 1, and every row pays the wire dtype's rounding both ways, forward and backward.
+
+    Of EP ranks each sends only (EP - 1) / EP of its rows, so this is the loss that many ranks would have.
+    """
+
+    def _send(self, rows_CD: Tensor, handle: Handle, gradient: bool) -> Tensor:
+        return self._decode(self._encode(rows_CD, gradient), like=rows_CD)
+
+    def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
+        return self._decode(self._encode(rows_RD, gradient), like=rows_RD)
+
+
+def _with_coding(spec: DispatcherSpec, dispatcher: TokenDispatcher) -> TokenDispatcher:
+    codec = make_codec(spec.lsh.lsh_wire_dtype)
+    exchange = CodedLocalExchange(spec.ctx.ep, spec.num_experts, spec.layer, spec.telemetry, codec)
+    return dataclasses.replace(dispatcher, exchange=exchange)
+
+
+def coded(spec: DispatcherSpec) -> TokenDispatcher:
+    return _with_coding(spec, resolve_dispatcher("alltoall")(spec))
+
+
+def coded_lsh(spec: DispatcherSpec) -> TokenDispatcher:
+    return _with_coding(spec, resolve_dispatcher("lsh")(spec))
+
+
+class RandomSeeds(LSHCompressor):
+    """`ceil(rate n)` random rows of each expert as first centroids; no hash."""
+
+    def _cluster(self, rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor) -> Clusters:
+        rows_ND = rows_ND if index_N is None else rows_ND[index_N]
+        return random_seed_clusters(rows_ND, counts_E, self._cfg.lsh_target_rate)
+
+
+def random_seed_clusters(rows_ND: Tensor, counts_E: Tensor, rate: float, steps: int = 1) -> Clusters:
+    """The nearest of random rows of the same expert, then `steps - 1` rounds of refinement."""
+    budgets_E = lsh.row_budgets(counts_E, rate)
+    expert_N = expert_of_row(counts_E, rows_ND.shape[0])
+    # Sorted by (expert, random number): the first rows of each expert are a sample of it.
+    order_N = torch.argsort(expert_N + torch.rand(rows_ND.shape[0], dtype=torch.float64))
+    rank_N = torch.arange(rows_ND.shape[0]) - (counts_E.cumsum(0) - counts_E)[expert_N]
+    seeds_C = order_N[rank_N < budgets_E[expert_N]]
+    nearest_N, _ = nearest_centroid(rows_ND, rows_ND[seeds_C], counts_E.tolist(), budgets_E.tolist())
+    nearest_N[seeds_C] = torch.arange(seeds_C.shape[0])  # equal rows must not leave a cluster empty
+    clusters = Clusters.from_assignment(nearest_N, cluster_sizes(nearest_N, seeds_C.shape[0]), budgets_E)
+    return lsh.refine(rows_ND, clusters, counts_E, steps - 1)
+
+
+def hadamard_rotation(hidden: int, num_hashes: int, width: int, generator: torch.Generator) -> Tensor:
+    """[D, Q * W]: of each hash the first W columns of three rounds of (signs, Hadamard), D padded to a power of 2."""
+    size = 1 << max(hidden - 1, width - 1, 1).bit_length()
+    transform = torch.ones(1, 1)
+    while transform.shape[0] < size:
+        transform = torch.cat([torch.cat([transform, transform], 1), torch.cat([transform, -transform], 1)], 0)
+    transform = transform / size**0.5
+    columns = []
+    for _ in range(num_hashes):
+        rotation = torch.eye(size)
+        for _ in range(3):
+            signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+            rotation = rotation * signs @ transform
+        columns.append(rotation[:hidden, :width])
+    return torch.cat(columns, 1)
+
+
+def _replace(spec: DispatcherSpec, compressor: LSHCompressor) -> TokenDispatcher:
+    return dataclasses.replace(resolve_dispatcher("lsh")(spec), compressor=compressor)
+
+
+def random_seeds(spec: DispatcherSpec) -> TokenDispatcher:
+    return _replace(spec, RandomSeeds(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device))
+
+
+def hadamard(spec: DispatcherSpec) -> TokenDispatcher:
+    compressor = LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device)
+    generator = torch.Generator().manual_seed(spec.lsh.lsh_seed + spec.layer)
+    compressor.rotation_DQW = hadamard_rotation(spec.hidden, *spec.lsh.hash_shape(), generator).to(spec.ctx.device)
+    return _replace(spec, compressor)
+
+
+class _OneMap(LowRankResidual):
+    """The same map whatever the expert."""
+
+    def forward(self, residual_ND: Tensor, counts_E: Tensor) -> Tensor:
+        return super().forward(residual_ND, counts_E.sum(0, keepdim=True))
+
+
+def shared_low_rank(spec: DispatcherSpec) -> TokenDispatcher:
+    one = _OneMap(1, spec.hidden, spec.lsh.lsh_residual_rank, spec.ctx)
+    return _replace(spec, LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device, one))

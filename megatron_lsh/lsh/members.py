@@ -1,0 +1,63 @@
+"""Members: one row of each cluster, as it is, in the place of the cluster's mean (``--lsh-representative member``).
+
+    c_j = x_m, m = member(j)           r_n = x_n - c_j        dx_n = g_r_n,  and dx_m = (g_r_m - sum_j(g_r)) + g_c_j
+
+A mean lies between rows, where no row is; its expert output is off what any row's would be. Taken alone a member's output is
+worse still for the other rows, but it is a better point to interpolate from (``interpolate.py``; docs/results.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lsh.lsh.cluster import Clusters
+from megatron_lsh.lsh.segments import segment_mean, segment_sum
+
+
+class _Members(torch.autograd.Function):
+    """As ``_Compress`` of compress.py, with a member of each cluster in the place of its mean."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, clusters: Clusters, member_C: Tensor, with_residual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.clusters, ctx.rows = clusters, rows_ND.shape
+        ctx.save_for_backward(member_C)
+        members_CD = rows_ND.index_select(0, member_C)
+        return members_CD, rows_ND - members_CD.index_select(0, clusters.cluster_N) if with_residual else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_members_CD, grad_residual_ND = grads
+        (member_C,) = ctx.saved_tensors
+        if grad_residual_ND is None:
+            return grad_members_CD.new_zeros(ctx.rows).index_add(0, member_C, grad_members_CD), None, None, None
+        clusters: Clusters = ctx.clusters
+        # A row's own term and the sum over its cluster are subtracted first: they cancel to the bit where it is alone.
+        numbers_C = torch.arange(clusters.num_clusters, device=member_C.device)
+        owns_C1 = (clusters.cluster_N[member_C] == numbers_C).unsqueeze(1)
+        own_CD = torch.where(owns_C1, grad_residual_ND.index_select(0, member_C), 0)
+        sent_CD = own_CD - segment_sum(grad_residual_ND, clusters) + grad_members_CD
+        return grad_residual_ND.index_fill(0, member_C, 0).index_add(0, member_C, sent_CD), None, None, None
+
+
+def compress_to_members(
+    rows_ND: Tensor, clusters: Clusters, member_C: Tensor, *, with_residual: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Send ``rows[member_C]``, one row of each cluster as it is; arguments and results as of ``lsh.compress``."""
+    members_CD, residual_ND = _Members.apply(rows_ND, clusters, member_C, with_residual)
+    return members_CD, residual_ND
+
+
+@torch.no_grad()
+def nearest_members(rows_ND: Tensor, clusters: Clusters) -> Tensor:
+    """int64 [C]: of each cluster the row nearest to its mean, the first of equals."""
+    mean_CD = segment_mean(rows_ND, clusters)
+    distance_N = (rows_ND - mean_CD.index_select(0, clusters.cluster_N)).square().sum(1)
+    order_N = torch.argsort(distance_N, stable=True)
+    order_N = order_N[torch.argsort(clusters.cluster_N[order_N], stable=True)]
+    # An empty cluster (its rows coincide with another's) gets a neighbouring one's first row, which does no harm.
+    return order_N[clusters.offsets_C.clamp(max=max(clusters.num_rows - 1, 0))]
