@@ -8,6 +8,9 @@ TORCH_INDEX ?=
 export PYTHON TORCH TORCH_INDEX
 
 MODEL   ?= gpt
+ifeq ($(filter gpt bert t5,$(MODEL)),)
+$(error MODEL=$(MODEL) must be gpt, bert or t5)
+endif
 NPROC   ?=
 ITERS   ?= 300
 RUN_DIR ?= runs/$(MODEL)-moe-lsh
@@ -21,13 +24,14 @@ PYTEST_ARGS ?=
 .PHONY: help install data pretrain test lint clean clean-venv
 
 help:
-	@echo "make pretrain    install, prepare the corpus, pretrain a GPT-MoE with the LSH-compressed all-to-all"
+	@echo "make pretrain    install, prepare the corpus, pretrain a small MoE with the LSH-compressed all-to-all"
+	@echo "                   MODEL=gpt     gpt, bert or t5"
 	@echo "                   NPROC=n       ranks (default: every GPU, else 2 CPU processes)"
 	@echo "                   ITERS=300     iterations"
-	@echo "                   RUN_DIR=...   where checkpoints, metrics and the plot go (default: runs/gpt-moe-lsh)"
+	@echo "                   RUN_DIR=...   where checkpoints, metrics and the plot go (default: runs/MODEL-moe-lsh)"
 	@echo "                   RESUME=1      continue the run in RUN_DIR;  RESTART=1  move it aside and start afresh"
 	@echo "                   ARGS='...'    further flags, e.g. ARGS='--moe-token-dispatcher-type alltoall'"
-	@echo "make data        only the corpus and the tokenizer, in data/stdlib/"
+	@echo "make data        only the corpus and the tokenizer of MODEL, in data/stdlib/"
 	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
 	@echo "                   PYTEST_ARGS='tests/moe -k router'"
 	@echo "make lint        ruff and mypy only"
@@ -51,7 +55,7 @@ $(INSTALLED_DEV): $(INSTALLED)
 install: $(INSTALLED)
 
 data: $(INSTALLED)
-	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/prepare_readme_data.sh
+	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/prepare_readme_data.sh data/stdlib "$(MODEL)"
 
 pretrain: $(INSTALLED)
 	@VENV="$(VENV)" MODEL="$(MODEL)" NPROC="$(NPROC)" ITERS="$(ITERS)" RUN_DIR="$(RUN_DIR)" RESUME="$(RESUME)" \

@@ -3,12 +3,13 @@
     python -m benchmarks.clustering
 
 Trains the model of benchmarks/quality.py exactly, takes the rows that reach each of its MoE layers in some micro-batches,
-and clusters them in every way at the same rate. Four figures, medians over layers and micro-batches:
+and clusters them in every way at the same rate. Five figures, medians over layers and micro-batches:
 
-    energy      sum |x - c|^2 / sum |x|^2
-    none        error of a token's output with E(c) in place of E(x): sum |y' - y|^2 / sum |y|^2, y = sum_k p_k E_k(x)
-    identity    the same with E(c) + x - c
-    ms          finding the clusters, one thread (kernels where they are built)
+    energy         sum |x - c|^2 / sum |x|^2
+    none           error of a token's output with E(c) in place of E(x): sum |y' - y|^2 / sum |y|^2, y = sum_k p_k E_k(x)
+    identity       the same with E(c) + x - c
+    interpolate    the same with --lsh-residual interpolate (a member of each cluster in the place of its mean)
+    ms             finding the clusters, one thread (kernels where they are built)
 
 Some ideas are not in the framework because of what is measured here; their code is below.
 """
@@ -34,6 +35,7 @@ from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.lsh import Clusters
 from megatron_lsh.lsh.budget import cluster_sizes
 from megatron_lsh.lsh.cluster import expert_of_row
+from megatron_lsh.lsh.interpolate import interpolate
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.permute import Permutation, permute, unpermute
@@ -178,7 +180,10 @@ METHODS: dict[str, Method] = {
 
 
 @torch.no_grad()
-def evaluate(group: Group, method: Method, rate: float, weighted_means: bool = False) -> dict[str, float]:
+def evaluate(
+    group: Group, method: Method, rate: float, weighted_means: bool = False, **settings: float
+) -> dict[str, float]:
+    """One method on one group; `settings` are those of interpolate()."""
     started = time.perf_counter()
     clusters = method(group, rate)
     ms = 1e3 * (time.perf_counter() - started)
@@ -199,11 +204,15 @@ def evaluate(group: Group, method: Method, rate: float, weighted_means: bool = F
     def error(rows_out_ND: Tensor) -> float:
         return float((group.tokens(rows_out_ND) - exact_TD).square().sum() / exact_TD.square().sum())
 
+    members_CD = group.rows_ND[lsh.nearest_members(group.rows_ND, clusters)]
+    points_CD = centroids_CD if weighted_means else members_CD
+    at_points_CD = group.outputs(points_CD, clusters.counts_E)
     return {
         "rate": clusters.num_clusters / clusters.num_rows,
         "energy": float(residual_ND.square().sum() / group.rows_ND.square().sum()),
         "none": error(none_ND),
         "identity": error(none_ND + residual_ND),
+        "interpolate": error(interpolate(at_points_CD, group.rows_ND, points_CD, clusters, group.counts_E, **settings)),
         "ms": ms,
     }
 
@@ -241,18 +250,23 @@ def measure(
             for tensors in ([x for _, x, _ in parts], [r.expert_ids_TK for *_, r in parts], [r.probs_TK for *_, r in parts])
         )  # fmt: skip
         large.append(Group.of(layer[0][0], x_TD, ids_TK, probs_TK, num_experts))
-    cases: list[tuple[str, Method, list[Group], float, bool]] = [
-        (name, method, groups, rates[0], False) for name, method in METHODS.items()
+    default = METHODS["budget (default)"]
+    cases: list[tuple[str, Method, list[Group], float, dict[str, Any]]] = [
+        (name, method, groups, rates[0], {}) for name, method in METHODS.items()
     ]
-    cases.append(("means weighted by probability", METHODS["budget (default)"], groups, rates[0], True))
-    cases.append((f"{joined} micro-batches together", METHODS["budget (default)"], large, rates[0], False))
+    cases.append(("means weighted by probability", default, groups, rates[0], {"weighted_means": True}))
+    cases.append((f"{joined} micro-batches together", default, large, rates[0], {}))
+    for width in (0.25, 0.5, 2.0, 4.0):
+        cases.append((f"interpolation's width {width:g}", default, groups, rates[0], {"width": width}))
+    for ridge in (0.001, 0.003, 0.03, 0.1):
+        cases.append((f"interpolation's ridge {ridge:g}", default, groups, rates[0], {"ridge": ridge}))
     for rate in rates[1:]:
         for name in ("budget (default)", "unrefined", "random seeds", "k-means, 10 rounds"):
-            cases.append((name, METHODS[name], groups, rate, False))
+            cases.append((name, METHODS[name], groups, rate, {}))
     results, started = [], time.monotonic()
-    for number, (name, method, over, rate, weighted) in enumerate(cases):
-        evaluate(over[0], method, rate, weighted)  # first call
-        figures = [evaluate(group, method, rate, weighted) for group in over]
+    for number, (name, method, over, rate, settings) in enumerate(cases):
+        evaluate(over[0], method, rate, **settings)  # first call
+        figures = [evaluate(group, method, rate, **settings) for group in over]
         results.append(
             {"method": name, "wanted_rate": rate}
             | {key: statistics.median(f[key] for f in figures) for key in figures[0]}
@@ -262,15 +276,18 @@ def measure(
     return results
 
 
+COLUMNS = ("energy", "none", "identity", "interpolate")
+
+
 def report(results: list[dict[str, Any]]) -> str:
     rows = [
         (
             r["method"], f"{100 * r['rate']:.1f}%", *(f"{r[key]:.3f} ({r['range'][key][0]:.3f}-{r['range'][key][1]:.3f})"
-                                                      for key in ("energy", "none", "identity")), f"{r['ms']:.1f}",
+                                                      for key in COLUMNS), f"{r['ms']:.1f}",
         )
         for r in results
     ]  # fmt: skip
-    return table(("method", "rows sent", "energy", "output error, none", "output error, identity", "ms"), rows)
+    return table(("method", "rows sent", "energy", "output error, none", "identity", "interpolate", "ms"), rows)
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,23 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def training_command(flags: Iterable[object], ranks: int = 1) -> list[str]:
+def training_command(flags: Iterable[object], ranks: int = 1, script: str = "pretrain_gpt_moe.py") -> list[str]:
     """The command that trains with these flags on `ranks` processes of this machine."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     start = torchrun if ranks > 1 else [sys.executable]
-    return [*start, str(ROOT / "pretrain_gpt_moe.py"), *map(str, flags)]
+    return [*start, str(ROOT / script), *map(str, flags)]
 
 
-def start_training(flags: Iterable[object], log: Path, ranks: int = 1, threads: int = 1) -> subprocess.Popen[bytes]:
+def start_training(
+    flags: Iterable[object], log: Path, ranks: int = 1, threads: int = 1, script: str = "pretrain_gpt_moe.py"
+) -> subprocess.Popen[bytes]:
     """Start a training run in the background, its output in `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as out:
-        return subprocess.Popen(training_command(flags, ranks), stdout=out, stderr=out, env=environment, cwd=ROOT)
+        return subprocess.Popen(
+            training_command(flags, ranks, script), stdout=out, stderr=out, env=environment, cwd=ROOT
+        )
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -71,6 +76,45 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.wait() != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise SystemExit(f"training failed ({log}):\n{tail}")
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training run of a comparison. `key` says which, and becomes JSON; `place` is its folder, of its own."""
+
+    key: tuple[Hashable, ...]
+    place: Path
+    flags: Sequence[object]
+    ranks: int = 1
+    script: str = "pretrain_gpt_moe.py"
+
+
+def train_all(jobs: Iterable[TrainingJob], outcome: Callable[[Path], dict[str, Any]], parallel: int = 1) -> None:
+    """Train what is not there yet, `parallel` runs at a time; what `outcome` finds in a folder is kept in its done.json."""
+    queue = [job for job in jobs if not (job.place / "done.json").exists()]
+    running: list[tuple[TrainingJob, subprocess.Popen[bytes]]] = []
+    done, total, started = 0, len(queue), time.monotonic()
+    while queue or running:
+        while queue and len(running) < parallel:
+            job = queue.pop(0)
+            (job.place / "metrics.jsonl").unlink(missing_ok=True)
+            log = job.place / "log.txt"
+            running.append((job, start_training(job.flags, log, job.ranks, script=job.script)))
+        for entry in [entry for entry in running if entry[1].poll() is not None]:
+            job, process = entry
+            running.remove(entry)
+            finish(process, job.place / "log.txt")
+            result = outcome(job.place)
+            (job.place / "done.json").write_text(json.dumps({"job": job.key} | result))
+            done += 1
+            progress(done, total, started, ", ".join(map(str, job.key)))
+        time.sleep(0.5)
+
+
+def finished(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Outcomes of all runs that `train_all` finished in subfolders of `folder`, by key."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/done.json"))]
+    return {tuple(result.pop("job")): result for result in results}
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -61,6 +61,7 @@ VARIANTS: dict[str, list[Any]] = {
     **{wire: plugin("coded", "--lsh-wire-dtype", wire) for wire in ("fp8", "int8", "int4")},
     # the paper's recipe, and its parts
     "paper": BUCKET,
+    "paper, finer hashes": [*BUCKET, "--lsh-num-hashes", 3],
     "bucket none": [*NONE, "--lsh-clustering", "bucket"],
     "bucket finish": [*BUCKET, "--lsh-anneal-iters", "15%"],
     # budgets
@@ -156,7 +157,7 @@ def run_all(jobs: list[Job], parallel: int, folder: Path) -> None:
 
 
 def place_of(job: Job, folder: Path) -> Path:
-    return folder / f"{job[0].replace(' ', '-').replace('%', '')}-seed{job[1]}-{job[2]}"
+    return folder / f"{job[0].replace(' ', '-').replace('%', '').replace(',', '')}-seed{job[1]}-{job[2]}"
 
 
 def collect(folder: Path) -> dict[Job, dict[str, Any]]:
@@ -239,7 +240,7 @@ def plot(by_length: dict[int, list[dict[str, Any]]], path: Path) -> None:
         "interpolate in fp8, int4": ["interpolate int4", "interpolate fp8"],
         "interpolate, exact finish": ["interpolate finish"],
         "shortcut on both sides": ["shortcut 10%", "shortcut", "shortcut 35%", "shortcut 50%", "shortcut 75%"],
-        "paper": ["paper"],
+        "paper": ["paper", "paper, finer hashes"],
         "fp8, int8, int4 rows": ["int4", "int8", "fp8"],
         "budget in fp8, int8, int4": ["budget int4", "budget int8", "budget fp8"],
         "identity, exact finish": ["finish"],

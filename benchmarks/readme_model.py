@@ -20,7 +20,7 @@ from benchmarks.common import ROOT, read_metrics, table, write_result
 DISPATCHERS: dict[str, list[str]] = {
     "alltoall": ["--moe-token-dispatcher-type", "alltoall"],
     "lsh": ["--moe-token-dispatcher-type", "lsh"],
-    "lsh (paper's buckets)": ["--moe-token-dispatcher-type", "lsh", "--lsh-clustering", "bucket"],
+    "lsh (paper)": ["--moe-token-dispatcher-type", "lsh", "--lsh-clustering", "bucket", "--lsh-residual", "identity"],
 }
 
 

@@ -38,6 +38,11 @@ MODEL = [
     "--moe-router-topk", 2, "--moe-aux-loss-coeff", 1e-2, "--micro-batch-size", 8, "--mock-data", "--num-workers", 0,
     "--device", "cpu", "--peak-tflops", 1, "--distributed-timeout-minutes", 3,
 ]  # fmt: skip
+SHAPES: dict[str, list[Any]] = {
+    "wide": [],
+    "quality": ["--hidden-size", 128, "--moe-ffn-hidden-size", 256, "--vocab-size", 4095],
+}
+"""quality: the model of benchmarks/quality.py, whose loss is known (benchmarks/time_to_loss.py)"""
 PORT = 29641
 EXACT = Variant()
 
@@ -49,7 +54,7 @@ def work(arguments: argparse.Namespace) -> None:
     """One rank: find the rates, measure everything in turn; rank 0 writes the figures."""
     ranks = arguments.ranks[0]
     batch = ["--global-batch-size", 8 * arguments.micro_batches * ranks, "--expert-model-parallel-size", ranks]
-    cfg = configure([*MODEL, *batch, *arguments.flags], ranks)
+    cfg = configure([*MODEL, *SHAPES[arguments.shape], *batch, *arguments.flags], ranks)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, gpt_task(cfg), ctx)
     variants = [Variant(rate, wire) for rate in arguments.rates for wire in arguments.wires]
@@ -159,6 +164,7 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
         "--wires",
         *(w or "model" for w in arguments.wires),
     ]
+    own += ["--shape", arguments.shape]
     own += ["--rates", *("exact" if r is None else str(r) for r in arguments.rates)]
     command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
     logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
@@ -230,6 +236,7 @@ def main(words: list[str] | None = None) -> None:
     wires = [None, "bf16", "fp8", "int8", "int4"]
     parser.add_argument("--wires", nargs="+", type=_wire, default=wires, help="model, fp32, bf16, fp8, int8, int4")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shape", choices=list(SHAPES), default="wide", help="of the model")
     parser.add_argument("--micro-batches", type=int, default=2, help="of 2048 tokens per rank and step")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags for pretrain_gpt_moe.py")
     parser.add_argument("--name", default="slow_network", help="of the result file")
@@ -248,7 +255,7 @@ def main(words: list[str] | None = None) -> None:
             results.append(measure(arguments, ranks, Path(folder)))
             print(f"\n{report(results[-1])}\n", flush=True)
     settings = {
-        "model": MODEL,
+        "model": [*MODEL, *SHAPES[arguments.shape]],
         "micro_batches": arguments.micro_batches,
         "flags": arguments.flags,
         "repeats": arguments.repeats,

@@ -2,7 +2,8 @@
 # What `make pretrain` runs once the environment is there:
 #   1. scripts/prepare_readme_data.sh: corpus, tokenizer and .bin/.idx files, once, in data/stdlib/
 #   2. torchrun on every GPU, or on two CPU processes, experts spread over all ranks, LSH-compressed all-to-all
-# Settings come from the environment (the Makefile passes its variables on); arguments are further flags of pretrain_gpt_moe.py.
+# Settings come from the environment (the Makefile passes its variables on), MODEL among them; arguments are further flags of
+# pretrain_gpt_moe.py, pretrain_bert_moe.py or pretrain_t5_moe.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +20,7 @@ fail() {
     exit 1
 }
 
-[ "$MODEL" = gpt ] || fail "MODEL=$MODEL is not there yet; MODEL=gpt is"
+[[ $MODEL =~ ^(gpt|bert|t5)$ ]] || fail "MODEL=$MODEL must be gpt, bert or t5"
 [ -x "$VENV/bin/torchrun" ] || fail "$VENV has no torchrun: run make install first"
 [[ $ITERS =~ ^[1-9][0-9]*$ ]] || fail "ITERS=$ITERS must be a number of iterations, at least 1"
 [[ $NPROC =~ ^([1-9][0-9]*)?$ ]] || fail "NPROC=$NPROC must be a number of ranks, at least 1"
@@ -35,17 +36,19 @@ move_aside() {
     say "moved what was in $RUN_DIR to $RUN_DIR.$number"
 }
 
+again="make pretrain"
+[ "$MODEL" = gpt ] || again+=" MODEL=$MODEL"
 before=$(newest_checkpoint)
 if [ "${RESUME:-}" = 1 ] && [ "${RESTART:-}" = 1 ]; then
     fail "RESUME=1 and RESTART=1 exclude each other"
 elif [ "${RESUME:-}" = 1 ]; then
-    [ -n "$before" ] || fail "nothing to resume: $RUN_DIR holds no checkpoint. Start with: make pretrain RUN_DIR=$RUN_DIR"
+    [ -n "$before" ] || fail "nothing to resume: $RUN_DIR holds no checkpoint. Start with: $again RUN_DIR=$RUN_DIR"
     say "resuming $RUN_DIR after iteration $before"
 elif [ -n "$before" ] && [ "${RESTART:-}" != 1 ]; then
     say "$RUN_DIR holds an earlier run; its newest checkpoint is of iteration $before. Nothing was started or changed."
-    say "  continue it:   make pretrain RESUME=1 RUN_DIR=$RUN_DIR    (add ITERS=N for a longer run)"
-    say "  start afresh:  make pretrain RESTART=1 RUN_DIR=$RUN_DIR   (moves the earlier run aside)"
-    say "  or elsewhere:  make pretrain RUN_DIR=runs/another-name"
+    say "  continue it:   $again RESUME=1 RUN_DIR=$RUN_DIR    (add ITERS=N for a longer run)"
+    say "  start afresh:  $again RESTART=1 RUN_DIR=$RUN_DIR   (moves the earlier run aside)"
+    say "  or elsewhere:  $again RUN_DIR=runs/another-name"
     exit 1
 elif [ -e "$RUN_DIR" ]; then
     move_aside
@@ -78,28 +81,53 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
 
 # --- Data, once.
 
-scripts/prepare_readme_data.sh "$DATA_DIR"
+scripts/prepare_readme_data.sh "$DATA_DIR" "$MODEL"
 
 # --- Training. Experts: eight, or the next multiple of the ranks.
 
 experts=$(((8 + ranks - 1) / ranks * ranks))
-micro_batch=$((ranks < 12 ? 12 / ranks : 1))
 at_least_1() { echo $(($1 > 0 ? $1 : 1)); }
 
+case $MODEL in
+gpt)
+    sequences=12
+    model_flags=(
+        --num-layers 4 --seq-length 256 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+        --data-path "$DATA_DIR/stdlib_text_document"
+        --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model"
+        --sample-prompt "def main():" --lr 3e-3 --min-lr 3e-4
+    )
+    ;;
+bert) # at 256 tokens and a learning rate of 1e-3, hidden states became alike and stayed so
+    sequences=24
+    model_flags=(
+        --num-layers 4 --seq-length 128 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+        --data-path "$DATA_DIR/stdlib_bert_text_sentence"
+        --tokenizer-type BertWordPieceCase --vocab-file "$DATA_DIR/vocab.txt" --lr 5e-4 --min-lr 5e-5
+    )
+    ;;
+t5)
+    sequences=24
+    model_flags=(
+        --encoder-num-layers 3 --decoder-num-layers 3 --encoder-seq-length 128 --decoder-seq-length 48
+        --position-embedding-type relative --normalization RMSNorm --disable-bias-linear
+        --data-path "$DATA_DIR/stdlib_t5_text_sentence" --vocab-extra-ids 100
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model" --lr 1e-3 --min-lr 1e-4
+    )
+    ;;
+esac
+micro_batch=$((ranks < sequences ? sequences / ranks : 1))
 flags=(
-    --num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --attention-dropout 0.0 --hidden-dropout 0.0
+    "${model_flags[@]}" --hidden-size 256 --num-attention-heads 4 --attention-dropout 0.0 --hidden-dropout 0.0
     --num-experts "$experts" --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2
     --expert-model-parallel-size "$ranks" --moe-token-dispatcher-type lsh
     --micro-batch-size "$micro_batch" --global-batch-size $((micro_batch * ranks)) --train-iters "$ITERS"
-    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95
-    --data-path "$DATA_DIR/stdlib_text_document" --split 95,5,0
-    --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model"
+    --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95
+    --split 95,5,0
     --eval-interval "$(at_least_1 $((ITERS / 5)))" --eval-iters 8 --log-interval "$(at_least_1 $((ITERS / 30)))"
     --save "$RUN_DIR/checkpoints" --save-interval "$(at_least_1 $((ITERS / 3)))"
     --tensorboard-dir "$RUN_DIR/tensorboard" --metrics-jsonl "$RUN_DIR/metrics.jsonl"
-    --sample-prompt "def main():" "${device_flags[@]}"
+    "${device_flags[@]}"
 )
 if [ "${RESUME:-}" = 1 ]; then
     flags+=(--load "$RUN_DIR/checkpoints" --override-opt-param-scheduler) # a longer run has a longer schedule
@@ -107,10 +135,10 @@ fi
 
 mkdir -p "$RUN_DIR"
 status=0
-torchrun --standalone --nproc-per-node "$ranks" pretrain_gpt_moe.py "${flags[@]}" "$@" 2>&1 |
+torchrun --standalone --nproc-per-node "$ranks" "pretrain_${MODEL}_moe.py" "${flags[@]}" "$@" 2>&1 |
     tee -i -a "$RUN_DIR/log.txt" || status=$?
 after=$(newest_checkpoint)
 if ((status != 0)) && [ -n "$after" ] && [ "$after" != "$before" ]; then
-    say "stopped; the newest checkpoint is of iteration $after. Continue with: make pretrain RESUME=1 RUN_DIR=$RUN_DIR"
+    say "stopped; the newest checkpoint is of iteration $after. Continue with: $again RESUME=1 RUN_DIR=$RUN_DIR"
 fi
 exit "$status"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import megatron_lsh
-from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.config import BertConfig, Config, FinetuneConfig, T5Config, parse_args, validate
 from megatron_lsh.config.compat import NO_EFFECT, REJECTED
 from megatron_lsh.config.settings import settings_of, spellings_of
 
@@ -126,7 +126,7 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_entry_scripts_are_short() -> None:
-    for path in ROOT.glob("pretrain_*.py"):
+    for path in [*ROOT.glob("pretrain_*.py"), *ROOT.glob("finetune_*.py")]:
         assert len(path.read_text().splitlines()) <= 120, relative(path)
 
 
@@ -149,21 +149,34 @@ def test_shell_scripts_parse_and_can_be_run() -> None:
             assert os.access(path, os.X_OK), f"{relative(path)} is not executable"
 
 
+MODELS = {"gpt": Config, "bert": BertConfig, "t5": T5Config}
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("script", "world_size"), [("1gpu", 1), ("2gpu", 2), ("4gpu", 4), ("8gpu", 8), ("multinode", 16)]
 )
-def test_launchers_start_valid_runs(script: str, world_size: int, tmp_path: Path) -> None:
+def test_launchers_start_valid_runs(script: str, world_size: int, model: str, tmp_path: Path) -> None:
     """What the launchers hand to torchrun passes every check that needs no data."""
     env = {**os.environ, "TORCHRUN": "echo", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
-    env |= {"RUN_DIR": str(tmp_path / "run"), "DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer.model"}
-    command = [ROOT / "scripts" / f"pretrain_gpt_moe_{script}.sh", "--train-iters", "77"]
+    env |= {"RUN_DIR": str(tmp_path / "run"), "DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer.model", "MODEL": model}
+    command = [ROOT / "scripts" / f"pretrain_moe_{script}.sh", "--train-iters", "77"]
     words = subprocess.run(command, env=env, check=True, text=True, capture_output=True, cwd=tmp_path).stdout.split()
-    entry = words.index("pretrain_gpt_moe.py")
+    entry = words.index(f"pretrain_{model}_moe.py")
     assert "--nproc-per-node" in words[:entry]
-    cfg = validate(parse_args(words[entry + 1 :]), world_size)
+    cfg = validate(parse_args(words[entry + 1 :], MODELS[model]), world_size)
     assert cfg.training.train_iters == 77, "further flags must win"
     assert cfg.moe.num_experts and cfg.moe.num_experts % cfg.parallel.expert_model_parallel_size == 0
     assert cfg.checkpoint.save == cfg.checkpoint.load
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_model_that_is_not_there_is_refused_in_one_line() -> None:
+    for command in (["make", "-C", ROOT, "pretrain", "MODEL=swin"], [ROOT / "scripts" / "pretrain_readme.sh"]):
+        process = subprocess.run(command, env={**os.environ, "MODEL": "swin"}, text=True, capture_output=True)
+        assert process.returncode != 0
+        (line,) = [line for line in process.stderr.splitlines() if "Makefile" in line or "ERROR" in line]
+        assert "MODEL=swin must be gpt, bert or t5" in line
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -186,7 +199,9 @@ def test_documents_link_to_what_is_there() -> None:
     for document in documents():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
             if not re.match(r"[a-z]+:", target):
-                assert (document.parent / target).exists(), f"{relative(document)} links to {target}, which is not there"
+                assert (document.parent / target).exists(), (
+                    f"{relative(document)} links to {target}, which is not there"
+                )
 
 
 def test_documents_name_files_that_are_there() -> None:
@@ -201,7 +216,9 @@ def test_documents_name_files_that_are_there() -> None:
 def test_documents_name_flags_that_exist() -> None:
     """Flags in backticks or code blocks are ours, Megatron-LM's as we know it, those of a tool here, or a launcher's."""
     launchers = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--signal", "--logdir", "--help", "--config"}
-    known = launchers | {spelling.flag for spelling in spellings_of(settings_of(Config)).values()} | {*NO_EFFECT, *REJECTED}
+    known = launchers | {*NO_EFFECT, *REJECTED}
+    for config_class in (Config, BertConfig, T5Config, FinetuneConfig):
+        known |= {spelling.flag for spelling in spellings_of(settings_of(config_class)).values()}
     for path in source_files(".py"):
         known |= set(re.findall(r'"(--[a-z][\w-]+)"', path.read_text()))
     for document in documents():
@@ -236,7 +253,9 @@ def test_readme_tree_is_there_and_complete() -> None:
     assert not absent
     named = {path.rstrip("/") for path in paths}
     rooms = [room for room in ALLOWED if "." not in room]
-    missing = [f"megatron_lsh/{room}" for room in rooms if not named & {f"megatron_lsh/{room}", f"megatron_lsh/{room}.py"}]
+    missing = [
+        f"megatron_lsh/{room}" for room in rooms if not named & {f"megatron_lsh/{room}", f"megatron_lsh/{room}.py"}
+    ]
     assert not missing, f"README's tree lacks {missing}"
 
 

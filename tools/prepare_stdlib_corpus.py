@@ -1,13 +1,15 @@
-"""A corpus without a download: the Python standard library's own sources, and a tokenizer trained on them.
+"""A corpus without a download: the Python standard library's own sources, and tokenizers trained on them.
 
 Writes into --output-dir
 
     stdlib.jsonl       one {"text": ..., "path": ...} per source file, in an order that depends on the file names alone
     tokenizer.model    SentencePiece model (BPE) that reproduces every byte of them: no normalization, line breaks and
                        indentation are part of the pieces, and bytes stand in for rare characters
-    stdlib.json        what the two were made of; a second run with the same inputs does nothing
+    vocab.txt          WordPiece vocabulary (cased) for BERT, which does without white space
+    stdlib.json        what they were made of; a second run with the same inputs does nothing
 
-Next: tools/preprocess_data.py --input DIR/stdlib.jsonl --tokenizer-type GPTSentencePieceTokenizer ...
+Next: tools/preprocess_data.py --input DIR/stdlib.jsonl --tokenizer-type GPTSentencePieceTokenizer ... (see
+scripts/prepare_readme_data.sh)
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 
 from megatron_lsh.data.progress import Progress
+from megatron_lsh.data.wordpiece import train_wordpiece
 from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
 
-FORMAT = 1  # raise it when the output for the same arguments changes
+FORMAT = 2  # raise it when the output for the same arguments changes
 SENTENCE_BYTES = 4000  # the trainer sees files in pieces of whole lines of about this size
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this; it cannot keep the two apart
 
@@ -149,7 +153,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write the corpus and the tokenizer, unless they are there."""
+    """Write the corpus and the tokenizers, unless they are there."""
     begin = time.monotonic()
     root, folder = Path(args.stdlib or sysconfig.get_paths()["stdlib"]), Path(args.output_dir)
     if not root.is_dir():
@@ -160,14 +164,17 @@ def prepare(args: argparse.Namespace) -> None:
         "format": FORMAT,
         "python": platform.python_version(),
         "sentencepiece": sentencepiece.__version__,
+        "tokenizers": tokenizers.__version__,
         "max_mb": args.max_mb,
         "vocab_size": args.vocab_size,
         "tokenizer_mb": args.tokenizer_mb,
     }
     recipe |= {"stdlib": str(root)} if args.stdlib else {}
-    corpus, model_file, record = folder / "stdlib.jsonl", folder / "tokenizer.model", folder / "stdlib.json"
-    if not args.force and corpus.is_file() and model_file.is_file() and _read_recipe(record) == recipe:
-        print(f"{corpus} and {model_file} are up to date (--force makes them again)")
+    corpus, record = folder / "stdlib.jsonl", folder / "stdlib.json"
+    model_file, vocab_file = folder / "tokenizer.model", folder / "vocab.txt"
+    there = all(path.is_file() for path in (corpus, model_file, vocab_file))
+    if not args.force and there and _read_recipe(record) == recipe:
+        print(f"{corpus}, {model_file} and {vocab_file} are up to date (--force makes them again)")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,15 +195,17 @@ def prepare(args: argparse.Namespace) -> None:
         f"({left_out} files left out)"
     )
     print(
-        f"training a tokenizer of {args.vocab_size:,} pieces on {min(args.tokenizer_mb, size / 1e6):.1f} MB ...",
+        f"training tokenizers of {args.vocab_size:,} pieces on {min(args.tokenizer_mb, size / 1e6):.1f} MB ...",
         flush=True,
     )
     model = train_tokenizer(texts, args.vocab_size, int(args.tokenizer_mb * 1e6))
     check_round_trip(model, texts[:: max(1, len(texts) // 50)])
     write_whole(model_file, model)
-    print(
-        f"{model_file}: {len(model) / 1e3:.0f} kB, reproduces the text exactly; {time.monotonic() - begin:.1f} s in all"
-    )
+    print(f"{model_file}: {len(model) / 1e3:.0f} kB, reproduces the text exactly")
+    vocabulary = train_wordpiece(sentences(texts, int(args.tokenizer_mb * 1e6)), args.vocab_size)
+    write_whole(vocab_file, vocabulary.encode())
+    count = vocabulary.count("\n")
+    print(f"{vocab_file}: {count:,} WordPieces, for BertWordPieceCase; {time.monotonic() - begin:.1f} s in all")
     write_whole(record, (json.dumps(recipe, indent=2) + "\n").encode())
 
 
@@ -217,9 +226,9 @@ def main() -> int:
         default=12.0,
         help="Size of the corpus in MB of source text (default: 12; the whole library has about 30)",
     )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="Pieces of the tokenizer (default: 4096)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="Pieces of each tokenizer (default: 4096)")
     parser.add_argument(
-        "--tokenizer-mb", type=float, default=6.0, help="MB of the corpus to train the tokenizer on (default: 6)"
+        "--tokenizer-mb", type=float, default=6.0, help="MB of the corpus to train the tokenizers on (default: 6)"
     )
     parser.add_argument("--stdlib", help="Folder of the sources (default: the running interpreter's)")
     parser.add_argument("--force", action="store_true", help="Make everything again")

@@ -33,8 +33,10 @@ _FUNCTION = {
         "moe_router_pre_softmax",
         "moe_router_topk_scaling_factor",
     ),
+    "finetune": ("classes", "pooling"),
 }
 _SECTIONS = ("model", "moe", "lsh")
+_TASKS = ("finetune",)  # whose other settings are about data and not about weights
 
 
 def different_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -54,11 +56,11 @@ def different_function(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
     found = []
     current = json.loads(json.dumps(current))  # as the saved one has been: tuples are lists now
-    for section in _SECTIONS:
+    for section in (*_SECTIONS, *_TASKS):
         before, now = saved.get(section) or {}, current.get(section) or {}
         # A setting that only one side knows was added by another version of this framework: not the user's doing.
-        for name in now:
-            if name in before and before[name] != now[name]:
+        for name in now if section in _SECTIONS else _FUNCTION[section]:
+            if name in before and name in now and before[name] != now[name]:
                 found.append((section, name, before[name], now[name]))
     return found
 
@@ -84,7 +86,27 @@ def padded_keys(
     return result
 
 
-def different_tensors(metadata: Metadata, tensors: Mapping[str, Tensor], padded: set[str]) -> list[str]:
+def fresh_keys(metadata: Metadata, tensors: Mapping[str, Tensor], fresh: tuple[str, ...]) -> set[str]:
+    """Keys of parameters whose names begin with one of `fresh` and that the checkpoint lacks, or has in another shape."""
+    stored = metadata.state_dict_metadata
+    candidates = {key for key in tensors if _short(key).startswith(fresh)} if fresh else set()
+    return {key for key in candidates if key not in stored or _shape(stored[key]) != tuple(tensors[key].shape)}
+
+
+def unused_keys(metadata: Metadata, tensors: Mapping[str, Tensor], unused: tuple[str, ...]) -> set[str]:
+    """Keys of parameters whose names begin with one of `unused` and that only the checkpoint has."""
+    surplus = {key for key in metadata.state_dict_metadata if key.startswith(MODEL) and key not in tensors}
+    return {key for key in surplus if _short(key).startswith(unused)} if unused else set()
+
+
+def short_names(keys: set[str]) -> str:
+    """The first few of these keys as the names of parameters, and how many more."""
+    return summary([_short(key) for key in sorted(keys)])
+
+
+def different_tensors(
+    metadata: Metadata, tensors: Mapping[str, Tensor], padded: set[str], ignored: set[str]
+) -> list[str]:
     """What the stored model has otherwise than the present one: missing, surplus and differently shaped tensors."""
     stored = metadata.state_dict_metadata
     problems = []
@@ -92,12 +114,15 @@ def different_tensors(metadata: Metadata, tensors: Mapping[str, Tensor], padded:
         if key not in stored:
             problems.append(f"{_short(key)} is not in the checkpoint")
             continue
-        entry = stored[key]
-        shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        shape = _shape(stored[key])
         if shape != tuple(tensor.shape) and key not in padded:
             problems.append(f"{_short(key)} has shape {shape} in the checkpoint and {tuple(tensor.shape)} now")
-    surplus = sorted(key for key in stored if key.startswith(MODEL) and key not in tensors)
+    surplus = sorted(key for key in stored if key.startswith(MODEL) and key not in tensors and key not in ignored)
     return problems + [f"{_short(key)} is in the checkpoint only" for key in surplus]
+
+
+def _shape(entry: Any) -> tuple[int, ...] | None:
+    return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
 
 
 def _short(key: str) -> str:

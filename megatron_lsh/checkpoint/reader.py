@@ -21,8 +21,11 @@ from megatron_lsh.checkpoint.compare import (
     different_function,
     different_settings,
     different_tensors,
+    fresh_keys,
     padded_keys,
+    short_names,
     summary,
+    unused_keys,
 )
 from megatron_lsh.checkpoint.manifest import MANIFEST, Manifest, ManifestError, check_file, read_manifest, share
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
@@ -158,6 +161,8 @@ class _Plan:
     common: dict[str, Any]
     config: dict[str, Any]
     notices: list[str]
+    heads: str
+    """what is said about the heads that were exchanged; empty if none was"""
 
 
 def load_checkpoint(
@@ -181,6 +186,8 @@ def load_checkpoint(
         plan.notices.append(f"the checkpoint has no random states that fit ranks {seeded}: these are seeded anew")
     for notice in plan.notices:
         notify(f"WARNING: {notice}")
+    if plan.heads:
+        notify(plan.heads)
     return LoadResult(
         folder=found.folder,
         iteration=0 if options.weights_only else found.manifest.iteration,
@@ -208,15 +215,26 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     optimizer = {}
     if options.optimizer and state.optimizer is not None:
         optimizer = allocate_optimizer(state.optimizer, parameter_names(state.model), metadata)
-    padded = padded_keys(metadata, model | optimizer, state.padded_rows, common["padded_rows"])
-    notices = _compare(metadata, model | optimizer, padded, common, config, state, options)
-    return _Plan(model, optimizer, padded, common, config, notices)
+    fresh, unused = set[str](), set[str]()
+    if options.new_function:
+        fresh, unused = fresh_keys(metadata, model, state.fresh), unused_keys(metadata, model, state.unused)
+    read = {key: tensor for key, tensor in model.items() if key not in fresh}
+    padded = padded_keys(metadata, read | optimizer, state.padded_rows, common["padded_rows"])
+    notices = _compare(metadata, read | optimizer, padded, fresh | unused, common, config, state, options)
+    return _Plan(read, optimizer, padded, common, config, notices, _heads(fresh, unused))
+
+
+def _heads(fresh: set[str], unused: set[str]) -> str:
+    parts = [f"not in the checkpoint, so they start afresh: {short_names(fresh)}"] if fresh else []
+    parts += [f"in the checkpoint only, and not used: {short_names(unused)}"] if unused else []
+    return ". ".join(parts)
 
 
 def _compare(
     metadata: Metadata,
     tensors: dict[str, Tensor],
     padded: set[str],
+    heads: set[str],
     common: dict[str, Any],
     config: dict[str, Any],
     state: TrainingState,
@@ -229,7 +247,7 @@ def _compare(
         for name, old in common["padded_rows"].items()
         if state.padded_rows.get(name, old) != old
     ]
-    problems = different_tensors(metadata, tensors, padded)
+    problems = different_tensors(metadata, tensors, padded, heads)
     forbidden = [] if options.new_function else different_function(config, state.config)
     if problems or rows or forbidden:
         details = summary(forbidden or settings), summary(rows), summary(problems)

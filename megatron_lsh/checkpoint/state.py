@@ -33,6 +33,9 @@ class TrainingState:
         extra: further plain JSON, the same on all ranks: LSH seed, fingerprint of the data, ...
         padded_rows: parameter name -> rows that carry meaning, for parameters whose dimension 0 is padded to a multiple
             that depends on the layout (the vocabulary). Only for these may dimension 0 differ when loading.
+        fresh: beginnings of the names of parameters that keep their initial values where a checkpoint that is loaded for
+            its weights only lacks them, or has them in another shape: the head of a new task.
+        unused: beginnings of the names of parameters that such a checkpoint may have in addition: the heads of its task.
     """
 
     model: nn.Module
@@ -43,6 +46,8 @@ class TrainingState:
     rng: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     padded_rows: dict[str, int] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def iteration(self) -> int:

@@ -1,21 +1,28 @@
 """Settings of a run: dataclasses, the command line made from them, checks, and what is saved of them."""
 
 from megatron_lsh.config.arguments import parse_args
+from megatron_lsh.config.bert import BertConfig, BertSettings
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.finetune import FinetuneConfig, FinetuneSettings, parse_finetune_args
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_lsh.config.run import CheckpointConfig, DataConfig, LoggingConfig
 from megatron_lsh.config.serialize import describe, differences_from_default, from_dict, from_json, to_dict, to_json
+from megatron_lsh.config.t5 import T5Config, T5Settings
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
 from megatron_lsh.config.validate import assumed_world_size, validate
 from megatron_lsh.config.vocab import padded_vocab_size
 
 __all__ = [
+    "BertConfig",
+    "BertSettings",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FinetuneConfig",
+    "FinetuneSettings",
     "LSHConfig",
     "LoggingConfig",
     "MoEConfig",
@@ -24,6 +31,8 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "RecomputeConfig",
+    "T5Config",
+    "T5Settings",
     "TrainingConfig",
     "assumed_world_size",
     "describe",
@@ -33,6 +42,7 @@ __all__ = [
     "moe_layer_pattern",
     "padded_vocab_size",
     "parse_args",
+    "parse_finetune_args",
     "to_dict",
     "to_json",
     "validate",

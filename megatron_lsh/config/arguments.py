@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, VALUE
@@ -31,12 +31,17 @@ from megatron_lsh.errors import ConfigError
 C = TypeVar("C", bound=Config)
 
 
-def parse_args(argv: Sequence[str] | None = None, config_class: type[C] = Config) -> C:  # type: ignore[assignment]
+def parse_args(
+    argv: Sequence[str] | None = None,
+    config_class: type[C] = Config,  # type: ignore[assignment]
+    select: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> C:
     """Parse flags with Megatron-LM's names into a configuration. Give it to ``validate`` next.
 
     Args:
         argv: the words after the program's name; by default those of this process.
         config_class: Config, or a subclass with further parts (see there).
+        select: which of the settings in the --config file (key -> value) to take; by default all.
 
     Returns:
         The configuration. Its ``notices`` name the flags that were accepted but have no effect.
@@ -53,7 +58,8 @@ def parse_args(argv: Sequence[str] | None = None, config_class: type[C] = Config
     values: dict[str, Any] = {}
     path = written.pop("config", None)
     if path is not None:
-        values |= reader.read(read_config_file(path, sections_of(config_class)))
+        written_there = read_config_file(path, sections_of(config_class))
+        values |= reader.read(written_there if select is None else select(written_there))
     values |= reader.read(written)  # the command line wins
     reader.refuse_strays(strays)
     if reader.problems:

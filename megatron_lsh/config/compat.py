@@ -78,8 +78,9 @@ NO_EFFECT: Mapping[str, str] = MappingProxyType(
 
 _PIPELINE = "pipeline parallelism is not implemented; use --expert-model-parallel-size and --tensor-model-parallel-size"
 _FSDP = "use --use-distributed-optimizer"
-_T5 = "not implemented yet: T5; a GPT takes --num-layers and --seq-length"
-_BERT = "not implemented yet: BERT and T5"
+_T5 = "a flag of pretrain_t5_moe.py; other models take --num-layers and --seq-length"
+_BERT = "a flag of pretrain_bert_moe.py"
+_BERT_T5 = "a flag of pretrain_bert_moe.py and pretrain_t5_moe.py"
 _FP16 = "fp16 is not implemented; use --bf16, which needs no loss scale"
 _FP8 = "fp8 is not implemented; use --bf16"
 _OFFLOAD = "offloading is not implemented; use --recompute-granularity or --use-distributed-optimizer"
@@ -157,13 +158,11 @@ REJECTED: Mapping[str, str] = MappingProxyType(
         # data and tokenizer
         "--data-args-path": "use --data-path, or data_path in a --config file",
         "--per-split-data-args-path": "use --train-data-path, --valid-data-path and --test-data-path",
-        "--vocab-file": "not implemented yet: BERT and GPT-2 vocabulary files; use --tokenizer-type HuggingFaceTokenizer "
-        "--tokenizer-model FOLDER",
         "--merge-file": "not implemented yet: GPT-2 merge files; use --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model FOLDER",
         "--tiktoken-pattern": "not implemented; use --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER",
-        "--mask-prob": _BERT,
-        "--short-seq-prob": _BERT,
+        "--mask-prob": _BERT_T5,
+        "--short-seq-prob": _BERT_T5,
         "--bert-no-binary-head": _BERT,
         # checkpoints
         "--ckpt-convert-format": "there is one format; load with --load and save with --save",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
@@ -17,12 +17,11 @@ class Config:
     """Everything that describes a run. Rooms receive the part they need, never the whole.
 
     An entry script whose model needs further flags declares a dataclass of them and a subclass of Config with one more
-    part, and passes the subclass to :func:`parse_args`:
-
-        @dataclass
-        class BertConfig(Config):
-            bert: BertDataConfig = field(default_factory=BertDataConfig)
+    part (see ``bert.py``), and passes the subclass to :func:`parse_args`.
     """
+
+    indexed_data: ClassVar[bool] = True
+    """whether samples come from --data-path or --mock-data, and not from files of the entry script's own"""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -13,7 +13,7 @@ def derive(cfg: Config, check: Checker, world_size: int) -> None:
     _derive_training(cfg, check, world_size)
     _derive_recompute(cfg, check)
     per_split = cfg.data.train_data_path or cfg.data.valid_data_path or cfg.data.test_data_path
-    if cfg.data.split is None and not per_split:
+    if cfg.data.split is None and not per_split and cfg.indexed_data:
         check.fill("split", "969,30,1")
 
 

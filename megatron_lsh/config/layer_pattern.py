@@ -11,13 +11,16 @@ from megatron_lsh.errors import ConfigError
 _LONGEST = 100_000  # characters and layers; keeps [0]*10000000000 from eating the memory
 
 
-def moe_layer_pattern(freq: str | int | Sequence[int], num_layers: int) -> list[bool]:
+def moe_layer_pattern(
+    freq: str | int | Sequence[int], num_layers: int, setting: str = "model.num_layers"
+) -> list[bool]:
     """For each layer, whether it is an MoE layer.
 
     Args:
         freq: an integer n (layers 0, n, 2n, ... are MoE), or a list of 0 and 1, one per layer, possibly written as an
             expression of lists, ``+`` and ``*`` such as ``([0]*3+[1]*58)``.
         num_layers: number of transformer layers.
+        setting: where that number comes from, for the error.
 
     Raises:
         ConfigError: if ``freq`` is neither, or a list of another length.
@@ -32,7 +35,7 @@ def moe_layer_pattern(freq: str | int | Sequence[int], num_layers: int) -> list[
     if len(value) != num_layers:
         raise ConfigError(
             f"moe.moe_layer_freq ({freq}) has {len(value)} entries and must have one per layer, "
-            f"model.num_layers ({num_layers}): change --moe-layer-freq or --num-layers"
+            f"{setting} ({num_layers}): change --moe-layer-freq or --{setting.split('.')[-1].replace('_', '-')}"
         )
     return [bool(entry) for entry in value]
 

@@ -27,7 +27,9 @@ class ModelConfig:
         None, "Longest sequence the position embedding supports (default: --seq-length)", at_least=1
     )
     position_embedding_type: str = flag(
-        "learned_absolute", "Kind of position embedding", choices=("learned_absolute", "rope", "none")
+        "learned_absolute",
+        "Kind of position embedding; relative is a learned bias of attention scores by distance, for T5",
+        choices=("learned_absolute", "rope", "relative", "none"),
     )
     rotary_base: int = flag(10000, "Base of the rotary frequencies", at_least=1)
     rotary_percent: float = flag(1.0, "Share of each head's channels that is rotated", above=0, at_most=1)
@@ -37,6 +39,11 @@ class ModelConfig:
     vocab_size: int | None = flag(None, "Size of the vocabulary before padding (default: the tokenizer's)", at_least=1)
     normalization: str = flag("LayerNorm", "Kind of normalization", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = flag(1e-5, "Epsilon of the normalization layers", above=0)
+    apply_residual_connection_post_layernorm: bool = flag(
+        False,
+        "Take the residual connections from behind the norms instead of before them: the order of the original BERT, whose "
+        "embedding norm is then the first layer's",
+    )
     swiglu: bool = flag(False, "Use SwiGLU instead of GELU in feed-forward layers and experts")
     openai_gelu: bool = flag(False, "Use the tanh approximation of GELU")
     add_bias_linear: bool = flag(True, "Biases in linear layers", off="--disable-bias-linear")

@@ -92,7 +92,7 @@ class LSHConfig:
         None, "Width w of one hash: 2 w possible values (default: 16 with budget clustering, 8 with bucket)", at_least=1
     )
     lsh_residual: str = flag(
-        "identity",
+        "interpolate",
         "What a row adds to its centroid's expert output: nothing, row - centroid (the paper's), that plus a learned "
         "low-rank map of it, or the change between the two of a function fitted to all centroids' outputs",
         choices=("none", "identity", "lowrank", "interpolate"),

@@ -8,6 +8,8 @@ from typing import Any
 from megatron_lsh.config.flag import flag
 
 TOKENIZER_TYPES = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
@@ -41,7 +43,10 @@ class DataConfig:
     reset_attention_mask: bool = flag(False, "No attention across end-of-document tokens")
     tokenizer_type: str | None = flag(None, "Kind of tokenizer", choices=TOKENIZER_TYPES)
     tokenizer_model: str | None = flag(None, "Tokenizer file, or folder of a Hugging Face tokenizer")
-    vocab_extra_ids: int = flag(0, "Extra sentinel ids appended to the vocabulary", at_least=0)
+    vocab_file: str | None = flag(None, "Vocabulary of a BertWordPiece tokenizer, one token per line (vocab.txt)")
+    vocab_extra_ids: int = flag(
+        0, "Sentinel tokens <extra_id_0>, ... of T5, appended to the vocabulary unless it has them", at_least=0
+    )
 
 
 @dataclass

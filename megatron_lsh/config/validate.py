@@ -10,6 +10,7 @@ from typing import TypeVar
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.derive import derive
+from megatron_lsh.config.families import check_family, derive_family
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.errors import ConfigError
 
@@ -37,9 +38,11 @@ def validate(cfg: C, world_size: int) -> C:
         raise ConfigError(f"world size ({world_size}) must be at least 1: change --world-size or WORLD_SIZE")
     check.forget_derived()
     check.every_value()
+    derive_family(cfg, check, world_size)
     check.required("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
     derive(cfg, check, world_size)
     _check_model(cfg, check)
+    check_family(cfg, check)
     _check_moe(cfg, check)
     _check_layout(cfg, check, world_size)
     _check_length_and_batch(cfg, check, world_size)
@@ -124,12 +127,7 @@ def _check_moe(cfg: Config, check: Checker) -> None:
     check.rule(
         "{lsh_gradient} must be exact with {lsh_residual}",
         lambda gradient, residual: gradient == "exact" or residual == "none",
-        "set --lsh-residual none: the identity residual has that gradient already",
-    )
-    check.rule(
-        "{lsh_start_layer} must be below {num_layers}",
-        lambda start, layers: start < layers,
-        "use --moe-token-dispatcher-type alltoall to run every layer exactly",
+        "set --lsh-residual none: every other residual has a gradient of its own",
     )
     check.rule(
         "{moe_router_enable_expert_bias} must be off with {moe_router_score_function}",
@@ -287,8 +285,10 @@ def _check_data(cfg: Config, check: Checker) -> None:
     _check_split(cfg, check)
     if cfg.training.dry_run:  # reads neither data nor tokenizer
         return
-    if not data.mock_data and not any(
-        (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
+    if (
+        cfg.indexed_data
+        and not data.mock_data
+        and not any((data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path))
     ):
         check.problems.append(
             "data.data_path (absent) must be given: set --data-path, or --mock-data to try things out"
@@ -297,7 +297,9 @@ def _check_data(cfg: Config, check: Checker) -> None:
         check.required("tokenizer_type")
         if data.tokenizer_type == "NullTokenizer":
             check.required("vocab_size")
-    if data.tokenizer_type not in (None, "ByteTokenizer", "NullTokenizer"):
+    if data.tokenizer_type in ("BertWordPieceLowerCase", "BertWordPieceCase"):
+        check.required("vocab_file")
+    elif data.tokenizer_type not in (None, "ByteTokenizer", "NullTokenizer"):
         check.required("tokenizer_model")
 
 

@@ -13,27 +13,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lsh.data.cache import ArrayCache, Layout, Rows, cache_key
 from megatron_lsh.data.indexed import IndexedDataset, bin_path, idx_path
+from megatron_lsh.data.samples import Sample, check_ids
 from megatron_lsh.errors import DataError
 
-Sample = dict[str, np.ndarray]
 INDEX_FORMAT = 1  # raise it when the content of the cached arrays changes
-
-
-class Dataset(Protocol):
-    """Samples by number. `fingerprint` identifies the content and its order; it is stored in checkpoints."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -180,12 +169,7 @@ class GPTDataset:
             DataError: if a token id is not of the vocabulary.
         """
         window = self.window(index)
-        highest, lowest = int(window.max()), int(window.min())
-        if highest >= self.rules.vocab_size or lowest < 0:
-            raise DataError(
-                f"{bin_path(self.source.prefix)} holds token id {highest if lowest >= 0 else lowest}, but the vocabulary "
-                f"has {self.rules.vocab_size} ids: give the tokenizer the data was written with, or write the data again"
-            )
+        check_ids(window, self.rules.vocab_size, self.source)
         return make_sample(window, self.rules)
 
     def fingerprint(self) -> str:

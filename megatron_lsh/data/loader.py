@@ -14,23 +14,28 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from megatron_lsh.data.bert import BertRecipe
 from megatron_lsh.data.blend import BlendedDataset, BlendSchedule
 from megatron_lsh.data.cache import ArrayCache
-from megatron_lsh.data.gpt import Dataset, GPTDataset, SampleRules
+from megatron_lsh.data.gpt import SampleRules
 from megatron_lsh.data.indexed import IndexedDataset
-from megatron_lsh.data.mock import MockDataset
+from megatron_lsh.data.kinds import GPTSamples, PassageSamples
 from megatron_lsh.data.sampler import micro_batch_indices
+from megatron_lsh.data.samples import Corpus, Dataset, SampleKind
 from megatron_lsh.data.spec import DEFAULT_SPLIT, SPLITS, parse_data_path, parse_split, split_documents
+from megatron_lsh.data.t5 import T5Recipe
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.data.vocabulary import check_vocabulary
 from megatron_lsh.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from megatron_lsh.config import BertConfig, T5Config
     from megatron_lsh.config.run import DataConfig
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
+Barrier = Callable[[], None]
 
 
 class Datasets(NamedTuple):
@@ -41,16 +46,8 @@ class Datasets(NamedTuple):
     test: Dataset | None
 
 
-class _Corpus(NamedTuple):
-    """One indexed dataset and the range of documents that a split takes from it."""
-
-    source: IndexedDataset
-    documents: tuple[int, int]
-
-    @property
-    def num_tokens(self) -> int:
-        start, stop = self.documents
-        return self.source.document_start(stop) - self.source.document_start(start)
+def _no_barrier() -> None:
+    """For a run of one rank."""
 
 
 def build_train_valid_test(
@@ -60,9 +57,9 @@ def build_train_valid_test(
     num_samples: tuple[int, int, int],
     tokenizer: Tokenizer,
     is_builder: bool = True,
-    barrier: Callable[[], None] = lambda: None,
+    barrier: Barrier = _no_barrier,
 ) -> Datasets:
-    """The three datasets of a run.
+    """The three datasets of a run that trains a GPT.
 
     Everything is checked on every rank, so a bad input raises the same error everywhere and no rank is left waiting.
 
@@ -75,18 +72,72 @@ def build_train_valid_test(
         ConfigError: if the flags do not belong together.
         DataError: if a file is missing or damaged, does not fit the tokenizer, or is too small.
     """
+    rules = SampleRules(
+        tokenizer.eod, tokenizer.vocab_size, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask
+    )
+    kind = GPTSamples(seq_length, seed, rules)
+    return _build(data, seed, num_samples, tokenizer, kind, is_builder, barrier)
+
+
+def build_bert_datasets(
+    cfg: BertConfig,
+    tokenizer: Tokenizer,
+    num_samples: tuple[int, int, int],
+    is_builder: bool = True,
+    barrier: Barrier = _no_barrier,
+) -> Datasets:
+    """The three datasets of a run that trains a BERT or RoBERTa; as `build_train_valid_test`.
+
+    Raises:
+        ConfigError, DataError: also if the vocabulary lacks a special token, or a file is not split into sentences.
+    """
+    recipe = BertRecipe.of(cfg.bert, _length(cfg.model.seq_length), tokenizer)
+    kind = PassageSamples(recipe, cfg.training.seed)
+    return _build(cfg.data, cfg.training.seed, num_samples, tokenizer, kind, is_builder, barrier)
+
+
+def build_t5_datasets(
+    cfg: T5Config,
+    tokenizer: Tokenizer,
+    num_samples: tuple[int, int, int],
+    is_builder: bool = True,
+    barrier: Barrier = _no_barrier,
+) -> Datasets:
+    """The three datasets of a run that trains a T5; as `build_train_valid_test`.
+
+    Raises:
+        ConfigError, DataError: also if the vocabulary has too few sentinels, or a file is not split into sentences.
+    """
+    encoder, decoder = cfg.t5.encoder_seq_length, cfg.t5.decoder_seq_length
+    common = cfg.model.seq_length
+    recipe = T5Recipe.of(cfg.t5, _length(encoder or common), _length(decoder or common), tokenizer)
+    kind = PassageSamples(recipe, cfg.training.seed)
+    return _build(cfg.data, cfg.training.seed, num_samples, tokenizer, kind, is_builder, barrier)
+
+
+def _length(given: int | None) -> int:
+    if given is None:
+        raise ConfigError("model.seq_length (None) must be set: give --seq-length")
+    return given
+
+
+def _build(
+    data: DataConfig,
+    seed: int,
+    num_samples: tuple[int, int, int],
+    tokenizer: Tokenizer,
+    kind: SampleKind,
+    is_builder: bool,
+    barrier: Barrier,
+) -> Datasets:
     if seed < 0:
         raise ConfigError(f"training.seed ({seed}) must not be negative: choose another --seed")
 
     def build() -> Datasets:
-        rules = SampleRules(
-            tokenizer.eod, tokenizer.vocab_size, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask
-        )
         if data.mock_data:
             _no_paths_with_mock(data)
-            mocks = [MockDataset(i, seq_length, n, seed, rules) if n else None for i, n in enumerate(num_samples)]
-            return Datasets(*mocks)
-        files = _FileDatasets(data, seq_length, seed, tokenizer, rules)
+            return Datasets(*(kind.mock(number, count) if count else None for number, count in enumerate(num_samples)))
+        files = _FileDatasets(data, tokenizer, kind)
         datasets = Datasets(*(files.build(number, count) for number, count in enumerate(num_samples)))
         if num_samples[0] and datasets.train is None:
             raise ConfigError(
@@ -120,8 +171,8 @@ def _no_paths_with_mock(data: DataConfig) -> None:
 class _FileDatasets:
     """Builds the datasets of the splits from files; each corpus is opened and checked once."""
 
-    def __init__(self, data: DataConfig, seq_length: int, seed: int, tokenizer: Tokenizer, rules: SampleRules) -> None:
-        self.data, self.seq_length, self.seed, self.tokenizer, self.rules = data, seq_length, seed, tokenizer, rules
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, kind: SampleKind) -> None:
+        self.data, self.tokenizer, self.kind = data, tokenizer, kind
         self._opened: dict[str, IndexedDataset] = {}
 
     def build(self, number: int, num_samples: int) -> Dataset | None:
@@ -133,8 +184,8 @@ class _FileDatasets:
         corpora = []
         for prefix in prefixes:
             source = self._open(prefix)
-            corpora.append(_Corpus(source, split_documents(source.num_documents, shares)[number]))
-        too_small = _too_small(corpora, self.seq_length)
+            corpora.append(Corpus(source, split_documents(source.num_documents, shares)[number]))
+        too_small = next((text for corpus in corpora if (text := self.kind.shortage(corpus))), None)
         if too_small and number == 2 and self.data.split is None and self.data.data_path:
             logger.warning("no test set: %s (the default --split %s)", too_small, DEFAULT_SPLIT)
             return None
@@ -145,9 +196,7 @@ class _FileDatasets:
 
         def build_corpus(index: int, samples: int) -> Dataset:
             # The splits share the seed: they draw from different documents.
-            source, documents = corpora[index]
-            cache = self._cache(source.prefix)
-            return GPTDataset(source, documents, self.seq_length, samples, self.seed, self.rules, cache)
+            return self.kind.dataset(corpora[index], samples, self._cache(corpora[index].source.prefix))
 
         if len(corpora) == 1:
             return build_corpus(0, num_samples)
@@ -157,6 +206,7 @@ class _FileDatasets:
     def _open(self, prefix: str) -> IndexedDataset:
         if prefix not in self._opened:
             source = IndexedDataset(prefix)
+            self.kind.check(source)
             check_vocabulary(source, self.tokenizer, self._cache(prefix))
             self._opened[prefix] = source
         return self._opened[prefix]
@@ -180,23 +230,8 @@ def _paths_of(data: DataConfig, number: int) -> tuple[list[str] | None, str, tup
     return own[number], f"--{SPLITS[number]}-data-path", everything
 
 
-def _too_small(corpora: list[_Corpus], seq_length: int) -> str | None:
-    """Says which corpus supplies less than one sample, if any."""
-    for corpus in corpora:
-        start, stop = corpus.documents
-        if corpus.num_tokens < seq_length + 1:
-            return (
-                f"{corpus.source.prefix} supplies {stop - start} of its {corpus.source.num_documents} documents with "
-                f"{corpus.num_tokens} tokens, less than one sample of --seq-length + 1 = {seq_length + 1}"
-            )
-    return None
-
-
 def collate(dataset: Dataset, indices: np.ndarray) -> Batch:
-    """Samples stacked to tensors: tokens, labels, position_ids int64 [B, S], loss_mask float32 [B, S].
-
-    With --reset-attention-mask also document_ids int64 [B, S].
-    """
+    """Samples stacked to tensors of the same names and types, [B, ...]: see `make_sample`, `BertRecipe`, `T5Recipe`."""
     samples = [dataset[int(index)] for index in indices]
     return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 

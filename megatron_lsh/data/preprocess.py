@@ -12,144 +12,34 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
-from megatron_lsh.config.run import TOKENIZER_TYPES, DataConfig
-from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megatron_lsh.config.run import TOKENIZER_TYPES
+from megatron_lsh.data.encoder import EncodedChunk, EncoderSettings, make_encoder
+from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_lsh.data.progress import Progress
+from megatron_lsh.data.sentences import UNITS
 from megatron_lsh.data.sources import TEXT_UNITS, Chunk, Source, open_sources
-from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.data.vocabulary import description_path, write_description
 from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
 
 CHUNKS_AHEAD = 4  # per worker, so that memory stays bounded however large the input
 
 
-@dataclass(frozen=True)
-class EncodedColumn:
-    """Tokens of some documents, for one key: flat ids, tokens per sequence, sequences per document."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    sequences: np.ndarray
-
-
-@dataclass(frozen=True)
-class EncodedChunk:
-    """A tokenized `Chunk`; documents without any token are left out and counted."""
-
-    columns: dict[str, EncodedColumn]
-    documents: int
-    empty: int
-    size: int
-    position: int
-
-
-class Encoder:
-    """Tokenizes chunks.
-
-    Args:
-        keys: which values of a document to tokenize.
-        append_eod: end every document with the tokenizer's ``eod``.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
-        self.tokenizer, self.keys, self.append_eod = tokenizer, keys, append_eod
-        self.dtype = token_dtype(tokenizer.vocab_size)
-
-    def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Tokens of a chunk.
-
-        Raises:
-            DataError: if a key is missing or its value is no text.
-        """
-        columns: dict[str, tuple[list[int], list[int], list[int]]] = {key: ([], [], []) for key in self.keys}
-        documents = empty = 0
-        for number, record in chunk.parsed():
-            documents += 1
-            for key, (tokens, lengths, sequences) in columns.items():
-                parts = [ids for text in _texts(record, key, chunk.source, number) if (ids := self._tokenize(text))]
-                if not parts:
-                    empty += 1
-                    continue
-                if self.append_eod:
-                    parts[-1].append(self.tokenizer.eod)
-                for ids in parts:
-                    tokens.extend(ids)
-                    lengths.append(len(ids))
-                sequences.append(len(parts))
-        arrays = {
-            key: EncodedColumn(np.array(t, dtype=self.dtype), np.array(n, dtype=np.int64), np.array(s, dtype=np.int64))
-            for key, (t, n, s) in columns.items()
-        }
-        return EncodedChunk(arrays, documents, empty, chunk.size, chunk.position)
-
-    def _tokenize(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express and UTF-8 cannot
-            text = text.encode(errors="replace").decode()
-        return self.tokenizer.tokenize(text)
-
-
-def _texts(record: dict[str, Any], key: str, source: str, number: int) -> list[str]:
-    """The text, or texts if it is already split into sentences, under a key."""
-    if key not in record:
-        raise DataError(
-            f"{source}, document {number} has no key {key}, only {', '.join(record)}: choose with --json-keys"
-        )
-    value = record[key]
-    if value is None:
-        return []
-    texts = value if isinstance(value, list) else [value]
-    wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong:
-        raise DataError(
-            f"{source}, document {number}: the value of {key} is a {type(wrong[0]).__name__}, it must be text: choose "
-            "another of --json-keys"
-        )
-    return texts
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """What a worker process needs to make its own `Encoder`."""
-
-    tokenizer_type: str
-    tokenizer_model: str | None
-    vocab_size: int | None
-    vocab_extra_ids: int
-    keys: tuple[str, ...]
-    append_eod: bool
-
-
-@lru_cache(maxsize=1)
-def _make_encoder(settings: EncoderSettings) -> Encoder:
-    """The encoder for these settings; made once per process."""
-    data = DataConfig(
-        tokenizer_type=settings.tokenizer_type,
-        tokenizer_model=settings.tokenizer_model,
-        vocab_extra_ids=settings.vocab_extra_ids,
-    )
-    return Encoder(build_tokenizer(data, settings.vocab_size), settings.keys, settings.append_eod)
-
-
 def _start_worker(settings: EncoderSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _make_encoder(settings)
+    make_encoder(settings)
 
 
 def _end_with_parent() -> None:
@@ -161,7 +51,7 @@ def _end_with_parent() -> None:
 
 
 def _encode(settings: EncoderSettings, chunk: Chunk) -> EncodedChunk:
-    return _make_encoder(settings).encode(chunk)
+    return make_encoder(settings).encode(chunk)
 
 
 def _encoded(settings: EncoderSettings, workers: int, sources: list[Source]) -> Iterator[tuple[int, EncodedChunk]]:
@@ -194,22 +84,31 @@ def _encoded(settings: EncoderSettings, workers: int, sources: list[Source]) -> 
 def preprocess(args: argparse.Namespace) -> list[IndexedDataset]:
     """Tokenize ``--input`` into ``{prefix}_{key}_document.bin/.idx`` for each key; returns the datasets.
 
+    With --split-sentences the files are called ``{prefix}_{key}_sentence`` and a document is as many sequences as it has
+    sentences.
+
     Raises:
         ConfigError, DataError: for bad flags or input; nothing is left behind then.
     """
     settings = EncoderSettings(
         args.tokenizer_type,
         args.tokenizer_model,
+        args.vocab_file,
         args.vocab_size,
         args.vocab_extra_ids,
         tuple(args.json_keys),
         args.append_eod,
+        args.split_sentences,
+        args.sentence_unit,
+        args.lang,
+        args.keep_newlines,
     )
-    encoder = _make_encoder(settings)
+    encoder = make_encoder(settings)
     sources = open_sources(
         args.input, args.json_keys, args.input_format, args.text_documents, args.hf_config, args.hf_split
     )
-    prefixes = {key: f"{args.output_prefix}_{key}_document" for key in args.json_keys}
+    level = "sentence" if args.split_sentences else "document"
+    prefixes = {key: f"{args.output_prefix}_{key}_{level}" for key in args.json_keys}
     before = np.concatenate([[0], np.cumsum([source.size for source in sources])])
     print(
         f"{len(sources)} input(s), {args.workers} worker(s), "
@@ -231,7 +130,7 @@ def preprocess(args: argparse.Namespace) -> list[IndexedDataset]:
             description_path(writer.prefix).unlink(missing_ok=True)  # of older data under this name
     datasets = [IndexedDataset(prefix) for prefix in prefixes.values()]
     for dataset in datasets:
-        write_description(dataset, encoder.tokenizer, args.tokenizer_model)
+        write_description(dataset, encoder.tokenizer, args.tokenizer_model or args.vocab_file, args.split_sentences)
     _summarize(args, datasets, progress, empty)
     return datasets
 
@@ -246,10 +145,16 @@ def _summarize(args: argparse.Namespace, datasets: list[IndexedDataset], progres
     for dataset in datasets:
         per_token = f", {progress.size / dataset.num_tokens:.2f} input bytes per token" if len(datasets) == 1 else ""
         print(
-            f"{dataset.prefix}.bin, .idx: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens"
+            f"{dataset.prefix}.bin, .idx: {dataset.num_documents:,} documents, "
+            + (f"{len(dataset):,} sentences, " if args.split_sentences else "")
+            + f"{dataset.num_tokens:,} tokens"
             f" ({dataset.dtype}, {dataset.num_tokens * dataset.dtype.itemsize / 1e6:.1f} MB{per_token})"
         )
-    model = f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
+    model = "".join(
+        f" --{name.replace('_', '-')} {getattr(args, name)}"
+        for name in ("tokenizer_model", "vocab_file")
+        if getattr(args, name)
+    )
     print(f"train on it with --data-path {datasets[0].prefix} --tokenizer-type {args.tokenizer_type}{model}")
 
 
@@ -283,22 +188,33 @@ def make_parser() -> argparse.ArgumentParser:
         default="file",
         help="What a document is in plain text; paragraphs end at a blank line",
     )
+    add("--split-sentences", action="store_true", help="Cut documents into sentences, which BERT and T5 need")
+    add(
+        "--sentence-unit",
+        choices=UNITS,
+        default="sentence",
+        help="What a sentence is: one of the language --lang, a line or a paragraph (for program code, say)",
+    )
+    add("--lang", default="english", help="Language of the sentences: a name or an ISO 639 code (default: english)")
+    add(
+        "--keep-newlines",
+        action="store_true",
+        help="Keep the white space between sentences: put together they are the document",
+    )
     add("--hf-config", help="Configuration of a hf: data set")
     add("--hf-split", default="train", help="Split of a hf: data set")
     add("--tokenizer-type", required=True, help=f"One of {', '.join(TOKENIZER_TYPES)}")
     add("--tokenizer-model", help="Tokenizer file, or folder of a Hugging Face tokenizer")
+    add("--vocab-file", help="Vocabulary of a BertWordPiece tokenizer")
     add("--vocab-size", type=int, help="Vocabulary of the NullTokenizer")
-    add("--vocab-extra-ids", type=int, default=0, help="Extra sentinel ids appended to the vocabulary")
+    add("--vocab-extra-ids", type=int, default=0, help="Sentinel tokens appended to the vocabulary; text has none")
     add("--workers", type=int, default=_cpus(), help="Processes that tokenize (default: one per usable CPU)")
     add("--log-interval", type=int, default=1000, help="Documents between progress lines")
     unused = parser.add_argument_group("accepted from Megatron-LM command lines, without effect here")
-    for name in ("--partitions", "--lang", "--dataset-impl"):
+    for name in ("--partitions", "--dataset-impl"):
         unused.add_argument(name, help=argparse.SUPPRESS)
     unused.add_argument("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
     refused = parser.add_argument_group("not supported")
-    refused.add_argument("--split-sentences", action="store_true", help="Not implemented yet")
-    refused.add_argument("--keep-newlines", action="store_true", help="Not implemented yet")
-    refused.add_argument("--vocab-file", help="Use --tokenizer-type HuggingFaceTokenizer")
     refused.add_argument("--merge-file", help="Use --tokenizer-type HuggingFaceTokenizer")
     return parser
 
@@ -313,18 +229,14 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming flag, value, rule and fix.
     """
-    for name in ("split_sentences", "keep_newlines"):
-        if getattr(args, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is not implemented yet: leave it out, or give documents whose value is a "
-                "list of sentences"
-            )
-    for name in ("vocab_file", "merge_file"):
-        if getattr(args, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} ({getattr(args, name)}) is not supported: convert the files to a "
-                "tokenizer.json and use --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER"
-            )
+    for name, off in (("keep_newlines", False), ("sentence_unit", UNITS[0])):
+        if getattr(args, name) != off and not args.split_sentences:
+            raise ConfigError(f"--{name.replace('_', '-')} must not be given without --split-sentences: add that")
+    if args.merge_file:
+        raise ConfigError(
+            f"--merge-file ({args.merge_file}) is not supported: convert the files to a tokenizer.json and use "
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER"
+        )
     if args.tokenizer_type not in TOKENIZER_TYPES:
         hint = (
             "; GPT2BPETokenizer is --tokenizer-type HuggingFaceTokenizer here"
@@ -338,9 +250,7 @@ def check_flags(args: argparse.Namespace) -> None:
     twice = [key for key in args.json_keys if args.json_keys.count(key) > 1]
     if twice:
         raise ConfigError(f"--json-keys names {twice[0]} more than once: name it once")
-    ignored = [
-        name for name in ("partitions", "lang", "dataset_impl", "keep_sequential_samples") if getattr(args, name)
-    ]
+    ignored = [name for name in ("partitions", "dataset_impl", "keep_sequential_samples") if getattr(args, name)]
     if ignored:
         print(f"no effect here: {', '.join('--' + name.replace('_', '-') for name in ignored)}")
 

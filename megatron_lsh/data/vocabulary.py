@@ -26,12 +26,15 @@ def description_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(prefix) + ".json")
 
 
-def write_description(dataset: IndexedDataset, tokenizer: Tokenizer, tokenizer_model: str | None) -> None:
-    """Record the tokenizer of a finished dataset."""
+def write_description(
+    dataset: IndexedDataset, tokenizer: Tokenizer, tokenizer_model: str | None, split_sentences: bool = False
+) -> None:
+    """Record the tokenizer of a finished dataset, and whether each of its sequences is a sentence."""
     facts = {
         "content": dataset.fingerprint,
         "documents": dataset.num_documents,
         "tokens": dataset.num_tokens,
+        "split_sentences": split_sentences,
         "tokenizer_type": tokenizer.name,
         "tokenizer_model": os.path.basename(tokenizer_model) if tokenizer_model else None,
         "vocab_size": tokenizer.vocab_size,

@@ -1,7 +1,7 @@
-"""Self-attention with grouped queries, tensor parallel over the heads.
+"""Self- and cross-attention with grouped queries, tensor parallel over the heads.
 
-Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, G query groups (key/value
-heads) and H query heads of this tensor-parallel rank, d channels of a head.
+Legend: S sequence (`s` its local share under sequence parallelism), T sequence of the keys (`t` its local share), B
+micro-batch, D hidden, G query groups (key/value heads) and H query heads of this tensor-parallel rank, d channels of a head.
 """
 
 from __future__ import annotations
@@ -24,12 +24,8 @@ from megatron_lsh.parallel.random import tensor_parallel_rng
 from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
-class SelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over the heads of this rank, with Megatron's packed QKV projection.
-
-    ``linear_qkv.weight`` is [groups * (heads per group + 2) * d, D]: for each group its query heads, then its key head,
-    then its value head. Cutting it over tensor-parallel ranks along dim 0 keeps groups whole.
-    """
+class _Attention(nn.Module):
+    """What both kinds share: sizes, the attention proper and the projection back."""
 
     def __init__(self, cfg: ModelConfig, ctx: ParallelContext, recompute: RecomputePlan) -> None:
         super().__init__()
@@ -40,23 +36,47 @@ class SelfAttention(nn.Module):
                 f"({ctx.tp.size}); lower the latter or raise --num-query-groups"
             )
         self.ctx = ctx
+        self.shape = shape
         self.groups = shape.query_groups // ctx.tp.size
         self.heads_per_group = shape.heads // shape.query_groups
         self.head_dim = shape.head_dim
         self.dropout = cfg.attention_dropout
         self.recompute_core = "core_attn" in recompute.modules
+        self.bias = cfg.add_bias_linear or cfg.add_qkv_bias
+        self.init = Init("normal", cfg.init_method_std)
+        self.linear_proj: RowParallelLinear
 
+    def _build_projection(self, cfg: ModelConfig) -> RowParallelLinear:
+        """The projection back, which comes after the others among the parameters."""
+        width = self.shape.heads * self.head_dim
+        return RowParallelLinear(width, self.shape.hidden, self.ctx, init=output_init(cfg), bias=cfg.add_bias_linear)
+
+    def _attend(
+        self, q_SBHd: Tensor, k_TBGd: Tensor, v_TBGd: Tensor, *, causal: bool, mask: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Attention and the projection back: [s, B, D]."""
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            dropout = self.dropout if self.training else 0.0
+            return core_attention(q, k, v, self.ctx, causal=causal, mask=mask, bias=bias, dropout=dropout)
+
+        heads_SBP = recomputed(core, q_SBHd, k_TBGd, v_TBGd) if self.recompute_core else core(q_SBHd, k_TBGd, v_TBGd)
+        return self.linear_proj(heads_SBP)
+
+
+class SelfAttention(_Attention):
+    """softmax(q k^T / sqrt(d)) v over the heads of this rank, with Megatron's packed QKV projection.
+
+    ``linear_qkv.weight`` is [groups * (heads per group + 2) * d, D]: for each group its query heads, then its key head,
+    then its value head. Cutting it over tensor-parallel ranks along dim 0 keeps groups whole.
+    """
+
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, recompute: RecomputePlan) -> None:
+        super().__init__(cfg, ctx, recompute)
+        shape = self.shape
         packed = shape.query_groups * (self.heads_per_group + 2) * shape.head_dim
-        self.linear_qkv = ColumnParallelLinear(
-            shape.hidden,
-            packed,
-            ctx,
-            init=Init("normal", cfg.init_method_std),
-            bias=cfg.add_bias_linear or cfg.add_qkv_bias,
-        )
-        self.linear_proj = RowParallelLinear(
-            shape.heads * shape.head_dim, shape.hidden, ctx, init=output_init(cfg), bias=cfg.add_bias_linear
-        )
+        self.linear_qkv = ColumnParallelLinear(shape.hidden, packed, ctx, init=self.init, bias=self.bias)
+        self.linear_proj = self._build_projection(cfg)
         if cfg.qk_layernorm:
             self.q_layernorm = build_head_norm(cfg, shape.heads, shape.head_dim, ctx)
             self.k_layernorm = build_head_norm(cfg, shape.query_groups, shape.head_dim, ctx)
@@ -80,6 +100,7 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
         causal: bool = True,
         attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Everything after the QKV projection; apart from it so that a layer can recompute norm and projection together.
@@ -89,6 +110,7 @@ class SelfAttention(nn.Module):
             rotary: rotation of queries and keys, if positions are rotary.
             causal: a position sees itself and earlier ones only.
             attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; applied on top of `causal`.
+            position_bias: [1, H, S, S], added to the scaled scores (T5's relative positions).
             cache: keys and values of earlier positions, to which those of these tokens are added; it then says which
                 position may attend to which, in place of `causal` and `attention_mask`.
         """
@@ -100,14 +122,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k_SBGd, v_SBGd, attention_mask = cache.extend(k_SBGd, v_SBGd)
             causal = False
-
-        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return core_attention(
-                q, k, v, self.ctx, causal=causal, mask=attention_mask, dropout=self.dropout if self.training else 0.0
-            )
-
-        heads_SBP = recomputed(core, q_SBHd, k_SBGd, v_SBGd) if self.recompute_core else core(q_SBHd, k_SBGd, v_SBGd)
-        return self.linear_proj(heads_SBP)
+        return self._attend(q_SBHd, k_SBGd, v_SBGd, causal=causal, mask=attention_mask, bias=position_bias)
 
     def _unpack(self, qkv_SBP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[S, B, G * (H/G + 2) * d] -> queries [S, B, H, d], keys and values [S, B, G, d]."""
@@ -115,6 +130,37 @@ class SelfAttention(nn.Module):
         qkv = qkv_SBP.view(S, B, self.groups, self.heads_per_group + 2, self.head_dim)
         q, k, v = qkv.split((self.heads_per_group, 1, 1), dim=3)
         return q.reshape(S, B, self.groups * self.heads_per_group, self.head_dim), k.squeeze(3), v.squeeze(3)
+
+
+class CrossAttention(_Attention):
+    """Attention of a decoder's positions to an encoder's output. ``--qk-layernorm`` does not apply, as in Megatron-LM.
+
+    ``linear_q.weight`` is [heads * d, D]; ``linear_kv.weight`` [groups * 2 * d, D], for each group its key head, then its
+    value head.
+    """
+
+    def __init__(self, cfg: ModelConfig, ctx: ParallelContext, recompute: RecomputePlan) -> None:
+        super().__init__(cfg, ctx, recompute)
+        shape = self.shape
+        self.linear_q = ColumnParallelLinear(
+            shape.hidden, shape.heads * shape.head_dim, ctx, init=self.init, bias=self.bias
+        )
+        self.linear_kv = ColumnParallelLinear(
+            shape.hidden, shape.query_groups * 2 * shape.head_dim, ctx, init=self.init, bias=self.bias
+        )
+        self.linear_proj = self._build_projection(cfg)
+
+    def attend(self, q_SBP: Tensor, memory_tBD: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """Everything after the query projection; apart from it so that a layer can recompute norm and projection together.
+
+        Args:
+            q_SBP: queries of this rank's heads.
+            memory_tBD: the encoder's output; under sequence parallelism, this rank's share.
+            memory_mask: bool, broadcastable to [B, 1, S, T], False for padding of the encoder.
+        """
+        q_SBHd = q_SBP.unflatten(-1, (-1, self.head_dim))
+        k_TBGd, v_TBGd = self.linear_kv(memory_tBD).unflatten(-1, (self.groups, 2, self.head_dim)).unbind(-2)
+        return self._attend(q_SBHd, k_TBGd, v_TBGd, causal=False, mask=memory_mask, bias=None)
 
 
 def core_attention(
@@ -126,16 +172,30 @@ def core_attention(
     causal: bool,
     mask: Tensor | None,
     dropout: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of H query heads over G key/value heads (G divides H), scaled by 1/sqrt(d); returns [S, B, H * d].
 
-    A query that may attend to nothing yields zeros.
+    Args:
+        causal: position i of the queries sees the keys up to position i.
+        mask: bool, broadcastable to [B, 1, S, T], True = may attend. A query that may attend to nothing yields zeros.
+        dropout: share of the attention probabilities to drop.
+        bias: broadcastable to [B, H, S, T], added to the scaled scores.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_TBGd, v_TBGd))  # [B, heads, S, d]
-    if causal and mask is not None:
-        mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if causal and (mask is not None or bias is not None):
+        below_ST = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = below_ST if mask is None else mask & below_ST
+    nothing: Tensor | None = None
+    if mask is not None:  # a row without any key has no softmax: it may see everything here, and is zeroed below
+        nothing = ~mask.any(-1, keepdim=True)
+        mask = mask | nothing
+    scores_mask = mask
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        scores_mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+    if grouped and q.is_cuda and (scores_mask is not None or q.dtype == torch.float32):
         # Flash attention takes neither, the next best kernel takes no groups, and the one after it stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
@@ -145,9 +205,9 @@ def core_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=scores_mask,
             dropout_p=dropout,
-            is_causal=causal and mask is None,
+            is_causal=causal and scores_mask is None,
             enable_gqa=grouped,
         )
 
@@ -156,7 +216,14 @@ def core_attention(
             out_BHSd = attend()
     else:
         out_BHSd = attend()
+    if nothing is not None:
+        out_BHSd = out_BHSd.masked_fill(nothing, 0.0)
     return out_BHSd.permute(2, 0, 1, 3).flatten(2)
+
+
+def padding_attention_mask(padding_mask_BS: Tensor | None) -> Tensor | None:
+    """bool [B, S], True = a real token -> the attention mask [B, 1, 1, S] that hides padding from every query."""
+    return None if padding_mask_BS is None else padding_mask_BS[:, None, None, :]
 
 
 def document_attention_mask(document_ids_BS: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
-from megatron_lsh.models.gpt import GPTModel
+from megatron_lsh.models.families import model_of
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.layout import ParallelLayout
@@ -33,7 +33,7 @@ class ParameterCounts:
 
 
 def parameter_counts(cfg: Config, vocab_size: int, layout: ParallelLayout) -> ParameterCounts:
-    """Count the parameters of the GPT that `cfg` describes.
+    """Count the parameters of the model that `cfg` describes.
 
     Args:
         vocab_size: padded vocabulary.
@@ -54,6 +54,6 @@ def _count(cfg: Config, vocab_size: int, layout: ParallelLayout) -> tuple[int, i
     """Dense and expert parameters of rank 0."""
     ctx = offline_context(layout)
     telemetry = MoETelemetry([], 0, ctx.device)  # nothing runs
-    parameters = list(GPTModel(cfg, vocab_size, ctx, telemetry).parameters())
+    parameters = list(model_of(cfg)(cfg, vocab_size, ctx, telemetry).parameters())
     expert = sum(p.numel() for p in parameters if is_expert(p))
     return sum(p.numel() for p in parameters) - expert, expert

@@ -1,10 +1,11 @@
-"""Token and position embedding in front of the transformer block.
+"""Token, position and segment embedding in front of the transformer block.
 
 Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, V padded vocabulary.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,10 +39,26 @@ class PositionEmbedding(nn.Module):
         return F.embedding(positions.t(), local(self.weight, partial_grad=sharded))
 
 
-class LanguageModelEmbedding(nn.Module):
-    """dropout(word embedding + learned position embedding, if positions are learned)."""
+class TokenTypeEmbedding(nn.Module):
+    """One learned vector per kind of segment, held in full by every tensor-parallel rank: ``weight`` [types, D]."""
 
-    def __init__(self, cfg: ModelConfig, vocab_size: int, ctx: ParallelContext) -> None:
+    def __init__(self, types: int, hidden: int, ctx: ParallelContext, init: Init) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.weight = parameter((types, hidden), ctx, init=init)
+
+    def forward(self, token_types_BS: Tensor) -> Tensor:
+        """int64 [B, S] -> [s, B, D]: the vectors of this rank's share of the sequence."""
+        sharded = self.ctx.sequence_parallel
+        if sharded:
+            token_types_BS = token_types_BS.chunk(self.ctx.tp.size, dim=1)[self.ctx.tp.rank]
+        return F.embedding(token_types_BS.t(), local(self.weight, partial_grad=sharded))
+
+
+class LanguageModelEmbedding(nn.Module):
+    """dropout(word + position + token-type embedding); the latter two where positions are learned and types exist."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int, ctx: ParallelContext, num_token_types: int = 0) -> None:
         super().__init__()
         shape = ModelShape.from_config(cfg)
         init = Init("normal", cfg.init_method_std)
@@ -51,11 +68,17 @@ class LanguageModelEmbedding(nn.Module):
             if cfg.max_position_embeddings is None:
                 raise ConfigError("learned positions need --max-position-embeddings; give it, or use rope")
             self.position_embeddings = PositionEmbedding(cfg.max_position_embeddings, shape.hidden, ctx, init)
+        self.tokentype_embeddings: TokenTypeEmbedding | None = None
+        if num_token_types:
+            self.tokentype_embeddings = TokenTypeEmbedding(num_token_types, shape.hidden, ctx, init)
         self.dropout = nn.Dropout(cfg.hidden_dropout)
 
-    def forward(self, tokens_BS: Tensor, positions: Tensor) -> Tensor:
-        """int64 tokens and their positions ([S] or [B, S]) -> [s, B, D]."""
+    def forward(self, tokens_BS: Tensor, positions: Tensor, token_types_BS: Tensor | None = None) -> Tensor:
+        """int64 tokens, their positions ([S] or [B, S]) and, if the model has them, their types -> [s, B, D]."""
         x_sBD = self.word_embeddings(tokens_BS)
         if self.position_embeddings is not None:
             x_sBD = x_sBD + self.position_embeddings(positions)
+        if self.tokentype_embeddings is not None:
+            types_BS = torch.zeros_like(tokens_BS) if token_types_BS is None else token_types_BS
+            x_sBD = x_sBD + self.tokentype_embeddings(types_BS)
         return self.dropout(x_sBD)

@@ -1,42 +1,64 @@
-"""The pre-norm transformer block shared by all models: attention, dense or MoE feed-forward, recomputation.
+"""The transformer block shared by all models: self- and cross-attention, dense or MoE feed-forward, recomputation.
 
-Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden.
+Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, T sequence of the encoder that
+a decoder reads (`t` its local share), H heads of this tensor-parallel rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.layer_pattern import moe_layer_pattern
-from megatron_lsh.models.attention import SelfAttention
+from megatron_lsh.models.attention import CrossAttention, SelfAttention
 from megatron_lsh.models.cache import KVCache, LayerCache
 from megatron_lsh.models.mlp import MLP
 from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.recompute import RecomputePlan, recomputed
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
+from megatron_lsh.models.stacks import Stack, moe_layers
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.memo import ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 
+__all__ = ["SideInputs", "TransformerBlock", "TransformerLayer", "moe_layers"]
 
-def moe_layers(cfg: Config) -> list[int]:
-    """Numbers, from 0, of the layers that are mixtures of experts. Raises ConfigError for an impossible pattern."""
-    if cfg.moe.num_experts is None:
-        return []
-    pattern = moe_layer_pattern(cfg.moe.moe_layer_freq, ModelShape.from_config(cfg.model).num_layers)
-    return [layer for layer, moe in enumerate(pattern) if moe]
+
+class SideInputs(NamedTuple):
+    """What every layer of a stack gets besides its input.
+
+    A tuple, because ``fully_shard`` looks in the arguments of a layer for tensors that need gradients, and finds
+    them in tuples.
+
+    Attributes:
+        rotary, attention_mask, position_bias: see ``SelfAttention.attend``.
+        token_mask_sB: bool, False for padding, which no expert sees; like the activation cut over the sequence.
+        memory_tBD, memory_mask: what cross-attention reads, see ``CrossAttention.attend``.
+    """
+
+    rotary: Rotary | None = None
+    attention_mask: Tensor | None = None
+    position_bias: Tensor | None = None
+    token_mask_sB: Tensor | None = None
+    memory_tBD: Tensor | None = None
+    memory_mask: Tensor | None = None
 
 
 class TransformerLayer(nn.Module):
-    """x + dropout(attention(norm(x))), then x + dropout(feed-forward(norm(x))).
+    """x + dropout(f(norm(x))) for f the self-attention, the cross-attention of a decoder that reads an encoder, and the
+    feed-forward layer; with ``--apply-residual-connection-post-layernorm`` y + dropout(f(y)) with y = norm(x).
 
-    One unit of ``fully_shard``. `layer` counts from 0; with `moe` the feed-forward layer is a mixture of experts.
+    The latter is the original BERT (Devlin et al., arXiv:1810.04805), norm(x + f(x)), cut elsewhere: its norm belongs to
+    whatever comes next, the embedding's to the first layer, and the last one is the block's final norm.
+
+    One unit of ``fully_shard``. `layer` counts from 0 over all stacks of the model; with `moe` the feed-forward layer is a
+    mixture of experts.
     """
 
     fsdp_unit = True
@@ -50,53 +72,71 @@ class TransformerLayer(nn.Module):
         moe: bool,
         telemetry: MoETelemetry,
         recompute: RecomputePlan,
+        causal: bool = True,
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
         hidden = ModelShape.from_config(cfg.model).hidden
         self.input_layernorm = build_norm(cfg.model, hidden, ctx)
         self.self_attention = SelfAttention(cfg.model, ctx, recompute)
+        self.cross_attention: CrossAttention | None = None
+        if cross_attention:
+            self.pre_cross_attn_layernorm = build_norm(cfg.model, hidden, ctx)
+            self.cross_attention = CrossAttention(cfg.model, ctx, recompute)
         self.pre_mlp_layernorm = build_norm(cfg.model, hidden, ctx)
         self.mlp: MLP | MoELayer = (
             MoELayer(cfg.model, cfg.moe, cfg.lsh, ctx, layer, telemetry) if moe else MLP(cfg.model, ctx)
         )
         self.dropout = nn.Dropout(cfg.model.hidden_dropout)
+        self.causal = causal
+        self.residual_after_norm = cfg.model.apply_residual_connection_post_layernorm
         self.recompute_norms = "layernorm" in recompute.modules
         self.recompute_mlp = ("moe" if moe else "mlp") in recompute.modules
 
     def forward(
-        self,
-        x_sBD: Tensor,
-        *,
-        rotary: Rotary | None = None,
-        causal: bool = True,
-        attention_mask: Tensor | None = None,
-        token_mask_sB: Tensor | None = None,
-        memo: ReplayMemo | None = None,
-        cache: LayerCache | None = None,
+        self, x_sBD: Tensor, side: SideInputs, memo: ReplayMemo | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns the new activation [s, B, D] and the auxiliary loss (fp32 scalar; zero in a dense layer).
 
         Args:
-            rotary, causal, attention_mask, cache: see ``SelfAttention.attend``.
-            token_mask_sB: bool, False for padding that experts need not see.
             memo: given when the caller recomputes this layer as a whole.
+            cache: see ``SelfAttention.attend``.
         """
-        qkv_SBP = self._project_qkv(x_sBD)
+        x_sBD, norm = self._enter(self.input_layernorm, x_sBD)
         attended_sBD = self.self_attention.attend(
-            qkv_SBP, rotary=rotary, causal=causal, attention_mask=attention_mask, cache=cache
+            self._project(self.self_attention.linear_qkv, norm, x_sBD),
+            rotary=side.rotary,
+            causal=self.causal,
+            attention_mask=side.attention_mask,
+            position_bias=side.position_bias,
+            cache=cache,
         )
         x_sBD = x_sBD + self.dropout(attended_sBD)
-        y_sBD, aux_loss = self._feed_forward(x_sBD, token_mask_sB, memo)
+        if self.cross_attention is not None:
+            assert side.memory_tBD is not None
+            x_sBD, norm = self._enter(self.pre_cross_attn_layernorm, x_sBD)
+            q_SBP = self._project(self.cross_attention.linear_q, norm, x_sBD)
+            x_sBD = x_sBD + self.dropout(self.cross_attention.attend(q_SBP, side.memory_tBD, side.memory_mask))
+        x_sBD, norm = self._enter(self.pre_mlp_layernorm, x_sBD)
+        y_sBD, aux_loss = self._feed_forward(x_sBD, norm, side.token_mask_sB, memo)
         return x_sBD + self.dropout(y_sBD), aux_loss
 
-    def _project_qkv(self, x_sBD: Tensor) -> Tensor:
+    def _enter(self, norm: nn.Module, x_sBD: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What goes past the next sub-layer, and how its input is made of that."""
+        return (norm(x_sBD), _unchanged) if self.residual_after_norm else (x_sBD, norm)
+
+    def _project(self, linear: nn.Module, norm: Callable[[Tensor], Tensor], x_sBD: Tensor) -> Tensor:
         def project(x: Tensor) -> Tensor:
-            return self.self_attention.linear_qkv(self.input_layernorm(x))
+            return linear(norm(x))  # type: ignore[no-any-return]
 
         return recomputed(project, x_sBD) if self.recompute_norms else project(x_sBD)
 
     def _feed_forward(
-        self, x_sBD: Tensor, token_mask_sB: Tensor | None, memo: ReplayMemo | None
+        self,
+        x_sBD: Tensor,
+        norm: Callable[[Tensor], Tensor],
+        token_mask_sB: Tensor | None,
+        memo: ReplayMemo | None,
     ) -> tuple[Tensor, Tensor]:
         mlp = self.mlp
         if isinstance(mlp, MoELayer):
@@ -104,12 +144,12 @@ class TransformerLayer(nn.Module):
                 memo = ReplayMemo()
 
             def experts(x: Tensor) -> tuple[Tensor, Tensor]:
-                return mlp(self.pre_mlp_layernorm(x), token_mask_sB, memo)
+                return mlp(norm(x), token_mask_sB, memo)
 
             return recomputed(experts, x_sBD) if self.recompute_mlp else experts(x_sBD)
 
         def expand(x: Tensor) -> Tensor:
-            return mlp.linear_fc1(self.pre_mlp_layernorm(x))
+            return mlp.linear_fc1(norm(x))
 
         def dense(x: Tensor) -> Tensor:
             return mlp.contract(expand(x))
@@ -123,59 +163,52 @@ class TransformerLayer(nn.Module):
         return y_sBD, x_sBD.new_zeros((), dtype=torch.float32)
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class TransformerBlock(nn.Module):
-    """All layers and the norm after the last one.
+    """All layers of a stack and the norm after the last one.
 
     Args:
-        cfg: everything but the parallel settings is read from here.
+        stack: which stack; everything but the parallel settings of its configuration is read.
         ctx: groups and device.
         telemetry: receives the gauges of the MoE layers.
     """
 
-    def __init__(self, cfg: Config, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
+    def __init__(self, stack: Stack, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__()
-        shape = ModelShape.from_config(cfg.model)
-        self.plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, shape.num_layers)
-        moe_L = moe_layers(cfg)
+        cfg, num_layers = stack.cfg, stack.num_layers
+        self.plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, num_layers)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 cfg,
                 ctx,
-                layer,
-                moe=layer in moe_L,
+                stack.first_layer + layer,
+                moe=moe,
                 telemetry=telemetry,
                 recompute=RecomputePlan() if layer < self.plan.full_layers else self.plan,
+                causal=stack.causal,
+                cross_attention=stack.memory_length > 0,
             )
-            for layer in range(shape.num_layers)
+            for layer, moe in enumerate(stack.moe_pattern())
         )
-        self.final_layernorm = build_norm(cfg.model, shape.hidden, ctx)
+        self.final_layernorm = build_norm(cfg.model, ModelShape.from_config(cfg.model).hidden, ctx)
 
     def forward(
-        self,
-        x_sBD: Tensor,
-        *,
-        rotary: Rotary | None = None,
-        causal: bool = True,
-        attention_mask: Tensor | None = None,
-        token_mask_sB: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, x_sBD: Tensor, side: SideInputs | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns the normalized output [s, B, D] and the sum of the layers' auxiliary losses (fp32 scalar).
 
-        Arguments as in ``TransformerLayer.forward``; the `cache` is that of all layers.
+        The `cache` is that of all layers.
         """
+        side = side or SideInputs()
 
         def run(x: Tensor, layers: range, memos: dict[int, ReplayMemo]) -> tuple[Tensor, Tensor]:
             total = x.new_zeros((), dtype=torch.float32)
             for layer in layers:
                 x, aux_loss = self.layers[layer](
-                    x,
-                    rotary=rotary,
-                    causal=causal,
-                    attention_mask=attention_mask,
-                    token_mask_sB=token_mask_sB,
-                    memo=memos.get(layer),
-                    cache=None if cache is None else cache.layers[layer],
+                    x, side, memo=memos.get(layer), cache=None if cache is None else cache.layers[layer]
                 )
                 total = total + aux_loss
             return x, total

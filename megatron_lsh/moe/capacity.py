@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 
-def expert_capacity(num_tokens: int, topk: int, num_experts: int, factor: float) -> int:
-    """Rows one expert may receive from one rank: ``ceil(T K / E * factor)`` (GShard, arXiv 2006.16668, section 2.2)."""
+def expert_capacity(num_tokens: int | Tensor, topk: int, num_experts: int, factor: float) -> int | Tensor:
+    """Rows one expert may receive from one rank: ``ceil(T K / E * factor)`` (GShard, arXiv 2006.16668, section 2.2).
+
+    T counts real tokens only. Where some are masked it is known on the device: a scalar tensor, like the result then.
+    """
+    if isinstance(num_tokens, Tensor):
+        return torch.ceil(num_tokens.double() * topk / num_experts * factor)
     return math.ceil(num_tokens * topk / num_experts * factor)
 
 
-def within_capacity(expert_ids_TK: Tensor, probs_TK: Tensor, num_experts: int, capacity: int, policy: str) -> Tensor:
+def within_capacity(
+    expert_ids_TK: Tensor, probs_TK: Tensor, num_experts: int, capacity: int | Tensor, policy: str
+) -> Tensor:
     """Which choices fit.
 
     Args:
         expert_ids_TK: int64, -1 where there is no choice (masked token).
         probs_TK: routing weights, any floating dtype.
-        capacity: rows per expert.
+        capacity: rows per expert; a number, or a scalar tensor on the device.
         policy: ``"probs"`` keeps each expert's rows of largest weight (the earlier token wins a tie), ``"position"``
             the rows of its first tokens.
 

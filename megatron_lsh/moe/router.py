@@ -199,7 +199,8 @@ class TopKRouter(nn.Module):
                     preferred_TK, num_experts, kind, batch_size, self._tp, self._dp, self._global_counts_E
                 )
         if cfg.moe_expert_capacity_factor is not None:
-            capacity = expert_capacity(logits_TE.shape[0], topk, num_experts, cfg.moe_expert_capacity_factor)
+            tokens = logits_TE.shape[0] if token_mask_T is None else token_mask_T.sum()
+            capacity = expert_capacity(tokens, topk, num_experts, cfg.moe_expert_capacity_factor)
             probs_TK = self._weights(logits_TE, chosen_TK)
             keep_TK = within_capacity(ids_TK, probs_TK, num_experts, capacity, cfg.moe_token_drop_policy)
         return _Selection(chosen_TK, keep_TK, share)

@@ -6,9 +6,9 @@ from megatron_lsh.config import Config, assumed_world_size, padded_vocab_size
 from megatron_lsh.data.tokenizers import build_tokenizer
 from megatron_lsh.errors import MegatronLSHError
 from megatron_lsh.models.counting import ParameterCounts, parameter_counts
-from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.models.stacks import moe_layers, stacks_of
 from megatron_lsh.parallel.layout import ParallelLayout
-from megatron_lsh.training.flops import training_flops_per_token
+from megatron_lsh.training.flops import tokens_per_sample, training_flops_per_token
 from megatron_lsh.training.memory import MemoryEstimate, estimate_memory
 
 ASSUMED_VOCABULARY = 32000
@@ -29,7 +29,7 @@ def dry_run(cfg: Config) -> str:
     global_batch = cfg.training.global_batch_size or micro * layout.dp
     micro_batches = max(global_batch // (micro * layout.dp), 1)
     memory = estimate_memory(cfg, counts, layout, padded, micro_batches)
-    flops = training_flops_per_token(cfg, padded) * global_batch * (cfg.model.seq_length or 1)
+    flops = training_flops_per_token(cfg, padded) * global_batch * tokens_per_sample(cfg)
     sections = [
         _layout_lines(cfg, layout),
         _batch_lines(cfg, layout, micro, global_batch, micro_batches, flops),
@@ -63,11 +63,19 @@ def _layout_lines(cfg: Config, layout: ParallelLayout) -> list[str]:
         lines += [
             _group_line("expert parallel", layout.ep_groups()),
             _group_line("expert data parallel", layout.edp_groups()),
-            f"  experts: {cfg.moe.num_experts} in each of {len(moe_layers(cfg))} of {cfg.model.num_layers} layers, "
+            f"  experts: {cfg.moe.num_experts} in each of {len(moe_layers(cfg))} of {_num_layers(cfg)} layers, "
             f"{per_rank} per rank; ep rank r holds experts [{per_rank} r, {per_rank} r + {per_rank})",
             f"  token dispatcher: {cfg.moe.moe_token_dispatcher_type}",
         ]
     return lines
+
+
+def _num_layers(cfg: Config) -> str:
+    """``32``, or ``12 encoder and 12 decoder``."""
+    stacks = stacks_of(cfg)
+    return " and ".join(
+        f"{stack.num_layers} {stack.name}" if len(stacks) > 1 else str(stack.num_layers) for stack in stacks
+    )
 
 
 def _group_line(name: str, groups: list[list[int]]) -> str:
@@ -90,7 +98,7 @@ def _batch_lines(
     return [
         "Batch",
         f"  global batch {global_batch} = micro batch {micro} x data parallel {layout.dp} x {micro_batches} micro-batches; "
-        f"{global_batch * (cfg.model.seq_length or 1):,} tokens",
+        f"{global_batch * tokens_per_sample(cfg):,} tokens",
         f"  {flops / 1e12:,.2f} model TFLOP per iteration, {flops / layout.world_size / 1e12:,.2f} per rank",
     ]
 

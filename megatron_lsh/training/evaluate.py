@@ -35,7 +35,7 @@ def evaluate(
         for _ in range(iterations):
             values = torch.tensor([0.0, float(stop_requested())], dtype=torch.float64, device=ctx.device)
             for _ in range(micro_batches):
-                loss, _ = forward_step(model, to_device(next(batches), ctx.device))
+                loss, *_ = forward_step(model, to_device(next(batches), ctx.device))
                 values[0] += loss.double()
             if ctx.world.size > 1:
                 dist.all_reduce(values, group=ctx.world.process_group)

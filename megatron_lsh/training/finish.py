@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_lsh.training.generate import Sampling, generate
 from megatron_lsh.training.plot import plot_losses
 from megatron_lsh.training.run import Run, required
@@ -22,7 +24,9 @@ def closing_report(run: Run) -> None:
             f"validation loss: {after:.4f} at iteration {last}"
             + (f" (it was {before:.4f} at iteration {first})" if first != last else "")
         )
-    places = {"checkpoints": cfg.checkpoint.save, "metrics": cfg.logging.metrics_jsonl, "loss plot": _plot(run)}
+    best = None if run.best_weights is None else str(run.best_weights.folder)
+    places = {"checkpoints": cfg.checkpoint.save, "weights of the best epoch": best}
+    places |= {"metrics": cfg.logging.metrics_jsonl, "loss plot": _plot(run)}
     places["TensorBoard"] = cfg.logging.tensorboard_dir and f"tensorboard --logdir {cfg.logging.tensorboard_dir}"
     lines += [f"{name}: {place}" for name, place in places.items() if place]
     if sample is not None:
@@ -30,6 +34,30 @@ def closing_report(run: Run) -> None:
     lines += closing_lines(cfg, reporter.history)
     for line in lines:
         reporter.print(line)
+
+
+def closing_result(run: Run) -> None:
+    """The last line of a run that is judged by more than a loss: its best validation, and its test."""
+    outcomes, watcher = run.reporter.outcomes, run.task.early_stopping
+    if not outcomes:
+        return
+    if run.cfg.training.skip_train:
+        watcher = None  # a loaded one knows the best of the training, which is not what was evaluated now
+    best = watcher.best if watcher is not None else outcomes.get("validation", {})
+    parts = []
+    if best:
+        parts.append(f"validation {_in_words(best)}")
+        if watcher is not None and watcher.best_iteration is not None:
+            parts[-1] += f" (the best {watcher.figure.replace('_', ' ')}, after iteration {watcher.best_iteration})"
+    if "test" in outcomes:
+        parts.append(f"test {_in_words(outcomes['test'])}")
+        if run.best_weights is None and not run.cfg.training.skip_train:
+            parts[-1] += " (with the last weights: --save would have kept the best)"
+    run.reporter.print(f"result: {'; '.join(parts)}")
+
+
+def _in_words(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
 
 
 def _plot(run: Run) -> str | None:

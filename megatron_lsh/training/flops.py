@@ -2,9 +2,9 @@
 
 Counted analytically because counters see no FLOPs in ``grouped_mm``. A multiplication and an addition are two FLOPs; the
 backward pass costs twice the forward pass; activation recomputation is not counted (model, not hardware, FLOPs);
-causal attention counts half of the score matrix, as Megatron-LM does. MFU is defined in the PaLM paper
-(arXiv:2204.02311, appendix B). The LSH dispatcher runs experts on fewer rows than this counts: under LSH the figures say
-how fast an exact model would have to run to keep up.
+causal attention counts half of the score matrix, as Megatron-LM does; padding counts like tokens. MFU is defined in the
+PaLM paper (arXiv:2204.02311, appendix B). The LSH dispatcher runs experts on fewer rows than this counts: under LSH the
+figures say how fast an exact model would have to run to keep up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from types import MappingProxyType
 
 import torch
 
+from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.finetune import FinetuneConfig
 from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.models.stacks import Stack, stacks_of
 
 # Dense peak in TFLOP/s of one device as its vendor states it: (bf16 or fp16 with fp32 accumulation, fp32 without TF32).
 # Looked up among the words of torch.cuda.get_device_name(); the first match wins.
@@ -50,25 +52,48 @@ PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType({
 
 
 def forward_flops_per_token(cfg: Config, padded_vocab_size: int) -> float:
-    """FLOPs of one forward pass per token, in sequences of --seq-length, of the decoder that `cfg` describes."""
-    model, moe = cfg.model, cfg.moe
+    """FLOPs of one forward pass of a full sample, divided by its tokens (of an encoder-decoder, those of both sides)."""
+    stacks = stacks_of(cfg)
+    hidden = ModelShape.from_config(cfg.model).hidden
+    multiply_adds = [_stack_multiply_adds(stack) for stack in stacks]
+    if not isinstance(cfg, FinetuneConfig):  # heads that read one token per sample are not counted
+        multiply_adds[-1] += hidden * padded_vocab_size  # the last stack's tokens are projected onto the vocabulary
+        if isinstance(cfg, BertConfig):
+            multiply_adds[-1] += hidden * hidden  # masked-token head
+    if len(stacks) == 1:
+        return 2.0 * multiply_adds[0]
+    lengths = [stack.seq_length for stack in stacks]
+    return 2.0 * sum(per_token * n for per_token, n in zip(multiply_adds, lengths, strict=True)) / sum(lengths)
+
+
+def _stack_multiply_adds(stack: Stack) -> float:
+    """Multiply-adds of one stack of layers per token that passes it."""
+    model, moe = stack.cfg.model, stack.cfg.moe
     shape = ModelShape.from_config(model)
     hidden, heads, groups, head_dim = shape.hidden, shape.heads, shape.query_groups, shape.head_dim
     matrices = 3 if model.swiglu else 2
-    projections = hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
-    scores = 2 * heads * head_dim * (model.seq_length or 1) / 2  # QK^T and (scores)V, of which causality needs half
+    attention = 1.0 * hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
+    # QK^T and (scores)V, of which causality needs half
+    attention += 2 * heads * head_dim * stack.seq_length / (2 if stack.causal else 1)
+    if stack.memory_length:  # queries and output per token; keys and values per token of the encoder
+        memory = stack.memory_length
+        attention += 2 * hidden * heads * head_dim + 2 * heads * head_dim * memory
+        attention += 2 * hidden * groups * head_dim * memory / stack.seq_length
     dense = matrices * hidden * shape.ffn
     expert = matrices * hidden * (moe.moe_ffn_hidden_size or shape.ffn)
     shared = matrices * hidden * (moe.moe_shared_expert_intermediate_size or 0)
     router = hidden * (moe.num_experts or 0)
-    num_moe = len(moe_layers(cfg))
-    multiply_adds = (
-        shape.num_layers * (projections + scores)
+    num_moe = sum(stack.moe_pattern())
+    return (
+        shape.num_layers * attention
         + num_moe * (moe.moe_router_topk * expert + shared + router)
         + (shape.num_layers - num_moe) * dense
-        + hidden * padded_vocab_size
     )
-    return 2.0 * multiply_adds
+
+
+def tokens_per_sample(cfg: Config) -> int:
+    """Tokens that one full sample brings into the model: --seq-length, or those of encoder and decoder together."""
+    return sum(stack.seq_length for stack in stacks_of(cfg))
 
 
 def training_flops_per_token(cfg: Config, padded_vocab_size: int) -> float:

@@ -53,6 +53,14 @@ def perplexity(loss: float) -> float:
     return math.exp(min(20.0, loss))
 
 
+def figures_text(figures: Mapping[str, float]) -> str:
+    """``loss: 4.123456E-01 | accuracy: 0.8812 | macro f1: 0.8790``"""
+    return " | ".join(
+        f"{name.replace('_', ' ')}: {value:.6E}" if name == "loss" else f"{name.replace('_', ' ')}: {value:.4f}"
+        for name, value in figures.items()
+    )
+
+
 def evaluation_line(where: str, loss: float) -> str:
     """Megatron's three lines for an evaluation; ``where`` is such as ``iteration 100 on validation set``."""
     text = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} | "

@@ -12,7 +12,7 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.models.counting import ParameterCounts
 from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.models.stacks import Stack, stacks_of
 from megatron_lsh.parallel.layout import ParallelLayout
 
 
@@ -57,24 +57,37 @@ def estimate_memory(
 
 def activation_bytes(cfg: Config, layout: ParallelLayout, padded_vocab_size: int) -> float:
     """What one micro-batch keeps for its backward pass on one rank."""
-    shape = ModelShape.from_config(cfg.model)
-    plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, shape.num_layers)
-    moe = set(moe_layers(cfg))
-    sizes = _Sizes.of(cfg, layout, shape)
     layers = 0.0
     largest = 0.0
-    for layer in range(shape.num_layers):
+    embeddings_and_norms = 0.0
+    for stack in stacks_of(cfg):
+        sizes = _Sizes.of(stack, layout)
+        kept, peak = _stack_bytes(stack, sizes, layout.tp)
+        layers += kept
+        largest = max(largest, peak)
+        embeddings_and_norms += 2.0 * sizes.residual
+    logits = sizes.tokens_full * padded_vocab_size / layout.tp * (sizes.element + 4.0)  # and their softmax in fp32
+    return layers + largest + logits + embeddings_and_norms
+
+
+def _stack_bytes(stack: Stack, sizes: _Sizes, tp: int) -> tuple[float, float]:
+    """What a stack keeps until its backward pass, and what the recomputation of one chunk of its layers adds."""
+    cfg, shape = stack.cfg, ModelShape.from_config(stack.cfg.model)
+    plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, shape.num_layers)
+    layers = 0.0
+    largest = 0.0
+    for layer, is_moe in enumerate(stack.moe_pattern()):
         recomputed = layer < plan.full_layers
         modules: frozenset[str] = frozenset() if recomputed else plan.modules
-        whole = _layer_bytes(cfg, sizes, shape, layout.tp, is_moe=layer in moe, modules=modules)
+        whole = _layer_bytes(cfg, sizes, shape, tp, is_moe=is_moe, modules=modules)
+        if stack.memory_length:
+            whole += _cross_attention_bytes(cfg, sizes, shape, tp, stack.memory_length / stack.seq_length)
         if recomputed:  # its input, once per chunk; while it is recomputed, the chunk is there as a whole
             layers += sizes.residual / plan.chunk
             largest = max(largest, plan.chunk * whole)
         else:
             layers += whole
-    logits = sizes.tokens_full * padded_vocab_size / layout.tp * (sizes.element + 4.0)  # and their softmax in fp32
-    embedding_and_norm = 2.0 * sizes.residual
-    return layers + largest + logits + embedding_and_norm
+    return layers, largest
 
 
 @dataclass(frozen=True)
@@ -90,9 +103,10 @@ class _Sizes:
     """the same for the whole sequence"""
 
     @classmethod
-    def of(cls, cfg: Config, layout: ParallelLayout, shape: ModelShape) -> _Sizes:
+    def of(cls, stack: Stack, layout: ParallelLayout) -> _Sizes:
+        cfg, shape = stack.cfg, ModelShape.from_config(stack.cfg.model)
         sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
-        full = float((cfg.model.seq_length or 1) * (cfg.training.micro_batch_size or 1))
+        full = float(stack.seq_length * (cfg.training.micro_batch_size or 1))
         tokens = full / layout.tp if sequence_parallel else full
         element = 2.0 if cfg.precision.bf16 else 4.0
         return cls(tokens, full, element, tokens * shape.hidden * element, full * shape.hidden * element)
@@ -118,6 +132,15 @@ def _layer_bytes(
     return norm_input + projection_input + attention + masks + feed_forward
 
 
+def _cross_attention_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int, memory_share: float) -> float:
+    """`memory_share`: tokens of the encoder per token of the decoder."""
+    heads, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
+    per_token = heads + 2 * groups * memory_share + heads  # queries, keys and values, output
+    masks = sizes.residual / sizes.element if cfg.model.hidden_dropout > 0.0 else 0.0
+    gathered = sizes.gathered * (1.0 + memory_share)  # inputs of the projections
+    return sizes.residual + gathered + sizes.tokens_full * sizes.element / tp * per_token + masks
+
+
 def _mlp_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int) -> float:
     halves = 3.0 if cfg.model.swiglu else 2.0  # before and after the activation function
     return sizes.residual + sizes.gathered + sizes.tokens_full * sizes.element * halves * shape.ffn / tp
@@ -129,7 +152,9 @@ def _moe_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape) -> float:
     halves = 3.0 if cfg.model.swiglu else 2.0
     width = moe.moe_ffn_hidden_size or shape.ffn
     rows = sizes.tokens * moe.moe_router_topk
-    row_copies = 4.0 + (1.0 if moe.moe_token_dispatcher_type in ("lsh", "auto") else 0.0)  # with LSH, rows and residuals
+    row_copies = 4.0 + (
+        1.0 if moe.moe_token_dispatcher_type in ("lsh", "auto") else 0.0
+    )  # with LSH, rows and residuals
     experts = rows * sizes.element * (row_copies * shape.hidden + halves * width)
     shared = sizes.tokens * sizes.element * halves * (moe.moe_shared_expert_intermediate_size or 0)
     return 2.0 * sizes.residual + 8.0 * sizes.tokens * (moe.num_experts or 0) + experts + shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -63,6 +63,8 @@ class IntervalMetrics:
     """share of the device's peak; None if the peak is unknown"""
     skipped: int = 0
     nan: int = 0
+    further_losses: Mapping[str, float] = field(default_factory=dict)
+    """what is minimized beside lm_loss, by its name in the log, such as "sop loss" """
     layers: Sequence[LayerReport] = field(default_factory=tuple)
     params_norm: float | None = None
     peak_memory_gb: float | None = None
@@ -104,6 +106,7 @@ class IntervalMetrics:
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
             "lm_loss": self.lm_loss,
+            **{name.replace(" ", "_"): loss for name, loss in self.further_losses.items()},
             "load_balancing_loss": self.mean("load_balancing_loss"),
             "z_loss": self.mean("z_loss"),
             "grad_norm": self.grad_norm,
@@ -147,7 +150,7 @@ class IntervalMetrics:
         return {tag: value for tag, value in points.items() if value is not None}
 
     def log_line(self, with_throughput: bool) -> LogLine:
-        losses = {"lm loss": self.lm_loss or 0.0}
+        losses = {"lm loss": self.lm_loss or 0.0, **self.further_losses}
         if self.layers:
             losses |= {name: self.mean(name) or 0.0 for name in ("load_balancing_loss", "z_loss")}
         return LogLine(

@@ -13,7 +13,7 @@ import torch
 from megatron_lsh.config.run import LoggingConfig
 from megatron_lsh.moe.telemetry import LayerReport
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.training.log_line import evaluation_line, perplexity
+from megatron_lsh.training.log_line import evaluation_line, figures_text, perplexity
 from megatron_lsh.training.metrics import IntervalMetrics, finite
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import StepResult
@@ -68,6 +68,8 @@ class Reporter:
         """the intervals of this process, for the closing report"""
         self.validation: list[tuple[int, float]] = []
         """(iteration, loss) of the evaluations of this process"""
+        self.outcomes: dict[str, dict[str, float]] = {}
+        """figures of the last evaluation of each set, where they are more than a loss"""
         self._first_iteration = 0
         self._started = time.perf_counter()
         self._jsonl: JsonlFile | None = None
@@ -98,7 +100,8 @@ class Reporter:
         if self._board is None or state.iteration % self.cfg.tensorboard_log_interval:
             return
         if not result.skipped:
-            self._board.add_scalar("lm loss", result.loss, state.iteration)
+            for name, loss in {"lm loss": result.loss, **result.further}.items():
+                self._board.add_scalar(name, loss, state.iteration)
             self._board.add_scalar("grad-norm", result.grad_norm, state.iteration)
         self._board.add_scalar("learning-rate", learning_rate, state.iteration)
         self._board.add_scalar("batch-size", self.figures.global_batch_size, state.iteration)
@@ -125,6 +128,7 @@ class Reporter:
             consumed_samples=state.consumed_samples,
             global_batch_size=figures.global_batch_size,
             lm_loss=state.interval_loss / state.interval_steps if state.interval_steps else None,
+            further_losses={name: loss / state.interval_steps for name, loss in state.interval_further.items()},
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,
             iteration_time_ms=1000.0 * seconds,
@@ -173,6 +177,45 @@ class Reporter:
             self._board.add_scalar(f"lm loss {name}{suffix}", value, iteration)
             if self.cfg.log_validation_ppl_to_tensorboard:
                 self._board.add_scalar(f"lm loss {name}{suffix} ppl", perplexity(value), iteration)
+
+    def figures_of(
+        self,
+        name: str,
+        outcomes: Mapping[str, Mapping[str, float]],
+        iteration: int,
+        weights: int,
+        epoch: float | None,
+    ) -> None:
+        """Write the outcome of an evaluation that finds more than a loss.
+
+        Args:
+            name: "validation" or "test".
+            outcomes: figures by how rows travelled, see `evaluation`; each has a "loss".
+            iteration: where the run is.
+            weights: the iteration whose weights were evaluated, and
+            epoch: how often they have seen the training data; None if that is not known.
+        """
+        first = next(iter(outcomes.values()))
+        self.outcomes[name] = dict(first)
+        if name == "validation":
+            self.validation.append((iteration, first["loss"]))
+        if not self.writes:
+            return
+        where = (
+            f"{name} at iteration {weights}" if epoch is None else f"{name} after epoch {epoch:g} (iteration {weights})"
+        )
+        for dispatch, figures in outcomes.items():
+            self.print(f" {where}{' without compression' if dispatch == 'exact' else ''} | {figures_text(figures)} |")
+        named = {"": first} | ({" exact": outcomes["exact"]} if "exact" in outcomes else {})
+        record: dict[str, Any] = {"iteration": iteration} | ({} if epoch is None else {"epoch": epoch})
+        for suffix, figures in named.items():
+            for figure, value in figures.items():
+                record[f"{name}_{figure}{suffix.replace(' ', '_')}"] = finite(value)
+                label = "lm loss" if figure == "loss" else figure.replace("_", " ")
+                if self._board is not None:
+                    self._board.add_scalar(f"{label} {name}{suffix}", value, iteration)
+        if self._jsonl is not None:
+            self._jsonl.write(record)
 
     def close(self) -> None:
         if self._jsonl is not None:

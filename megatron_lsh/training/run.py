@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +15,15 @@ from megatron_lsh.config import Config, padded_vocab_size, to_dict
 from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import DataError
-from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.auto import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import shard_model
 from megatron_lsh.parallel.random import derive_seed, get_rng_state, seed_everything, set_rng_state
+from megatron_lsh.training.early_stopping import BestWeights, EarlyStopping
 from megatron_lsh.training.faults import together
-from megatron_lsh.training.flops import peak_flops, training_flops_per_token
+from megatron_lsh.training.flops import peak_flops, tokens_per_sample, training_flops_per_token
 from megatron_lsh.training.optimizer import build_optimizer
 from megatron_lsh.training.reporter import Reporter, RunFigures
 from megatron_lsh.training.schedule import Schedule, schedule_shape
@@ -30,16 +32,28 @@ from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import ForwardStep, Step
 from megatron_lsh.training.upcycling import start_from_dense
 
+#: (run, "train", "valid" or "test", whether to stop) -> figures of this set by name, "loss" first; None if told to stop.
+Evaluator = Callable[["Run", str, Callable[[], bool]], "dict[str, float] | None"]
+
 
 @dataclass(frozen=True)
 class Task:
-    """What an entry script decides: the model, the data and the loss."""
+    """What an entry script decides: the model, the data and the loss; for fine-tuning also what it is judged by."""
 
-    build_model: Callable[[Config, int, ParallelContext, MoETelemetry], nn.Module]
+    build_model: Callable[[Any, int, ParallelContext, MoETelemetry], nn.Module]
     """(configuration, padded vocabulary, context, telemetry) -> model with its initial weights, not yet sharded"""
-    build_data: Callable[[Config, Tokenizer, ParallelContext, tuple[int, int, int]], Datasets]
+    build_data: Callable[[Any, Tokenizer, ParallelContext, tuple[int, int, int]], Datasets]
     """(..., wanted numbers of train, valid and test samples) -> datasets; collective"""
     forward_step: ForwardStep
+    evaluator: Evaluator | None = None
+    """evaluates a whole set, in place of the mean loss over --eval-iters batches; the validations are then epochs apart"""
+    early_stopping: EarlyStopping | None = None
+    """watches the validations; with --save, the weights of the best are kept, and tested in the end"""
+    fresh_parameters: tuple[str, ...] = ()
+    unused_parameters: tuple[str, ...] = ()
+    """heads that a pretraining checkpoint lacks or has in addition, see ``TrainingState``"""
+    tokens_per_sample: float | None = None
+    """mean length of a sample, where it is not that of the model"""
 
 
 @dataclass
@@ -47,6 +61,7 @@ class Run:
     """A run, ready to train. Each part is the same object for the whole life of the process."""
 
     cfg: Config
+    task: Task
     ctx: ParallelContext
     tokenizer: Tokenizer
     vocab_size: int
@@ -57,7 +72,14 @@ class Run:
     step: Step
     state: TrainState
     checkpoints: CheckpointManager
+    best_weights: BestWeights | None
+    """where the weights of the best validation are kept; None without early stopping, --save or training"""
     reporter: Reporter
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validations say that more training is of no use."""
+        return self.task.early_stopping is not None and self.task.early_stopping.stopped
 
     def batches(self, name: str, consumed_samples: int = 0) -> BatchIterator:
         """This rank's micro-batches of the "train", "valid" or "test" set. Raises DataError if there is no such set."""
@@ -88,8 +110,11 @@ class Run:
                 "data": train.fingerprint() if train is not None else None,
                 "lsh_seed": self.cfg.lsh.lsh_seed,
                 "auto_dispatcher": save_decisions(self.model),
+                "early_stopping": None if self.task.early_stopping is None else self.task.early_stopping.state_dict(),
             },
             padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.vocab_size),
+            fresh=self.task.fresh_parameters,
+            unused=self.task.unused_parameters,
         )
 
 
@@ -134,11 +159,15 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
     checkpoints = together(
         ctx, lambda: CheckpointManager(checkpoint, ctx, timeout=timeout, log_progress=cfg.logging.log_progress)
     )
+    best_weights = None
+    if task.early_stopping is not None and checkpoint.save is not None and not cfg.training.skip_train:
+        best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout))
     together(ctx, lambda: save_config(cfg, ctx))
-    figures, per_layer = _figures(cfg, ctx, padded), cfg.moe.moe_per_layer_logging
+    figures = _figures(cfg, ctx, padded, task.tokens_per_sample or tokens_per_sample(cfg))
+    reporter = Reporter(cfg.logging, ctx, figures, cfg.moe.moe_per_layer_logging)
     run = Run(
-        cfg=cfg, ctx=ctx, tokenizer=tokenizer, vocab_size=vocab_size, datasets=datasets, telemetry=telemetry, model=model,
-        step=step, state=TrainState(), checkpoints=checkpoints, reporter=Reporter(cfg.logging, ctx, figures, per_layer),
+        cfg=cfg, task=task, ctx=ctx, tokenizer=tokenizer, vocab_size=vocab_size, datasets=datasets, telemetry=telemetry,
+        model=model, step=step, state=TrainState(), checkpoints=checkpoints, best_weights=best_weights, reporter=reporter,
     )  # fmt: skip
     _restore(run)
     needed = run.state.consumed_samples + (figures.train_iters - run.state.iteration) * batch
@@ -154,9 +183,9 @@ def _samples(cfg: Config, train: int) -> tuple[int, int, int]:
     return (0 if cfg.training.skip_train else train), evaluated, evaluated
 
 
-def _figures(cfg: Config, ctx: ParallelContext, padded: int) -> RunFigures:
+def _figures(cfg: Config, ctx: ParallelContext, padded: int, sample_tokens: float) -> RunFigures:
     batch = required(cfg.training.global_batch_size)
-    tokens = batch * required(cfg.model.seq_length)
+    tokens = round(batch * sample_tokens)
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     return RunFigures(
         train_iters=required(cfg.training.train_iters),
@@ -174,6 +203,8 @@ def _restore(run: Run) -> None:
         run.state = TrainState.from_state_dict(result.progress)
         _compare_data(run, result)
         _restore_dispatchers(run, result)
+        if run.task.early_stopping is not None and result.extra.get("early_stopping") is not None:
+            run.task.early_stopping.load_state_dict(result.extra["early_stopping"])
     if result is not None and result.rng is not None:
         set_rng_state(result.rng)
     else:
@@ -201,7 +232,7 @@ def _compare_data(run: Run, result: LoadResult) -> None:
 
 
 def _vocabulary_parameters(model: nn.Module) -> list[str]:
-    names = ("embedding.word_embeddings.weight", "output_layer.weight")
+    names = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
     return [name for name, _ in model.named_parameters() if name in names]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_lsh.training.step import StepResult
@@ -21,6 +21,8 @@ class TrainState:
     consecutive_nan_iterations: int = 0
     interval_loss: float = 0.0
     """sum of the loss over the iterations of the log interval that were not skipped"""
+    interval_further: dict[str, float] = field(default_factory=dict)
+    """the same of the losses beside it, by name"""
     interval_steps: int = 0
     interval_skipped: int = 0
 
@@ -35,11 +37,14 @@ class TrainState:
         else:
             self.consecutive_nan_iterations = 0
             self.interval_loss += result.loss
+            for name, loss in result.further.items():
+                self.interval_further[name] = self.interval_further.get(name, 0.0) + loss
             self.interval_steps += 1
 
     def start_interval(self) -> None:
         """Begin a new log interval."""
         self.interval_loss, self.interval_steps, self.interval_skipped = 0.0, 0, 0
+        self.interval_further = {}
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, fina
 from megatron_lsh.training.schedule import Schedule
 
 Batch = Mapping[str, Any]
-#: (model, batch on this rank's device) -> (mean loss of the micro-batch, auxiliary loss: this rank's share), fp32 scalars.
-ForwardStep = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+#: (model, batch on this rank's device) -> (mean loss of the micro-batch, auxiliary loss: this rank's share), fp32 scalars,
+#: and perhaps a third: further mean losses, which are minimized too, by their name in the log (BERT's "sop loss").
+ForwardStep = Callable[[nn.Module, Batch], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class StepResult:
     """the loss or a gradient was not finite somewhere, and no rank changed anything"""
     stop: bool
     """some rank asked to stop at this iteration's end"""
+    further: Mapping[str, float] = field(default_factory=dict)
+    """losses that are minimized beside the lm loss, by name; means as that is"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class Step:
         if decision is not None and self.ctx.rank == self.ctx.world.size - 1:  # the rank that writes the log line
             print(f"> {decision}", flush=True)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(batches)
+        loss, further = self._accumulate(batches)
         finalize_gradients(self.model, self.ctx)
         grad_norm = clip_grad_norm(self.model, self.clip_grad, self.ctx)
-        loss_value, norm_value, finite, stop = self._agree(loss, grad_norm, stop)
+        means, finite, stop = self._agree([loss, *further.values()], grad_norm, stop)
         if finite:
             self.optimizer.step()
             model_hook(self.model, "update_expert_bias")
@@ -72,29 +75,38 @@ class Step:
         else:
             model_hook(self.model, "discard_expert_load")
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, skipped=not finite, stop=stop)
+        named = dict(zip(further, means[1:], strict=True))
+        return StepResult(means[0], float(grad_norm), skipped=not finite, stop=stop, further=named)
 
-    def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
-        """Forward and backward of all micro-batches; gradients are reduced in the last one. Returns this rank's loss."""
+    def _accumulate(self, batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of all micro-batches; gradients are reduced in the last one.
+
+        Returns this rank's loss, and its further losses by name.
+        """
         total = torch.zeros((), dtype=torch.float32, device=self.ctx.device)
+        further: dict[str, Tensor] = {}
         for index in range(self.micro_batches):
             accumulate(self.model, last=index == self.micro_batches - 1)
-            loss, aux_loss = self.forward_step(self.model, to_device(next(batches), self.ctx.device))
-            ((loss + aux_loss) / self.micro_batches).backward()
+            found = self.forward_step(self.model, to_device(next(batches), self.ctx.device))
+            loss, aux_loss, named = found if len(found) == 3 else (*found, {})
+            (sum(named.values(), loss + aux_loss) / self.micro_batches).backward()
             total += loss.detach()
-        return total / self.micro_batches
+            for name, value in named.items():
+                further[name] = further.get(name, 0.0) + value.detach() / self.micro_batches
+        return total / self.micro_batches, further
 
-    def _agree(self, loss: Tensor, grad_norm: Tensor, stop: bool) -> tuple[float, float, bool, bool]:
-        """(mean loss, gradient norm, whether both are finite on all ranks, whether any rank wants to stop).
+    def _agree(self, losses: list[Tensor], grad_norm: Tensor, stop: bool) -> tuple[list[float], bool, bool]:
+        """(mean losses, whether they and the gradient norm are finite on all ranks, whether any rank wants to stop).
 
         One all-reduce. Ranks decide by counts of flags, which are exact, so they cannot disagree.
         """
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        values = torch.stack([loss.double(), bad.double(), torch.tensor(float(stop), dtype=torch.float64).to(loss.device)])
+        found = torch.stack([loss.double() for loss in losses])
+        bad = ~(torch.isfinite(found).all() & torch.isfinite(grad_norm))
+        values = torch.cat([found, bad.double()[None], torch.tensor([float(stop)], dtype=torch.float64).to(bad.device)])
         if self.ctx.world.size > 1:
             dist.all_reduce(values, group=self.ctx.world.process_group)
-        loss_sum, bad_ranks, stop_ranks = values.tolist()
-        return loss_sum / self.ctx.world.size, float(grad_norm), bad_ranks == 0, stop_ranks > 0
+        *sums, bad_ranks, stop_ranks = values.tolist()
+        return [total / self.ctx.world.size for total in sums], bad_ranks == 0, stop_ranks > 0
 
 
 def model_hook(model: nn.Module, name: str, *arguments: Any) -> None:

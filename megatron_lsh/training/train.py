@@ -6,13 +6,13 @@ import time
 from contextlib import nullcontext
 
 from megatron_lsh.config import Config
-from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.layer import exact_dispatch
 from megatron_lsh.parallel.data_parallel import global_norm
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.evaluate import evaluate
 from megatron_lsh.training.faults import StopRequest, failed_everywhere, together
-from megatron_lsh.training.finish import closing_report
+from megatron_lsh.training.finish import closing_report, closing_result
 from megatron_lsh.training.profiling import Profiling
 from megatron_lsh.training.run import Run, Task, set_up
 from megatron_lsh.training.startup import introduce, set_determinism
@@ -37,9 +37,11 @@ def train(cfg: Config, task: Task) -> TrainState:
         if cfg.training.skip_train:
             _evaluate(run, "validation", stop, final=True)
             _evaluate(run, "test", stop, final=True)
+            closing_result(run)
         elif _iterate(run, stop):
-            _evaluate(run, "test", stop, final=True)
+            _evaluate(run, "test", stop, final=True, weights=_take_best_weights(run))
             closing_report(run)
+            closing_result(run)
         together(ctx, run.checkpoints.wait)
     run.reporter.close()
     shutdown(ctx)
@@ -53,7 +55,7 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
     since_report = 0
     with run.batches("train", state.consumed_samples) as batches, Profiling(cfg, run.ctx) as profiling:
         reporter.watch.lap()
-        while state.iteration < total:
+        while state.iteration < total and not run.stopped_early:
             profiling.before(state.iteration)
             result = run.step(batches, state.iteration, stop.requested)
             state.advance(result, batch)
@@ -69,6 +71,7 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
             leaves = not ends and (result.stop or _multiple(state.iteration, cfg.training.exit_interval))
             if ends or (not leaves and _multiple(state.iteration, cfg.training.eval_interval)):
                 _evaluate(run, "validation", stop, final=ends)
+                ends = ends or run.stopped_early
             if ends or leaves or _multiple(state.iteration, cfg.checkpoint.save_interval):
                 _save(run)
             if leaves:
@@ -98,25 +101,74 @@ def _stop_if_never_finite(run: Run) -> None:
     )
 
 
-def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool) -> None:
-    """Loss on the "validation" or "test" set, written to all outputs. Nothing if there is no such set."""
+def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: int | None = None) -> None:
+    """Loss on the "validation" or "test" set, written to all outputs. Nothing if there is no such set.
+
+    `weights`: the iteration after which the model had the weights that it has, if it is not the last one.
+    """
     split = "valid" if name == "validation" else name
-    iterations, step = run.cfg.training.eval_iters, run.step
-    if iterations == 0 or getattr(run.datasets, split) is None:
+    nothing_to_do = run.cfg.training.eval_iters == 0 and run.task.evaluator is None
+    if nothing_to_do or getattr(run.datasets, split) is None:
         return
     # The model runs as in the iteration just done; a run that only evaluates has none and must be told.
-    model_hook(run.model, "set_iteration", max(run.state.iteration - 1, 0), step.total_iterations)
-    losses: dict[str, float] = {}
+    model_hook(run.model, "set_iteration", max(run.state.iteration - 1, 0), run.step.total_iterations)
+    outcomes: dict[str, dict[str, float]] = {}
     for dispatch in _dispatches(run.cfg):
         exactly = exact_dispatch(run.model) if dispatch == "exact" else nullcontext()
-        with run.reporter.watch.paused(), run.telemetry.paused(), exactly, run.batches(split) as batches:
-            loss = evaluate(
-                run.model, step.forward_step, batches, run.ctx, iterations, step.micro_batches, lambda: stop.requested
-            )
-        if loss is None:
+        with run.reporter.watch.paused(), run.telemetry.paused(), exactly:
+            figures = _figures(run, split, stop)
+        if figures is None:
             return
-        losses[dispatch] = loss
-    run.reporter.evaluation(run.state.iteration, name, losses, final=final)
+        outcomes[dispatch] = figures
+    if run.task.evaluator is None:
+        losses = {dispatch: figures["loss"] for dispatch, figures in outcomes.items()}
+        run.reporter.evaluation(run.state.iteration, name, losses, final=final)
+        return
+    after = run.state.iteration if weights is None else weights
+    per_epoch = None if run.cfg.training.skip_train else run.cfg.training.eval_interval
+    run.reporter.figures_of(
+        name, outcomes, run.state.iteration, after, None if per_epoch is None else after / per_epoch
+    )
+    if name == "validation" and not run.cfg.training.skip_train:
+        _watch(run, next(iter(outcomes.values())))
+
+
+def _figures(run: Run, split: str, stop: StopRequest) -> dict[str, float] | None:
+    """What an evaluation of a set finds, by name; None if some rank asked to stop meanwhile."""
+    if run.task.evaluator is not None:
+        return run.task.evaluator(run, split, lambda: stop.requested)
+    iterations, step = run.cfg.training.eval_iters, run.step
+    with run.batches(split) as batches:
+        loss = evaluate(
+            run.model, step.forward_step, batches, run.ctx, iterations, step.micro_batches, lambda: stop.requested
+        )
+    return None if loss is None else {"loss": loss}
+
+
+def _watch(run: Run, figures: dict[str, float]) -> None:
+    """Early stopping: keep the weights if this validation is the best so far, and say so when it is time to end."""
+    watcher, iteration = run.task.early_stopping, run.state.iteration
+    if watcher is None:
+        return
+    better = watcher.observe(iteration, figures)
+    keeper = run.best_weights
+    if better and keeper is not None:
+        with run.reporter.watch.paused():
+            together(run.ctx, lambda: keeper.save(run.checkpoint_state()))
+    if watcher.stopped:
+        run.reporter.print(
+            f"> no better {watcher.figure} in {watcher.waited} epochs (--early-stopping-patience): stopped after iteration "
+            f"{iteration}; the best was {watcher.best[watcher.figure]:.4f} after iteration {watcher.best_iteration}"
+        )
+
+
+def _take_best_weights(run: Run) -> int | None:
+    """Put the weights of the best validation into the model, unless it has them already; returns their iteration."""
+    watcher, keeper = run.task.early_stopping, run.best_weights
+    if watcher is None or keeper is None or watcher.best_iteration in (None, run.state.iteration):
+        return None
+    together(run.ctx, lambda: keeper.load(run.checkpoint_state()))
+    return watcher.best_iteration
 
 
 def _dispatches(cfg: Config) -> list[str]:

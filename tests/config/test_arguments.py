@@ -171,7 +171,7 @@ def test_an_entry_script_adds_flags_of_its_own() -> None:
     assert isinstance(cfg, MaskedConfig) and cfg.mask.mask_prob == 0.2
     assert validate(cfg, 1).mask.mask_prob == 0.2
     assert (
-        "--mask-prob is Megatron-LM's and not supported here: not implemented yet: BERT"
+        "--mask-prob is Megatron-LM's and not supported here: a flag of pretrain_bert_moe.py"
         in problems("--mask-prob", "0.2")[0]
     )
     cfg.mask.mask_prob = 1.0

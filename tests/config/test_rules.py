@@ -17,12 +17,21 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
         ("--num-layers 0", 1, "model.num_layers (0) must be at least 1: change --num-layers"),
         ("--lsh-num-hashes 0", 1, "lsh.lsh_num_hashes (0) must be at least 1: change --lsh-num-hashes"),
         ("--lsh-hash-width 0", 1, "lsh.lsh_hash_width (0) must be at least 1: change --lsh-hash-width"),
-        ("--lsh-residual some", 1, "lsh.lsh_residual (some) must be one of none, identity, lowrank: change --lsh-residual"),
+        (
+            "--lsh-residual some",
+            1,
+            "lsh.lsh_residual (some) must be one of none, identity, lowrank, interpolate: change --lsh-residual",
+        ),
+        (
+            "--lsh-representative seed",
+            1,
+            "lsh.lsh_representative (seed) must be one of mean, member: change --lsh-representative",
+        ),
         (
             "--lsh-gradient straight-through",
             1,
-            "lsh.lsh_gradient (straight-through) must be exact with lsh.lsh_residual (identity): set --lsh-residual none: "
-            "the identity residual has that gradient already",
+            "lsh.lsh_gradient (straight-through) must be exact with lsh.lsh_residual (interpolate): set "
+            "--lsh-residual none: every other residual has a gradient of its own",
         ),
         (
             "--lsh-start-layer 4",
@@ -284,8 +293,9 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
         (
             "--tokenizer-type TikTokenizer",
             1,
-            "data.tokenizer_type (TikTokenizer) must be one of SentencePieceTokenizer, GPTSentencePieceTokenizer, "
-            "Llama2Tokenizer, HuggingFaceTokenizer, ByteTokenizer, NullTokenizer: change --tokenizer-type",
+            "data.tokenizer_type (TikTokenizer) must be one of BertWordPieceLowerCase, BertWordPieceCase, "
+            "SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer, ByteTokenizer, "
+            "NullTokenizer: change --tokenizer-type",
         ),
         # checkpoints
         (

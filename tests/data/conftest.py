@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lsh.data.wordpiece import train_wordpiece
 from tests.data.helpers import load_tool
 
 TEXTS = [
@@ -19,6 +20,14 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 320 pieces: <unk> 0, <s> 1, </s> 2, <pad> 3, the bytes, and some words."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(load_tool("prepare_stdlib_corpus").train_tokenizer(TEXTS, 320, 10**6))
+    return path
+
+
+@pytest.fixture(scope="session")
+def vocab_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cased WordPiece vocabulary of at most 200 tokens: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then pieces."""
+    path = tmp_path_factory.mktemp("wordpiece") / "vocab.txt"
+    path.write_text(train_wordpiece([*TEXTS, "Some words, and other words."], 200), encoding="utf-8")
     return path
 
 

@@ -58,3 +58,17 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     process = start_tool(name, *arguments)
     stdout, stderr = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def write_sentences(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], dtype: str = "u2") -> IndexedDataset:
+    """A dataset of one sequence per sentence."""
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document([token for sentence in document for token in sentence], [len(s) for s in document])
+    return IndexedDataset(prefix)
+
+
+def numbered_sentences(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """Documents of sentences of these lengths in which every token is its own position in the file."""
+    flat = iter(numbered([length for document in lengths for length in document]))
+    return [[next(flat) for _ in document] for document in lengths]

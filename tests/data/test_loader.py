@@ -11,9 +11,9 @@ import torch
 
 from megatron_lsh.config.run import DataConfig
 from megatron_lsh.data.blend import BlendedDataset
-from megatron_lsh.data.gpt import Sample
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.loader import Batch, BatchIterator, Datasets, build_train_valid_test
+from megatron_lsh.data.samples import Sample
 from megatron_lsh.data.tokenizers import ByteTokenizer, NullTokenizer
 from megatron_lsh.data.vocabulary import description_path, read_description, write_description
 from megatron_lsh.errors import ConfigError, DataError

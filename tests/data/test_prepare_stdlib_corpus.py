@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.data.helpers import run_tool
+from megatron_lsh.data.indexed import IndexedDataset
+from tests.data.helpers import ROOT, run_tool
 
 SOURCE = "import os\n\n\ndef f(x):\n        return x + 1\t# ä中\r\n" * 40
 
@@ -37,21 +41,38 @@ def test_corpus_and_tokenizer(library: Path, tmp_path: Path) -> None:
 
     # The same inputs give the same files, and files that are there are not made again.
     run_tool("prepare_stdlib_corpus", *flags, "--output-dir", tmp_path / "b")
-    for name in ("stdlib.jsonl", "tokenizer.model", "stdlib.json"):
+    for name in ("stdlib.jsonl", "tokenizer.model", "vocab.txt", "stdlib.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     again = run_tool("prepare_stdlib_corpus", *flags, "--output-dir", tmp_path / "a")
     assert again.returncode == 0 and "up to date" in again.stdout
     less = run_tool("prepare_stdlib_corpus", *flags, "--output-dir", tmp_path / "a", "--max-mb", "0.01")
     assert "4 documents" in less.stdout, less.stdout
 
-    # On to training data.
-    done = run_tool(
-        "preprocess_data",
-        *("--input", tmp_path / "b" / "stdlib.jsonl", "--output-prefix", tmp_path / "b" / "stdlib", "--append-eod"),
-        *("--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", tmp_path / "b" / "tokenizer.model"),
-        *("--workers", 1),
-    )
-    assert done.returncode == 0 and "30 documents" in done.stdout, done.stderr
+    vocabulary = (tmp_path / "a" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and "import" in vocabulary
+
+
+def test_on_to_training_data(library: Path, tmp_path: Path) -> None:
+    """scripts/prepare_readme_data.sh makes the files of each model from the corpus, once."""
+    flags = ["--stdlib", library, "--vocab-size", "320", "--tokenizer-mb", "0.01"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PREPARE_FLAGS": " ".join(map(str, flags)), "PATH": path}
+
+    def prepare(model: str) -> str:
+        script = [ROOT / "scripts" / "prepare_readme_data.sh", tmp_path, model]
+        return subprocess.run(script, env=env, capture_output=True, text=True, check=True).stdout
+
+    for model, files in (
+        ("gpt", "stdlib_text_document"),
+        ("bert", "stdlib_bert_text_sentence"),
+        ("t5", "stdlib_t5_text_sentence"),
+    ):
+        assert "30 documents" in prepare(model)
+        dataset = IndexedDataset(tmp_path / files)
+        assert dataset.num_documents == 30 and (len(dataset) > 3000) == (model != "gpt")
+    assert f"{files}.idx is up to date" in prepare("t5")
+    with pytest.raises(subprocess.CalledProcessError):
+        prepare("llama")
 
 
 def test_errors(library: Path, tmp_path: Path) -> None:

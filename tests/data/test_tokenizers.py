@@ -45,7 +45,8 @@ def test_sentencepiece_special_tokens(sentencepiece_model: Path) -> None:
     """<CLS> <SEP> <EOD> <MASK> follow the model's own pieces, which already have pad, bos and eos; then extra ids."""
     tokenizer = SentencePieceTokenizer(str(sentencepiece_model), vocab_extra_ids=3)
     assert (tokenizer.eod, tokenizer.pad, tokenizer.bos, tokenizer.eos) == (322, 3, 1, 2)
-    assert tokenizer.extra_ids == [324, 325, 326]
+    assert tokenizer.sentinels == [324, 325, 326]
+    assert (tokenizer.cls, tokenizer.sep, tokenizer.mask) == (320, 321, 323)
     assert tokenizer.vocab_size == 327
     for text in ODD_TEXTS:
         assert tokenizer.detokenize([*tokenizer.tokenize(text), tokenizer.eod]) == text
@@ -112,14 +113,44 @@ def test_null() -> None:
             tokenizer.tokenize(text)
 
 
-def test_build_every_type(sentencepiece_model: Path, huggingface_folder: Path) -> None:
+def test_build_every_type(sentencepiece_model: Path, huggingface_folder: Path, vocab_file: Path) -> None:
     for kind in TOKENIZER_TYPES:
         model = str(huggingface_folder if kind == "HuggingFaceTokenizer" else sentencepiece_model)
-        tokenizer = build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=model), 1000)
+        files = {"vocab_file": str(vocab_file)} if kind.startswith("Bert") else {"tokenizer_model": model}
+        tokenizer = build_tokenizer(DataConfig(tokenizer_type=kind, **files), 1000)  # type: ignore[arg-type]
         assert tokenizer.name == kind
         assert 0 <= tokenizer.eod < tokenizer.vocab_size
-        again = build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=model), 1000)
-        assert tokenizer.fingerprint() == again.fingerprint()
+        # Sentinels follow the vocabulary, change nothing else, and are no text.
+        more = build_tokenizer(DataConfig(tokenizer_type=kind, vocab_extra_ids=7, **files), 1000)  # type: ignore[arg-type]
+        size = tokenizer.vocab_size
+        assert tokenizer.sentinels == [] and more.sentinels == [*range(size, size + 7)] and more.vocab_size == size + 7
+        assert tokenizer.fingerprint() == more.fingerprint() and tokenizer.eod == more.eod
+        special = {more.eod, more.cls, more.sep, more.mask, more.pad, more.bos, more.eos, *more.sentinels} - {None}
+        assert sorted({*more.text_ids().tolist(), *special}) == [*range(size + 7)]
+        assert not special & {*more.text_ids().tolist()}
+        text = "12 3" if kind == "NullTokenizer" else "x = 1"
+        ids = more.tokenize(text, add_special_tokens=False)
+        assert ids and more.detokenize([*ids, *more.sentinels] if kind != "NullTokenizer" else ids) == text
+
+
+def test_huggingface_special_tokens(huggingface_folder: Path, tmp_path: Path) -> None:
+    """Sentinels and marks of the model's own are used; more sentinels than it has follow its vocabulary."""
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_file(str(huggingface_folder / "tokenizer.json"))
+    backend.add_special_tokens(["[CLS]", "[SEP]", "[MASK]", "<mine>", "<extra_id_1>", "<extra_id_0>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 300), ("[SEP]", 301)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "pad_token": "<mine>"}))
+    tokenizer = HuggingFaceTokenizer(str(tmp_path), vocab_extra_ids=1)
+    assert (tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad) == (300, 301, 302, 303)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.eod) == (None, 299, 299)
+    assert (tokenizer.sentinels, tokenizer.vocab_size) == ([305, 304], 306)
+    assert HuggingFaceTokenizer(str(tmp_path), vocab_extra_ids=3).sentinels == [305, 304, 306]
+    plain = tokenizer.tokenize("x = 1", add_special_tokens=False)
+    assert tokenizer.tokenize("x = 1") == [300, *plain, 301]
 
 
 def test_build_for_mock_data() -> None:
@@ -134,7 +165,15 @@ def test_build_for_mock_data() -> None:
         ({"tokenizer_type": "NullTokenizer"}, None, ConfigError, "give --vocab-size"),
         ({"tokenizer_type": "Llama2Tokenizer"}, None, ConfigError, "give --tokenizer-model"),
         ({"tokenizer_type": "ByteTokenizer"}, 256, ConfigError, "must be at least 257"),
-        ({"tokenizer_type": "ByteTokenizer", "vocab_extra_ids": 1}, None, ConfigError, "leave out --vocab-extra-ids"),
+        ({"tokenizer_type": "BertWordPieceCase"}, None, ConfigError, "give --vocab-file"),
+        ({"tokenizer_type": "Llama2Tokenizer", "vocab_file": "x"}, None, ConfigError, "give --tokenizer-model instead"),
+        (
+            {"tokenizer_type": "BertWordPieceCase", "vocab_file": "/no/file"},
+            None,
+            DataError,
+            "/no/file does not exist: give a WordPiece",
+        ),
+        ({"tokenizer_type": "BertWordPieceCase", "vocab_file": __file__}, None, DataError, r"has no line \[UNK\]"),
         ({"tokenizer_type": "NoTokenizer", "tokenizer_model": "x"}, None, ConfigError, "NoTokenizer. is not known"),
         (
             {"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "/no/file"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,17 @@ from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 
 VOCAB = 64
+C = TypeVar("C", bound=Config)
+M = TypeVar("M", bound=nn.Module)
 
 
 def make_config(**settings: Any) -> Config:
-    """A config of 2 layers, D = 32, 4 heads, no dropout; `settings` are fields of any of its parts."""
-    cfg = Config()
+    """A GPT's config of 2 layers, D = 32, 4 heads, no dropout; `settings` are fields of any of its parts."""
+    return fill(Config(), **settings)
+
+
+def fill(cfg: C, **settings: Any) -> C:
+    """The same for the config of any family."""
     small = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -76,7 +82,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     return grads
 
 
-def randomize(model: nn.Module, scale: float = 0.2) -> nn.Module:
+def randomize(model: M, scale: float = 0.2) -> M:
     """Larger weights and non-trivial norms and biases, so that no term hides behind a zero."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -84,3 +90,25 @@ def randomize(model: nn.Module, scale: float = 0.2) -> nn.Module:
             noise = torch.randn(param.shape, generator=generator) * scale
             param.copy_(param + noise if param.dim() == 1 else noise)
     return model
+
+
+def pack_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Separate projections, heads first -> [q..q, k, v] per query group."""
+    return torch.cat([x.unflatten(0, (groups, -1)) for x in (q, k, v)], dim=1).flatten(0, 1)
+
+
+def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set every parameter of `model`, and no others."""
+    state = model.state_dict()
+    assert set(state) == set(weights)
+    for name, value in weights.items():
+        assert state[name].shape == value.shape, name
+    model.load_state_dict(weights)
+
+
+def shake(model: nn.Module) -> None:
+    """Norms and biases away from one and zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.1)

@@ -55,6 +55,28 @@ def test_a_query_that_sees_nothing_yields_zeros() -> None:
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_bias_is_added_to_the_scores(causal: bool, masked: bool) -> None:
+    """The first query may attend to nothing where there is a mask: zeros, and finite gradients."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 2, 4, 8, requires_grad=True).unbind()
+    bias = torch.randn(1, 4, 6, 6, requires_grad=True)
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    mask[..., 0] = not masked
+    allowed = torch.ones(6, 6, dtype=torch.bool)
+    allowed = (allowed.tril() if causal else allowed) & (mask if masked else True)
+    out = core_attention(
+        q, k, v, offline_context(device="cpu"), causal=causal, mask=mask if masked else None, dropout=0.0, bias=bias
+    )
+    scores = torch.einsum("sbhd,tbhd->bhst", q, k) / 8**0.5 + bias
+    probs = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num()
+    torch.testing.assert_close(out, torch.einsum("bhst,tbhd->sbhd", probs, v).flatten(2))
+    assert (out[0] == 0).all() == (causal and masked)
+    out.square().sum().backward()
+    assert bias.grad is not None and torch.isfinite(bias.grad).all() and bias.grad.abs().sum() > 0
+
+
 def test_grouped_queries_equal_repeated_heads() -> None:
     """Two key/value heads serving four query heads are four heads with each key/value head written twice."""
     grouped = make_attention(group_query_attention=True, num_query_groups=2)

@@ -11,7 +11,16 @@ import torch
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.counting import parameter_counts
 from megatron_lsh.parallel.layout import ParallelLayout
-from tests.models.model_helpers import LLAMA_LIKE, MOE, VOCAB, full_gradients, make_batch, make_config, make_gpt
+from tests.models.model_helpers import (
+    LLAMA_LIKE,
+    MOE,
+    VOCAB,
+    full_gradients,
+    make_batch,
+    make_config,
+    make_gpt,
+    randomize,
+)
 
 
 def test_keys_and_shapes_of_a_gpt2() -> None:
@@ -113,6 +122,22 @@ def test_position_ids(kind: str) -> None:
     positions = torch.arange(16).expand(2, 16)
     torch.testing.assert_close(model(tokens, position_ids_BS=positions), plain)
     assert not torch.allclose(model(tokens, position_ids_BS=positions % 5), plain)
+
+
+def test_encoding_is_what_the_logits_are_made_of() -> None:
+    """And padding is neither attended to nor routed, on whichever side it lies."""
+    model = randomize(make_gpt(make_config(**MOE, position_embedding_type="none"))).eval()
+    tokens, _ = make_batch()
+    hidden, _ = model.encode(tokens)
+    torch.testing.assert_close(hidden @ model.embedding.word_embeddings.weight.t(), model(tokens))
+    real = (torch.arange(16) >= 5).expand(2, 16)
+    rows: list[int] = []
+    (moe,) = model.moe_layers()
+    moe.router.register_forward_hook(lambda _, __, routing: rows.append(int(routing.tokens_per_expert_E.sum())))
+    padded, _ = model.encode(tokens, real)
+    alone, _ = model.encode(tokens[:, 5:])
+    torch.testing.assert_close(padded[:, 5:], alone)
+    assert rows == [2 * 2 * 11] * 2
 
 
 def test_attention_mask_narrows_causality() -> None:

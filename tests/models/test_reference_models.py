@@ -7,30 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lsh.models.gpt import GPTModel
-from tests.models.model_helpers import LLAMA_LIKE, VOCAB, make_batch, make_config, make_gpt
+from tests.models.model_helpers import LLAMA_LIKE, VOCAB, load, make_batch, make_config, make_gpt, pack_qkv, shake
 
 transformers = pytest.importorskip("transformers")
-
-
-def pack_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Separate projections, heads first -> [q..q, k, v] per query group."""
-    return torch.cat([x.unflatten(0, (groups, -1)) for x in (q, k, v)], dim=1).flatten(0, 1)
-
-
-def load(model: GPTModel, weights: dict[str, Tensor]) -> None:
-    state = model.state_dict()
-    assert set(state) == set(weights)
-    for name, value in weights.items():
-        assert state[name].shape == value.shape, name
-    model.load_state_dict(weights)
-
-
-def shake(model: nn.Module) -> None:
-    """Norms and biases away from one and zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param) * 0.1)
 
 
 def test_llama() -> None:

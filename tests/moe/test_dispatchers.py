@@ -159,13 +159,32 @@ def budgets_hold_with_every_option():
             for name, value in run(again, x).items():
                 assert torch.equal(value, got[name]), "stochastic rounding must be a function of the iteration"
 
+    combinations = product(("none", "identity", "lowrank", "interpolate"), ("mean", "member"), (0, 1), (None, "int4"))
+    for residual, sent, steps, wire in combinations:
+        lsh = LSHConfig(
+            lsh_target_rate=0.3,
+            lsh_residual=residual,
+            lsh_representative=sent,
+            lsh_refine_steps=steps,
+            lsh_wire_dtype=wire,
+        )
+        layer, telemetry = make_layer(ctx, "lsh", lsh)
+        assert all(value.isfinite().all() for value in run(layer, x).values())
+        (report,) = telemetry.collect(ctx, iterations=1)
+        assert report.lsh_compression_rate <= 0.3 + EXPERTS / (SEQUENCE * BATCH * 2)
+
 
 def compressed_ranks_agree_with_one(ep_sizes):
-    """Clusters form on the source rank per expert, so the expert-parallel size changes nothing."""
+    for residual in ("identity", "interpolate"):
+        expert_parallel_size_changes_nothing(dataclasses.replace(COARSE, lsh_residual=residual), ep_sizes)
+
+
+def expert_parallel_size_changes_nothing(lsh, ep_sizes):
+    """Clusters form on the source rank per expert."""
     results, reports = [], []
     for ep in (1, *ep_sizes):
         ctx = initialize(ParallelConfig(expert_model_parallel_size=ep))
-        layer, telemetry = make_layer(ctx, "lsh", COARSE)
+        layer, telemetry = make_layer(ctx, "lsh", lsh)
         got = run(layer, tokens(ctx.rank))
         results.append([got[name] for name in ("y", "aux", "x", "router.weight")])
         reports.append(telemetry.collect(ctx, iterations=1)[0])

@@ -27,7 +27,7 @@ pytestmark = [
     ),
 ]
 
-# A model small enough for one CPU per node; these flags come after those of scripts/gpt_moe_flags.sh and win.
+# A model small enough for one CPU per node; these flags come after those of scripts/moe_flags.sh and win.
 TINY = shlex.split("""
     --device cpu --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --num-experts 4
     --moe-ffn-hidden-size 64 --expert-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8
@@ -71,7 +71,7 @@ def test_batch_file_resumes_after_requeue_and_after_sigterm(cluster: LocalCluste
     settings = {"RUN_DIR": str(tmp_path / "run"), "DATA_PATH": str(prefix), "TRAIN_ITERS": str(TRAIN_ITERS), "NPROC": "1"}
     settings |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}"}
     settings["VIRTUAL_ENV"] = sys.prefix  # the interpreter that runs this test, not another .venv
-    submit = ["sbatch", "--parsable", f"--output={log}", "scripts/slurm_gpt_moe.sbatch", *TINY]
+    submit = ["sbatch", "--parsable", f"--output={log}", "scripts/slurm_moe.sbatch", *TINY]
     job = cluster.run(*submit, cwd=ROOT, env=settings).strip()
     assert job, cluster.logs()
 

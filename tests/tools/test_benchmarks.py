@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, peers, slow_network
+from benchmarks import families, overhead, peers, quality, slow_network, time_to_loss
+from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
+from megatron_lsh.config import BertConfig, Config, T5Config, parse_args, validate
+from tests.training.helpers import TINY
 
 
 @pytest.fixture
@@ -46,6 +50,68 @@ def test_names_of_variants() -> None:
     assert names == ["exact", "exact, fp8", "LSH 20%", "LSH 35%, int4"]
 
 
+def test_steps_needed_lie_between_two_lengths() -> None:
+    losses = {100: 5.0, 400: 4.0}
+    assert time_to_loss.steps_needed(losses, 4.5) == pytest.approx(200)
+    assert time_to_loss.steps_needed(losses, 4.0) == pytest.approx(400)
+    assert time_to_loss.steps_needed(losses, 3.9) is None and time_to_loss.steps_needed(losses, 5.1) is None
+
+
+def test_bytes_of_a_variant() -> None:
+    assert quality.relative_bytes("exact", 1.0) == 1.0
+    assert quality.relative_bytes("interpolate", 0.2) == pytest.approx(0.2)
+    assert quality.relative_bytes("budget int4", 0.2) == pytest.approx(0.2 * (64 + 4) / 256)
+
+
+def test_families_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From finished runs: gaps are paired by seed, the unfinished is left to `train_all`, curves are drawn."""
+    monkeypatch.setattr(families, "prepare", lambda names: None)
+    monkeypatch.setattr(families, "write_result", lambda name, result: tmp_path / name)
+    monkeypatch.setattr(families, "ROOT", tmp_path)
+    wanted = []
+    monkeypatch.setattr(families, "train_all", lambda jobs, outcome: wanted.extend(jobs))
+    found = {("exact", 1): 4.0, ("exact", 2): 4.5, ("LSH 20%", 1): 4.1, ("LSH 20%", 2): 4.8}
+    for (dispatcher, seed), loss in found.items():
+        job = families.job_for(("t5", dispatcher, seed, 20), tmp_path / "runs")
+        job.place.mkdir(parents=True)
+        lsh = dispatcher != "exact"
+        common = {"alltoall_bytes_uncompressed": 5e6, "iteration_time_ms": 7.0}
+        common |= {"alltoall_bytes": 1e6 if lsh else 5e6, "lsh_compression_rate": 0.2 if lsh else None}
+        common |= {"lsh_residual_energy": 0.1 if lsh else None}
+        records = [{"iteration": i, "lm_loss": loss + 1 / i} | common for i in (10, 20)]
+        lines = [*records, {"iteration": 20, "validation_loss": loss, "validation_loss_exact": loss - 0.1}]
+        (job.place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (job.place / "done.json").write_text(json.dumps({"job": job.key} | families.outcome(job.place)))
+    families.main(["--families", "t5", "--seeds", "1", "2", "--iters", "20", "--folder", str(tmp_path / "runs")])
+    out = capsys.readouterr().out
+    assert "| t5 | exact | 20 | 2 | 4.250 ± 0.354 |  |  | 100.0% | 5.00 | 5.00 |  | 7 |" in out
+    assert "| t5 | LSH 20% | 20 | 2 | 4.450 ± 0.495 | 0.200 ± 0.141 | 4.350 ± 0.495 | 20.0% | 1.00 | 5.00 |" in out
+    assert (tmp_path / "docs" / "figures" / "families.png").exists()
+    assert {job.place.name for job in wanted} == {path.name for path in (tmp_path / "runs").iterdir()}
+    assert wanted[0].script == "pretrain_t5_moe.py" and wanted[0].ranks == 2
+
+
+def test_flags_of_the_families_are_valid() -> None:
+    for name, config_class in (("gpt", Config), ("bert", BertConfig), ("t5", T5Config)):
+        for dispatcher in families.DISPATCHERS:
+            job = families.job_for((name, dispatcher, 1, 30), Path("runs"))
+            validate(parse_args([*map(str, job.flags), "--metrics-jsonl", os.devnull], config_class), job.ranks)
+
+
+def test_training_jobs_are_done_once(tmp_path: Path) -> None:
+    flags = [*TINY.split(), "--train-iters", "2", "--eval-interval", "2", "--metrics-jsonl"]
+    jobs = [TrainingJob(("tiny", n), tmp_path / str(n), [*flags, tmp_path / str(n) / "metrics.jsonl"]) for n in (1, 2)]
+    (jobs[1].place).mkdir()
+    (jobs[1].place / "done.json").write_text('{"job": ["tiny", 2], "loss": 1.0}')
+    train_all(jobs, lambda place: {"loss": read_metrics(place / "metrics.jsonl")[1][-1]["validation_loss"]})
+    results = finished(tmp_path)
+    assert set(results) == {("tiny", 1), ("tiny", 2)}
+    assert results["tiny", 2] == {"loss": 1.0} and 3.0 < results["tiny", 1]["loss"] < 5.0
+    assert not (jobs[1].place / "log.txt").exists()
+
+
 needs_namespaces = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
@@ -67,6 +133,7 @@ def test_slow_links_are_slow_and_leave_nothing(tmp_path: Path) -> None:
         listener = links.start(0, [sys.executable, "-c", listen], port, tmp_path / "log")
         send = f"""
 import os, socket, time
+from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import sent_bytes, set_rate
 set_rate(5); set_rate(7)
 os.system("tc qdisc")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_lsh.config import parse_args, validate
+from megatron_lsh.config import T5Config, parse_args, validate
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.training.dry_run import dry_run
 
@@ -62,7 +62,9 @@ def test_memory_shrinks_as_expected() -> None:
     assert recomputed["activations (estimate)"] < plain["activations (estimate)"] / 10
     assert sum(list(plain.values())[:-1]) == pytest.approx(plain["sum"], abs=0.05)
     assert memory("--tensor-model-parallel-size 4")["gathered weights (bf16)"] < plain["gathered weights (bf16)"]
-    assert memory("--optimizer sgd")["optimizer (sgd, fp32)"] == pytest.approx(plain["optimizer (adam, fp32)"] / 2, abs=0.01)
+    assert memory("--optimizer sgd")["optimizer (sgd, fp32)"] == pytest.approx(
+        plain["optimizer (adam, fp32)"] / 2, abs=0.01
+    )
 
 
 def test_folded_layout_and_dense_model() -> None:
@@ -80,9 +82,27 @@ def test_folded_layout_and_dense_model() -> None:
     assert "Parameters (vocabulary 101, tokenizer; padded to 128)" in lines
     dense = report(small, 2)
     assert not any("expert" in line for line in dense if not line.startswith("  per rank"))
-    assert next(line for line in dense if "total" in line).split()[1] == next(
-        line for line in dense if "active" in line
-    ).split()[1]
+    assert (
+        next(line for line in dense if "total" in line).split()[1]
+        == next(line for line in dense if "active" in line).split()[1]
+    )
+
+
+def test_t5_counts_both_stacks() -> None:
+    flags = (
+        "--encoder-num-layers 2 --decoder-num-layers 3 --encoder-seq-length 16 --decoder-seq-length 8 --hidden-size 32 "
+        "--num-attention-heads 4 --micro-batch-size 2 --vocab-size 100 --mock-data --dry-run --num-experts 4 "
+        "--moe-layer-freq 2 --make-vocab-size-divisible-by 32 --position-embedding-type relative"
+    )
+    lines = dry_run(validate(parse_args(flags.split(), T5Config), 1)).splitlines()
+    assert any("experts: 4 in each of 3 of 2 encoder and 3 decoder layers" in line for line in lines)
+    assert any(line.endswith("; 48 tokens") for line in lines)
+    layer = 4 * (32 * 32 + 32) + 2 * 64  # attention, two norms
+    cross = 4 * (32 * 32 + 32) + 64
+    ffn = 2 * 32 * 128 + 128 + 32
+    expert_layers = 3 * (4 * ffn + 4 * 32)
+    total = 5 * layer + 3 * cross + 2 * ffn + expert_layers + 2 * 64 + 2 * 32 * 4 + 128 * 32
+    assert f"  total     {total:>18,}" in lines
 
 
 def test_world_size_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ def architecture(cfg: Config) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "normalization": model.normalization,
         "norm_epsilon": model.norm_epsilon,
+        "apply_residual_connection_post_layernorm": model.apply_residual_connection_post_layernorm,
         "swiglu": model.swiglu,
         "openai_gelu": None if model.swiglu else model.openai_gelu,
         "add_bias_linear": model.add_bias_linear,

@@ -2,7 +2,7 @@
 # One GPU holds all experts: nothing crosses a network, so the plain dispatcher is the right one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/gpt_moe_flags.sh
+source scripts/moe_flags.sh
 
 launch 1 "--standalone --nproc-per-node 1" \
     --expert-model-parallel-size 1 --moe-token-dispatcher-type alltoall "$@"

@@ -3,7 +3,7 @@
 # divide the data-parallel size: dense and expert parameters cut the same eight ranks in two different ways.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/gpt_moe_flags.sh
+source scripts/moe_flags.sh
 
 launch 8 "--standalone --nproc-per-node 8" \
     --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 8 --moe-token-dispatcher-type lsh "$@"

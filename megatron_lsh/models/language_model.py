@@ -1,0 +1,123 @@
+"""What GPT, BERT and T5 share: embedding, positions, masks, the projection onto the vocabulary, hooks of the train loop.
+
+Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, V padded vocabulary
+(`v` the share of this tensor-parallel rank).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.models.attention import padding_attention_mask
+from megatron_lsh.models.embedding import LanguageModelEmbedding
+from megatron_lsh.models.rotary import Rotary, rotary_embedding
+from megatron_lsh.models.shape import ModelShape
+from megatron_lsh.models.transformer import SideInputs
+from megatron_lsh.moe.layer import MoELayer
+from megatron_lsh.moe.router import update_expert_biases
+from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.collectives import gather_sequence
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.parameters import Init
+from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, vocab_parallel_logits
+
+
+class LanguageModel(nn.Module):
+    """The base of all models. A subclass adds its stacks of layers and its heads.
+
+    Args:
+        cfg: the configuration; parallel settings are not read.
+        vocab_size: V, padded (a multiple of the tensor-parallel size); ids from ``cfg.model.vocab_size`` on are padding.
+        ctx: groups and device; parameters are this rank's shards.
+        telemetry: receives the gauges of the MoE layers.
+        num_token_types: kinds of segments that have an embedding of their own.
+    """
+
+    def __init__(
+        self, cfg: Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry, num_token_types: int = 0
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg.model
+        self.ctx = ctx
+        self.telemetry = telemetry
+        self.vocab_size = vocab_size
+        self.shape = ModelShape.from_config(cfg.model)
+        self.embedding = LanguageModelEmbedding(cfg.model, vocab_size, ctx, num_token_types)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The mixture-of-experts layers, in order."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    def set_iteration(self, iteration: int, total: int | None = None) -> None:
+        """Tell the MoE layers which iteration begins (0-based), and of how many; the LSH schedules count them."""
+        for layer in self.moe_layers():
+            layer.set_iteration(iteration, total)
+
+    def update_expert_bias(self) -> None:
+        """After an optimizer step: move the balancing biases of the routers by the load since the last call."""
+        update_expert_biases([layer.router for layer in self.moe_layers()], self.ctx)
+
+    def discard_expert_load(self) -> None:
+        """After a skipped optimizer step: forget the load of its micro-batches."""
+        for layer in self.moe_layers():
+            layer.router.discard_counts()
+
+    def _build_output_layer(self) -> ColumnParallelLinear | None:
+        """The projection onto the vocabulary, unless the embedding serves (tied)."""
+        if not self.cfg.untie_embeddings_and_output_weights:
+            return None
+        init = Init("normal", self.cfg.init_method_std)
+        return ColumnParallelLinear(self.shape.hidden, self.vocab_size, self.ctx, bias=False, init=init)
+
+    def _side(self, positions: Tensor, padding_mask_BS: Tensor | None) -> SideInputs:
+        """What the layers of a stack get: rotation by position, and masks that hide padding from queries and experts."""
+        return SideInputs(
+            rotary=self._rotary(positions),
+            attention_mask=padding_attention_mask(padding_mask_BS),
+            token_mask_sB=self._token_mask(padding_mask_BS),
+        )
+
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        if self.cfg.position_embedding_type != "rope":
+            return None
+        return rotary_embedding(
+            positions, self.shape.head_dim, percent=self.cfg.rotary_percent, base=self.cfg.rotary_base
+        )
+
+    def _token_mask(self, padding_mask_BS: Tensor | None) -> Tensor | None:
+        """bool [B, S] -> [s, B]: this rank's share of the sequence."""
+        if padding_mask_BS is None:
+            return None
+        mask_SB = padding_mask_BS.t()
+        if self.ctx.sequence_parallel:
+            mask_SB = mask_SB.chunk(self.ctx.tp.size)[self.ctx.tp.rank]
+        return mask_SB.contiguous()
+
+    def _whole_sequence(self, x_sBD: Tensor) -> Tensor:
+        """[s, B, D] -> [S, B, D], for what every tensor-parallel rank then computes alike."""
+        return gather_sequence(x_sBD, self.ctx.tp) if self.ctx.sequence_parallel else x_sBD
+
+    def _logits(self, x_sBD: Tensor, weight: Tensor | None = None, bias_v: Tensor | None = None) -> Tensor:
+        """[s, B, D] -> this rank's logits [S, B, v], by the output layer's `weight`, or else the embedding's."""
+        weight = self.embedding.word_embeddings.weight if weight is None else weight
+        logits_SBv = vocab_parallel_logits(x_sBD, weight, self.ctx)
+        return self._without_padding(logits_SBv if bias_v is None else logits_SBv + bias_v)
+
+    def _without_padding(self, logits_SBv: Tensor) -> Tensor:
+        """Give the ids that only pad the vocabulary no probability.
+
+        How many there are depends on the tensor-parallel size, and with them in the softmax the loss would too. (Megatron
+        leaves them in.) In place: the projection's backward does not read its output.
+        """
+        width = logits_SBv.shape[-1]
+        first = (self.cfg.vocab_size or self.vocab_size) - self.ctx.tp.rank * width
+        if first < width:
+            logits_SBv[..., max(first, 0) :] = float("-inf")
+        return logits_SBv
+
+
+def positions_of(tokens_BS: Tensor) -> Tensor:
+    """0..S-1, int64, where the tokens are."""
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
