@@ -273,16 +273,22 @@ def main() -> None:
     parser.add_argument("--iters", nargs="+", type=int, default=[300, 900])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--micro-batch-size", type=int, help="sequences of 256 tokens per step, in which clusters form")
+    parser.add_argument("--name", default="quality", help="of the result file and the plot")
     arguments = parser.parse_args()
+    if arguments.micro_batch_size:
+        MODEL.extend(
+            ["--micro-batch-size", arguments.micro_batch_size, "--global-batch-size", arguments.micro_batch_size]
+        )
     jobs = [(v, s, i) for i in arguments.iters for s in arguments.seeds for v in arguments.variants]
     run_all(jobs, arguments.jobs, arguments.folder)
     results = collect(arguments.folder)
     by_length = {iters: summarize(results, iters) for iters in sorted({job[2] for job in results})}
     for iters, entries in by_length.items():
         print(f"\n{iters} iterations\n\n{report(entries)}")
-    plot(by_length, ROOT / "docs" / "figures" / "quality.png")
+    plot(by_length, ROOT / "docs" / "figures" / f"{arguments.name}.png")
     rows = [{"variant": v, "seed": s, "iters": i} | result for (v, s, i), result in sorted(results.items())]
-    print(f"\nwrote {write_result('quality', {'runs': rows})}")
+    print(f"\nwrote {write_result(arguments.name, {'runs': rows})}")
 
 
 if __name__ == "__main__":
