@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, finish, progress, spread, start_training, table, write_result
+from benchmarks.common import ROOT, TrainingJob, finished, spread, table, train_all, write_result
 
 DISPATCHERS = {
     "exact": ["--moe-token-dispatcher-type", "alltoall"],
@@ -76,17 +78,7 @@ def outcome(place: Path) -> dict[str, Any]:
     }
 
 
-def collect(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """All finished runs."""
-    results = {}
-    for path in sorted(folder.glob("*/done.json")):
-        result = json.loads(path.read_text())
-        model, dispatcher, seed = result.pop("job")
-        results[model, dispatcher, seed] = result
-    return results
-
-
-def report(results: dict[tuple[str, str, int], dict[str, Any]]) -> str:
+def report(results: Mapping[Any, dict[str, Any]]) -> str:
     """One row per model and dispatcher; mean ± standard deviation over the seeds."""
     rows = []
     for model, dispatcher in dict.fromkeys((model, dispatcher) for model, dispatcher, _ in results):
@@ -135,22 +127,18 @@ def main() -> None:
     models = {
         name: folder.resolve() for name in ("gpt", "bert", "t5") if (folder := getattr(options, name)) is not None
     }
-    if not models and not collect(options.folder):
+    if not models and not finished(options.folder):
         parser.error("give --gpt, --bert or --t5")
     files = texts(options.data, {"train": options.train_texts, "test": options.test_texts})
-    jobs = [(model, d, seed) for seed in options.seeds for model in models for d in options.dispatchers]
-    jobs = [job for job in jobs if job not in collect(options.folder)]
-    started = time.monotonic()
-    for done, (model, dispatcher, seed) in enumerate(jobs, start=1):
+    jobs = []
+    for seed, model, dispatcher in product(options.seeds, models, options.dispatchers):
         place = options.folder / f"{model}-{dispatcher.replace(' ', '-').replace('%', '')}-seed{seed}"
-        subprocess.run(["rm", "-rf", str(place)], check=True)
+        if not (place / "done.json").exists():
+            shutil.rmtree(place, ignore_errors=True)  # its checkpoints are in the way of a new run
         flags = flags_for(models[model], dispatcher, seed, place, files, options)
-        log = place / "log.txt"
-        finish(start_training(flags, log, ranks=RANKS, script="finetune_classification.py"), log)
-        result = outcome(place)
-        (place / "done.json").write_text(json.dumps({"job": (model, dispatcher, seed)} | result))
-        progress(done, len(jobs), started, f"{model}, {dispatcher}, seed {seed}: {result['test_accuracy']:.4f}")
-    results = collect(options.folder)
+        jobs.append(TrainingJob((model, dispatcher, seed), place, flags, RANKS, "finetune_classification.py"))
+    train_all(jobs, outcome)
+    results = finished(options.folder)
     print(f"\n{report(results)}")
     settings = {name: str(value) for name, value in vars(options).items()}
     runs = [{"model": m, "dispatcher": d, "seed": s} | result for (m, d, s), result in sorted(results.items())]

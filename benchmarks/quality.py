@@ -12,22 +12,20 @@ kept in --folder, and tables, JSON and plot are made of all that are there: a lo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
     DATA_FLAGS,
     ROOT,
-    finish,
-    progress,
+    TrainingJob,
+    finished,
     read_metrics,
     spread,
-    start_training,
     table,
+    train_all,
     write_result,
 )  # fmt: skip
 
@@ -133,42 +131,15 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_all(jobs: list[Job], parallel: int, folder: Path) -> None:
-    """Train what is not there yet, `parallel` runs at a time."""
-    running: list[tuple[Job, Path, subprocess.Popen[bytes]]] = []
-    done, started = 0, time.monotonic()
-    queue = [job for job in jobs if not (place_of(job, folder) / "done.json").exists()]
-    total = len(queue)
-    while queue or running:
-        while queue and len(running) < parallel:
-            job = queue.pop(0)
-            place = place_of(job, folder)
-            (place / "metrics.jsonl").unlink(missing_ok=True)
-            running.append((job, place, start_training(flags_for(*job, place), place / "log.txt")))
-        for entry in [entry for entry in running if entry[2].poll() is not None]:
-            job, place, process = entry
-            running.remove(entry)
-            finish(process, place / "log.txt")
-            result = outcome(place)
-            (place / "done.json").write_text(json.dumps({"job": job} | result))
-            done += 1
-            progress(done, total, started, f"{job}: {result['validation_loss']:.4f}")
-        time.sleep(0.5)
-
-
-def place_of(job: Job, folder: Path) -> Path:
-    return folder / f"{job[0].replace(' ', '-').replace('%', '').replace(',', '')}-seed{job[1]}-{job[2]}"
-
-
-def collect(folder: Path) -> dict[Job, dict[str, Any]]:
-    """All finished runs of variants that are still known."""
-    results = {}
-    for path in sorted(folder.glob("*/done.json")):
-        result = json.loads(path.read_text())
-        variant, seed, iters = result.pop("job")
-        if variant in VARIANTS:
-            results[variant, seed, iters] = result
-    return results
+def job_for(job: Job, folder: Path, micro_batch_size: int | None = None) -> TrainingJob:
+    """The command line of one run, and where it is kept."""
+    variant, seed, iters = job
+    words = variant.replace(" ", "-").replace("%", "").replace(",", "")
+    place = folder / f"{words}-seed{seed}-{iters}"
+    batch = (
+        ["--micro-batch-size", micro_batch_size, "--global-batch-size", micro_batch_size] if micro_batch_size else []
+    )
+    return TrainingJob(job, place, [*flags_for(variant, seed, iters, place), *batch])
 
 
 def relative_bytes(variant: str, rows_sent: float) -> float:
@@ -180,7 +151,7 @@ def relative_bytes(variant: str, rows_sent: float) -> float:
     return rows_sent * per_row / (2 * hidden)
 
 
-def summarize(results: dict[Job, dict[str, Any]], iters: int) -> list[dict[str, Any]]:
+def summarize(results: Mapping[Any, dict[str, Any]], iters: int) -> list[dict[str, Any]]:
     """One entry per variant in the order of VARIANTS; gaps are paired by seed with the exact run of the same gradient."""
     entries = []
     for variant in VARIANTS:
@@ -281,8 +252,8 @@ def main() -> None:
             ["--micro-batch-size", arguments.micro_batch_size, "--global-batch-size", arguments.micro_batch_size]
         )
     jobs = [(v, s, i) for i in arguments.iters for s in arguments.seeds for v in arguments.variants]
-    run_all(jobs, arguments.jobs, arguments.folder)
-    results = collect(arguments.folder)
+    train_all([job_for(job, arguments.folder, arguments.micro_batch_size) for job in jobs], outcome, arguments.jobs)
+    results = {job: run for job, run in finished(arguments.folder).items() if job[0] in VARIANTS}
     by_length = {iters: summarize(results, iters) for iters in sorted({job[2] for job in results})}
     for iters, entries in by_length.items():
         print(f"\n{iters} iterations\n\n{report(entries)}")

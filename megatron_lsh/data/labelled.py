@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from megatron_lsh.config.finetune import GLUE, FinetuneSettings
+from megatron_lsh.data.sources import load_split, parse_json_line, require_datasets
 from megatron_lsh.errors import DataError
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
@@ -128,12 +127,7 @@ def _json_rows(stream: IO[str], name: str, columns: Columns) -> Iterator[Example
         if not line.strip():
             continue
         where = f"{name}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error}): put one JSON object on each line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is a JSON {type(row).__name__}: put one JSON object on each line")
+        row = parse_json_line(line, where)
         require_columns(where, list(row), [*texts, label])
         yield make_example([row[key] for key in texts], row[label], where)
 
@@ -190,22 +184,11 @@ def _cells(reader: Any, header: list[str], texts: Sequence[str], label: str, nam
 
 def _read_hub(name: str, config: str | None, split: str, columns: Columns) -> Labelled:
     what = f"{name}{'/' + config if config else ''}, split {split}"
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{what} needs the package datasets, which is not installed: pip install datasets") from error
-    try:
-        if any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the package raises its own, requests', and plain ones
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{what} cannot be loaded ({reason}): check the name and --hf-config; without a network, save it elsewhere with "
-            "load_dataset(...).save_to_disk(FOLDER) and give --hf-dataset FOLDER"
-        ) from error
+    advice = (
+        "check the name and --hf-config; without a network, save it elsewhere with "
+        "load_dataset(...).save_to_disk(FOLDER) and give --hf-dataset FOLDER"
+    )
+    loaded = load_split(require_datasets(what), name, config, split, what, advice)
     texts, label = columns.texts or ("text",), columns.label or "label"
     require_columns(what, loaded.column_names, [*texts, label])
     names = getattr(loaded.features[label], "names", None)

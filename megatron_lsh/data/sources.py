@@ -58,16 +58,17 @@ class Chunk:
             if isinstance(record, dict):
                 yield number, record
             elif record.strip():
-                yield number, _parse(record, self.source, number)
+                yield number, parse_json_line(record, f"{self.source}, line {number}")
 
 
-def _parse(line: bytes, source: str, number: int) -> Record:
+def parse_json_line(line: bytes | str, where: str) -> Record:
+    """The object on a line; `where` names the line in the DataError for anything else."""
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{source}, line {number} is not JSON ({error}): put one JSON object on each line") from error
+        raise DataError(f"{where} is not JSON ({error}): put one JSON object on each line") from error
     if not isinstance(record, dict):
-        raise DataError(f"{source}, line {number} is a JSON {type(record).__name__}: put one JSON object on each line")
+        raise DataError(f"{where} is a JSON {type(record).__name__}: put one JSON object on each line")
     return record
 
 
@@ -178,30 +179,38 @@ class Parquet:
             first += len(records)
 
 
+def require_datasets(what: str) -> Any:
+    """The package ``datasets``. Raises DataError, naming `what` needs it, where it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{what} needs the package datasets, which is not installed: pip install datasets") from error
+    return datasets
+
+
+def load_split(datasets: Any, name: str, config: str | None, split: str, what: str, advice: str) -> Any:
+    """A split of a data set on the hub, or of one that ``save_to_disk`` wrote into the folder `name`.
+
+    Raises:
+        DataError: naming `what` cannot be loaded, why, and the `advice`.
+    """
+    try:
+        if any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the package raises its own, requests', and plain ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{what} cannot be loaded ({reason}): {advice}") from error
+
+
 class HubDataset:
     """A data set of the Hugging Face ``datasets`` package: a name on the hub, or a folder."""
 
     def __init__(self, name: str, config: str | None, split: str, keys: Sequence[str]) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise DataError(
-                f"{HUB_PREFIX}{name} needs the package datasets, which is not installed: pip install datasets"
-            ) from error
         self.name, self.keys = f"{HUB_PREFIX}{name}", list(keys)
-        try:
-            if os.path.isfile(os.path.join(name, "state.json")) or os.path.isfile(
-                os.path.join(name, "dataset_dict.json")
-            ):
-                loaded = datasets.load_from_disk(name)
-                loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            else:
-                loaded = datasets.load_dataset(name, config, split=split)
-        except Exception as error:  # the package raises its own, requests', and plain ones
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(
-                f"{self.name}, split {split} cannot be loaded ({reason}): check the name, --hf-config and --hf-split"
-            ) from error
+        what, advice = f"{self.name}, split {split}", "check the name, --hf-config and --hf-split"
+        loaded = load_split(require_datasets(self.name), name, config, split, what, advice)
         _require_columns(self.name, loaded.column_names, keys)
         self._dataset = loaded.select_columns(self.keys)
         self.size = len(loaded)  # rows: its bytes are not known without reading it

@@ -17,7 +17,8 @@ Per row 2 B D operations for the distances, as many for the weighted sum, and tw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,8 +54,21 @@ def interpolate(
     """
     if clusters.num_clusters == clusters.num_rows:
         return expert_out_CD.index_select(0, clusters.cluster_N)
-    sizes = list(zip(counts_E.tolist(), clusters.counts_E.tolist(), strict=True))
-    return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, sizes, ridge, width)
+    parts = _parts(counts_E.tolist(), clusters.counts_E.tolist())
+    return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, parts, ridge, width)
+
+
+def _parts(row_counts: list[int], cluster_counts: list[int]) -> list[tuple[slice, slice]]:
+    """(rows, clusters) of each expert where something is to be interpolated.
+
+    Where every row is its own representative, or there is but one, nothing is.
+    """
+    last_row, last_cluster = accumulate(row_counts), accumulate(cluster_counts)
+    return [
+        (slice(row - n, row), slice(cluster - b, cluster))
+        for n, b, row, cluster in zip(row_counts, cluster_counts, last_row, last_cluster, strict=True)
+        if 1 < b < n
+    ]
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ class _Fit:
 
     Rows and representatives come shifted to the latter's mean, which changes no distance and keeps their rounding small.
     """
+
+    SIZE: ClassVar[int] = 5
 
     scale: Tensor
     around_nB: Tensor
@@ -85,7 +101,7 @@ class _Fit:
         return _Fit(scale, around_nB, among_BB, factor_BB, weights_BD)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of the fields."""
+        """The SIZE fields in their order."""
         return self.scale, self.around_nB, self.among_BB, self.factor_BB, self.weights_BD
 
     def change(self, own_n: Tensor) -> Tensor:
@@ -131,57 +147,45 @@ class _Interpolate(torch.autograd.Function):
         rows_ND: Tensor,
         representatives_CD: Tensor,
         clusters: Clusters,
-        sizes: list[tuple[int, int]],
+        parts: list[tuple[slice, slice]],
         ridge: float,
         width: float,
     ) -> Tensor:
-        dtype = torch.promote_types(rows_ND.dtype, torch.float32)
-        ctx.clusters, ctx.sizes, ctx.dtypes = clusters, sizes, (expert_out_CD.dtype, rows_ND.dtype, dtype)
-        rows, centres, outputs, own = _by_expert(
-            sizes, rows_ND.to(dtype), representatives_CD.to(dtype), expert_out_CD.to(dtype), clusters.cluster_N
-        )
+        ctx.clusters, ctx.parts, ctx.out_dtype = clusters, parts, expert_out_CD.dtype
+        outputs_CD = expert_out_CD.to(_arithmetic(rows_ND))
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
-        fits: list[_Fit | None] = []
-        first_row, first_cluster = 0, 0
-        for (n, b), x, c, y, j in zip(sizes, rows, centres, outputs, own, strict=True):
-            # Where every row is its own representative, or there is but one, nothing is to be interpolated.
-            fit = _Fit.of(x - c.mean(0), c - c.mean(0), y, ridge, width) if 1 < b < n else None
-            if fit is not None:
-                restored_ND[first_row : first_row + n] += fit.change(j - first_cluster)
-            fits.append(fit)
-            first_row, first_cluster = first_row + n, first_cluster + b
+        kept: list[Tensor] = []
+        for n, c in parts:
+            fit = _Fit.of(*_shifted(rows_ND[n], representatives_CD[c]), outputs_CD[c], ridge, width)
+            restored_ND[n] += fit.change(clusters.cluster_N[n] - c.start)
+            kept += fit.tensors()
         # Not as attributes: what is saved is dropped under activation recomputation.
-        ctx.fitted = [fit is not None for fit in fits]
-        kept = [t for fit in fits if fit is not None for t in fit.tensors()]
         ctx.save_for_backward(rows_ND, representatives_CD, *kept)
         return restored_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         rows_ND, representatives_CD, *kept = ctx.saved_tensors
-        parts = iter(zip(*[iter(kept)] * 5, strict=True))
-        fits = [_Fit(*next(parts)) if fitted else None for fitted in ctx.fitted]
-        out_dtype, rows_dtype, dtype = ctx.dtypes
-        grad_ND = grads[0].to(dtype).contiguous()
+        grad_ND = grads[0].to(_arithmetic(rows_ND)).contiguous()
         sums_CD = segment_sum(grad_ND, ctx.clusters)
         grad_rows_ND, grad_centres_CD = torch.zeros_like(grad_ND), torch.zeros_like(sums_CD)
         grad_out_CD = sums_CD.clone()
-        first_row, first_cluster = 0, 0
-        for (n, b), fit, x, c in zip(
-            ctx.sizes, fits, *_by_expert(ctx.sizes, rows_ND.to(dtype), representatives_CD.to(dtype)), strict=True
-        ):
-            if fit is not None:
-                of_rows, of_clusters = slice(first_row, first_row + n), slice(first_cluster, first_cluster + b)
-                grad_rows_ND[of_rows], grad_centres_CD[of_clusters], of_outputs = fit.backward(
-                    grad_ND[of_rows], sums_CD[of_clusters], x - c.mean(0), c - c.mean(0)
-                )
-                grad_out_CD[of_clusters] += of_outputs
-            first_row, first_cluster = first_row + n, first_cluster + b
-        grad_rows, grad_centres = grad_rows_ND.to(rows_dtype), grad_centres_CD.to(rows_dtype)
-        return grad_out_CD.to(out_dtype), grad_rows, grad_centres, None, None, None, None
+        for n, c in ctx.parts:
+            fit, kept = _Fit(*kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
+            grad_rows_ND[n], grad_centres_CD[c], of_outputs = fit.backward(
+                grad_ND[n], sums_CD[c], *_shifted(rows_ND[n], representatives_CD[c])
+            )
+            grad_out_CD[c] += of_outputs
+        of_rows, of_centres = grad_rows_ND.to(rows_ND.dtype), grad_centres_CD.to(rows_ND.dtype)
+        return grad_out_CD.to(ctx.out_dtype), of_rows, of_centres, None, None, None, None
 
 
-def _by_expert(sizes: list[tuple[int, int]], rows: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    """Rows, then tensors of representatives (or, if of the length of rows, of rows), split by expert."""
-    row_counts, cluster_counts = ([size[i] for size in sizes] for i in (0, 1))
-    return [t.split(row_counts if t.shape[0] == rows.shape[0] else cluster_counts) for t in (rows, *others)]
+def _arithmetic(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _shifted(rows_nD: Tensor, centres_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the arithmetic, less the mean of the representatives."""
+    rows_nD, centres_BD = (x.to(_arithmetic(x)) for x in (rows_nD, centres_BD))
+    mean_D = centres_BD.mean(0)
+    return rows_nD - mean_D, centres_BD - mean_D

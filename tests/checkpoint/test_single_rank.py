@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import resource
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from megatron_lsh.checkpoint.folders import TRACKER
 from megatron_lsh.checkpoint.manifest import MANIFEST
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.parallel.context import offline_context
+from tests.checkpoint.disks import tmpfs
 from tests.checkpoint.toy import Trainer, manager
 
 CTX = offline_context(device="cpu")
@@ -311,22 +308,6 @@ def test_state_that_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could not be collected"):
         checkpoints.save(run.state(rng={"unsafe": Path("x")}))
     assert [info.valid for info in inspect(tmp_path, hashes=True)] == [True]
-
-
-@contextlib.contextmanager
-def tmpfs(folder: Path, kilobytes: int) -> Iterator[bool]:
-    """A real file system of that size; yields False where it cannot be mounted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-    try:
-        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("async_save", [False, True])

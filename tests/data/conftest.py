@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lsh.data.wordpiece import train_wordpiece
-from tests.data.helpers import load_tool
+from tests.data.helpers import load_tool, numbered_sentences, write_sentences
 
 TEXTS = [
     "def f(x):\n        return x + 1  # add one\n\n\n",
@@ -46,3 +46,10 @@ def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("huggingface")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    """100 documents of 6 sentences of 7 tokens; each token is its own position."""
+    write_sentences(tmp_path / "corpus", numbered_sentences([[7] * 6] * 100))
+    return str(tmp_path / "corpus")

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_lsh.data.samples import Sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +73,8 @@ def numbered_sentences(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]
     """Documents of sentences of these lengths in which every token is its own position in the file."""
     flat = iter(numbered([length for document in lengths for length in document]))
     return [[next(flat) for _ in document] for document in lengths]
+
+
+def same(one: Sample, other: Sample) -> bool:
+    """Whether two samples hold the same arrays."""
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)

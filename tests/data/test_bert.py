@@ -24,7 +24,7 @@ from megatron_lsh.data.tokenizers import (
 from megatron_lsh.data.vocabulary import write_description
 from megatron_lsh.data.wordpiece import BertWordPieceTokenizer
 from megatron_lsh.errors import ConfigError, DataError
-from tests.data.helpers import numbered, numbered_sentences, write_dataset, write_sentences
+from tests.data.helpers import numbered, numbered_sentences, same, write_dataset, write_sentences
 
 TOKENIZER = NullTokenizer(20_000)
 CLS, SEP, MASK, PAD = TOKENIZER.cls, TOKENIZER.sep, TOKENIZER.mask, TOKENIZER.pad
@@ -149,13 +149,6 @@ def test_whole_words(vocab_file: Path) -> None:
     assert all(split.sample(alone, np.random.RandomState(number))["loss_mask"].sum() == 1 for number in range(20))
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    """100 documents of 6 sentences of 7 tokens; each token is its own position."""
-    write_sentences(tmp_path / "corpus", numbered_sentences([[7] * 6] * 100))
-    return str(tmp_path / "corpus")
-
-
 def build(
     num_samples: tuple[int, int, int] = (60, 8, 0), tokenizer: Tokenizer = TOKENIZER, **settings: object
 ) -> Datasets:
@@ -172,10 +165,6 @@ def train(**settings: object) -> list[Sample]:
     dataset = build(**settings).train  # type: ignore[arg-type]
     assert dataset is not None
     return [dataset[i] for i in range(len(dataset))]
-
-
-def same(one: Sample, other: Sample) -> bool:
-    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
 def test_pure_function_of_seed_and_number(corpus: str) -> None:

@@ -16,7 +16,7 @@ from megatron_lsh.data.samples import Sample
 from megatron_lsh.data.t5 import T5Recipe, _divide
 from megatron_lsh.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError, DataError
-from tests.data.helpers import numbered, numbered_sentences, write_dataset, write_sentences
+from tests.data.helpers import numbered, numbered_sentences, same, write_dataset, write_sentences
 
 TOKENIZER = NullTokenizer(20_000, 100)
 SENTINELS = [*TOKENIZER.sentinels]
@@ -121,13 +121,6 @@ def test_the_published_lengths() -> None:
     assert made.text_length == 568 and sample["encoder_padding_mask"].all() and sample["decoder_padding_mask"].all()
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    """100 documents of 6 sentences of 7 tokens; each token is its own position."""
-    write_sentences(tmp_path / "corpus", numbered_sentences([[7] * 6] * 100))
-    return str(tmp_path / "corpus")
-
-
 def build(
     num_samples: tuple[int, int, int] = (60, 8, 0), tokenizer: Tokenizer = TOKENIZER, **settings: object
 ) -> Datasets:
@@ -143,10 +136,6 @@ def train(**settings: object) -> list[Sample]:
     dataset = build(**settings).train  # type: ignore[arg-type]
     assert dataset is not None
     return [dataset[i] for i in range(len(dataset))]
-
-
-def same(one: Sample, other: Sample) -> bool:
-    return all((one[name] == other[name]).all() for name in one)
 
 
 def test_pure_function_of_seed_and_number(corpus: str) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from megatron_lsh.checkpoint.convert.source import Rows, Source
 from megatron_lsh.errors import CheckpointError
 from tests.checkpoint.convert.helpers import QUIET, contents, hf_tensors
 from tests.checkpoint.convert.tiny import save_tiny
+from tests.checkpoint.disks import tmpfs
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 Change = Callable[[dict[str, Tensor]], None]
@@ -229,26 +228,10 @@ def test_what_a_kill_left_is_cleared_away(model: Path, tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-@contextlib.contextmanager
-def disk(folder: Path, kilobytes: int) -> Iterator[bool]:
-    """A real file system of that size; yields False where it cannot be mounted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-    try:
-        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused at the start; and if others fill it meanwhile, on the way."""
     source = load_hf(model)
-    with disk(tmp_path / "disk", 100) as mounted:
+    with tmpfs(tmp_path / "disk", 100) as mounted:
         if not mounted:
             pytest.skip("no tmpfs can be mounted here")
         for save in (save_hf, save_native, save_megatron):
