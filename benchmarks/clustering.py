@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
 
 @torch.no_grad()
 def evaluate(
-    group: Group, method: Method, rate: float, weighted_means: bool = False, **settings: float
+    group: Group, method: Method, rate: float, weighted_means: bool = False, **settings: Any
 ) -> dict[str, float]:
     """One method on one group; `settings` are those of interpolate()."""
     started = time.perf_counter()
@@ -204,15 +204,16 @@ def evaluate(
     def error(rows_out_ND: Tensor) -> float:
         return float((group.tokens(rows_out_ND) - exact_TD).square().sum() / exact_TD.square().sum())
 
-    members_CD = group.rows_ND[lsh.nearest_members(group.rows_ND, clusters)]
-    points_CD = centroids_CD if weighted_means else members_CD
+    member_C = None if weighted_means else lsh.nearest_members(group.rows_ND, clusters)
+    points_CD = centroids_CD if member_C is None else group.rows_ND[member_C]
     at_points_CD = group.outputs(points_CD, clusters.counts_E)
+    restored_ND = interpolate(at_points_CD, group.rows_ND, points_CD, clusters, member_C, **settings)
     return {
         "rate": clusters.num_clusters / clusters.num_rows,
         "energy": float(residual_ND.square().sum() / group.rows_ND.square().sum()),
         "none": error(none_ND),
         "identity": error(none_ND + residual_ND),
-        "interpolate": error(interpolate(at_points_CD, group.rows_ND, points_CD, clusters, group.counts_E, **settings)),
+        "interpolate": error(restored_ND),
         "ms": ms,
     }
 
@@ -256,6 +257,9 @@ def measure(
     ]
     cases.append(("means weighted by probability", default, groups, rates[0], {"weighted_means": True}))
     cases.append((f"{joined} micro-batches together", default, large, rates[0], {}))
+    for block in (32, 64, 1024):
+        cases.append((f"interpolation's block {block}", default, groups, rates[0], {"block": block}))
+        cases.append((f"{joined} micro-batches together, block {block}", default, large, rates[0], {"block": block}))
     for width in (0.25, 0.5, 2.0, 4.0):
         cases.append((f"interpolation's width {width:g}", default, groups, rates[0], {"width": width}))
     for ridge in (0.001, 0.003, 0.03, 0.1):

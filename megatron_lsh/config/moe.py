@@ -103,6 +103,12 @@ class LSHConfig:
         "--lsh-residual interpolate, else mean)",
         choices=("mean", "member"),
     )
+    lsh_interpolation_block: int = flag(
+        128,
+        "Most representatives of one expert that --lsh-residual interpolate fits a function to; an expert with more gets "
+        "several. Larger: closer outputs, more time per row",
+        at_least=2,
+    )
     lsh_residual_rank: int = flag(16, "Rank of --lsh-residual lowrank", at_least=1)
     lsh_gradient: str = flag(
         "exact",

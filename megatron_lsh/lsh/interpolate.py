@@ -11,13 +11,14 @@ s is `width` times the mean squared distance between two representatives. A row 
 E(x). Nothing more travels: all of it is on the row's rank already. And the value is a smooth function of x, so its
 gradient knows how the expert changes around the row, where E(c_j) alone would give all rows of a cluster the same.
 
-Per row 2 B D operations for the distances, as many for the weighted sum, and twice that backward; per expert B^3 / 3.
+Per row that was not sent 2 B D operations for the distances, as many for the weighted sum, and twice that backward. To keep
+the whole linear in the rows, an expert's representatives are fitted in blocks of at most `block`; B is the block's size
+then, and B^3 operations invert K.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +27,9 @@ from torch import Tensor
 from megatron_lsh.lsh.cluster import Clusters
 from megatron_lsh.lsh.segments import segment_sum
 
-RIDGE, WIDTH = 0.01, 1.0
-"""The error of the restored outputs is flat around both: within a fifth for WIDTH 1-4 and RIDGE 0.003-0.03
-(benchmarks/clustering.py)."""
+RIDGE, WIDTH, BLOCK = 0.01, 1.0, 128
+"""The error of the restored outputs is flat around the first two: within a fifth for WIDTH 1-4 and RIDGE 0.003-0.03. It
+falls with BLOCK, and the time rises (benchmarks/clustering.py)."""
 
 
 def interpolate(
@@ -36,8 +37,9 @@ def interpolate(
     rows_ND: Tensor,
     representatives_CD: Tensor,
     clusters: Clusters,
-    counts_E: Tensor,
+    member_C: Tensor | None = None,
     *,
+    block: int = BLOCK,
     ridge: float = RIDGE,
     width: float = WIDTH,
 ) -> Tensor:
@@ -46,7 +48,8 @@ def interpolate(
     Args:
         expert_out_CD: [C, D], the expert's output for each representative.
         rows_ND, representatives_CD: what was clustered and what was sent for it, both sorted by expert.
-        counts_E: int64, rows per expert.
+        member_C: int64, the rows that are representatives, if these are rows: they take their cluster's output as it is.
+        block: most representatives that one function is fitted to.
         ridge: added to the diagonal of K, whose entries are 1 there: how much of Y is taken for noise.
         width: of the kernel, in mean squared distances.
 
@@ -54,59 +57,99 @@ def interpolate(
     """
     if clusters.num_clusters == clusters.num_rows:
         return expert_out_CD.index_select(0, clusters.cluster_N)
-    parts = _parts(counts_E.tolist(), clusters.counts_E.tolist())
-    return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, parts, ridge, width)
+    plan = _Plan.of(clusters, member_C, block)
+    return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, plan, ridge, width)
 
 
-def _parts(row_counts: list[int], cluster_counts: list[int]) -> list[tuple[slice, slice]]:
-    """(rows, clusters) of each expert where something is to be interpolated.
+@dataclass(frozen=True)
+class _Plan:
+    """Which rows are interpolated in which block.
 
-    Where every row is its own representative, or there is but one, nothing is.
+    Attributes:
+        row_M: int64, the M rows to interpolate, sorted by cluster.
+        clusters: of these M rows.
+        parts: per block its part of the M rows, and its clusters.
     """
-    last_row, last_cluster = accumulate(row_counts), accumulate(cluster_counts)
-    return [
-        (slice(row - n, row), slice(cluster - b, cluster))
-        for n, b, row, cluster in zip(row_counts, cluster_counts, last_row, last_cluster, strict=True)
-        if 1 < b < n
-    ]
+
+    row_M: Tensor
+    clusters: Clusters
+    parts: list[tuple[slice, slice]]
+
+    @staticmethod
+    def of(clusters: Clusters, member_C: Tensor | None, block: int) -> _Plan:
+        blocks, device = _blocks(clusters.counts_E.tolist(), block), clusters.cluster_N.device
+        # Rows take their representative's output where they are it, or where it is the only one.
+        lengths = torch.tensor([c.stop - c.start for c in blocks])
+        moves_N = (lengths > 1).repeat_interleave(lengths).to(device).index_select(0, clusters.cluster_N)
+        if member_C is not None:
+            moves_N = moves_N.index_fill(0, member_C, False)
+        row_M = clusters.order_N[moves_N.index_select(0, clusters.order_N)]
+        cluster_M = clusters.cluster_N.index_select(0, row_M)
+        sizes_C = torch.bincount(cluster_M, minlength=clusters.num_clusters)
+        ends_C = sizes_C.cumsum(0)
+        kept = Clusters(
+            cluster_M, sizes_C, clusters.counts_E, torch.arange(len(row_M), device=device), ends_C - sizes_C
+        )
+        ends = [0, *ends_C.tolist()]
+        parts = [(slice(ends[c.start], ends[c.stop]), c) for c in blocks if ends[c.start] < ends[c.stop]]
+        return _Plan(row_M, kept, parts)
+
+
+def _blocks(counts: list[int], most: int) -> list[slice]:
+    """Each expert's clusters in runs of equal length, give or take one, of at most this many.
+
+    Neighbours in number are neighbours in the text. Blocks of neighbours in hash order or space predict no better than by a
+    tenth, which is not worth their sorting: what counts is how many representatives a function is fitted to.
+    """
+    found, first = [], 0
+    for count in counts:
+        pieces = -(-count // most)
+        ends = [first + count * (piece + 1) // pieces for piece in range(pieces)]
+        found += [slice(start, end) for start, end in zip([first, *ends], ends, strict=False)]
+        first += count
+    return found
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """The function fitted for one expert of n rows and B representatives, and what its derivative needs.
+    """The function fitted for one block, n rows and B representatives, and what its derivative needs.
 
-    Rows and representatives come shifted to the latter's mean, which changes no distance and keeps their rounding small.
+    Rows, representatives and outputs come shifted to the mean of the representatives and of their outputs: it changes no
+    distance, and keeps their rounding small.
     """
 
     SIZE: ClassVar[int] = 5
 
+    ridge: float
     scale: Tensor
     around_nB: Tensor
     among_BB: Tensor
-    factor_BB: Tensor
+    inverse_BB: Tensor
     weights_BD: Tensor
 
     @staticmethod
     def of(rows_nD: Tensor, centres_BD: Tensor, outputs_BD: Tensor, ridge: float, width: float) -> _Fit:
         # Between two of B points |c_i - c_j|^2 is on average twice their variance.
-        spread = 2 * centres_BD.var(0, correction=0).sum()
+        spread = centres_BD.square().sum() * (2 / centres_BD.shape[0])
         scale = (width * spread).clamp(min=1e-20)
         columns = _columns(centres_BD, scale)
-        around_nB, among_BB = (_row_features(x) @ columns for x in (rows_nD, centres_BD))
-        around_nB.exp_(), among_BB.exp_()
+        around_nB, among_BB = ((_row_features(x) @ columns).exp_() for x in (rows_nD, centres_BD))
         system_BB = among_BB.clone()
         system_BB.diagonal().add_(ridge)
-        factor_BB, _ = torch.linalg.cholesky_ex(system_BB)  # checks nothing, so nothing waits; ridge keeps it positive
-        weights_BD = torch.cholesky_solve(outputs_BD - outputs_BD.mean(0), factor_BB)
-        return _Fit(scale, around_nB, among_BB, factor_BB, weights_BD)
+        # Its condition number is at most B / ridge, and one product with the inverse is several times faster than two
+        # triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps it positive.
+        inverse_BB = torch.cholesky_inverse(torch.linalg.cholesky_ex(system_BB)[0])
+        return _Fit(ridge, scale, around_nB, among_BB, inverse_BB, inverse_BB @ outputs_BD)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The SIZE fields in their order."""
-        return self.scale, self.around_nB, self.among_BB, self.factor_BB, self.weights_BD
+        """The last SIZE fields in their order."""
+        return self.scale, self.around_nB, self.among_BB, self.inverse_BB, self.weights_BD
 
-    def change(self, own_n: Tensor) -> Tensor:
+    def change(self, outputs_BD: Tensor, own_n: Tensor) -> Tensor:
         """f(x_n) - f(c_own(n)), [n, D]."""
-        return (self.around_nB @ self.weights_BD).sub_((self.among_BB @ self.weights_BD).index_select(0, own_n))
+        # K W, from (K + ridge I) W = outputs and without the product.
+        at_centres_BD = outputs_BD.sub(self.weights_BD, alpha=self.ridge)
+        return (self.around_nB @ self.weights_BD).sub_(at_centres_BD.index_select(0, own_n))
 
     def backward(
         self, grad_nD: Tensor, sums_BD: Tensor, rows_nD: Tensor, centres_BD: Tensor
@@ -115,17 +158,21 @@ class _Fit:
 
         Args:
             grad_nD: of the changes. sums_BD: its sum over the rows of each cluster.
+
+        The changes are k(x) W - K_own W, so dW = k(x)^T g - K s, and with M = (K + ridge I)^-1 the outputs receive M dW and
+        K receives -(s + M dW) W^T. As M K = I - ridge M, both follow from one product, M (k(x)^T g + ridge s) = s + M dW.
         """
-        grad_weights_BD = self.around_nB.T @ grad_nD - self.among_BB @ sums_BD
-        solved_BD = torch.cholesky_solve(grad_weights_BD, self.factor_BB)
+        both_BD = self.inverse_BB @ (self.around_nB.T @ grad_nD).add_(sums_BD, alpha=self.ridge)
+        of_outputs_BD = both_BD - sums_BD
         # With Z = -|a - c|^2 / s and K = exp Z: dZ = dK K.
         around_nB = (grad_nD @ self.weights_BD.T).mul_(self.around_nB)
-        among_BB = ((sums_BD + solved_BD) @ self.weights_BD.T).mul_(self.among_BB).neg_()
+        among_BB = (both_BD @ self.weights_BD.T).mul_(self.among_BB).neg_()
         among_BB = among_BB + among_BB.T  # a representative is on both sides
         grad_rows_nD = (around_nB @ centres_BD).addcmul_(rows_nD, around_nB.sum(1, keepdim=True), value=-1)
         pull_B1 = (around_nB.sum(0) + among_BB.sum(1)).unsqueeze(1)
         grad_centres_BD = around_nB.T @ rows_nD + among_BB @ centres_BD - pull_B1 * centres_BD
-        return grad_rows_nD * (2 / self.scale), grad_centres_BD * (2 / self.scale), solved_BD - solved_BD.mean(0)
+        factor = 2 / self.scale
+        return grad_rows_nD.mul_(factor), grad_centres_BD.mul_(factor), of_outputs_BD - of_outputs_BD.mean(0)
 
 
 def _row_features(a_ND: Tensor) -> Tensor:
@@ -147,45 +194,50 @@ class _Interpolate(torch.autograd.Function):
         rows_ND: Tensor,
         representatives_CD: Tensor,
         clusters: Clusters,
-        parts: list[tuple[slice, slice]],
+        plan: _Plan,
         ridge: float,
         width: float,
     ) -> Tensor:
-        ctx.clusters, ctx.parts, ctx.out_dtype = clusters, parts, expert_out_CD.dtype
-        outputs_CD = expert_out_CD.to(_arithmetic(rows_ND))
+        ctx.clusters, ctx.plan, ctx.out_dtype = clusters, plan, expert_out_CD.dtype
+        ctx.ridge = ridge
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
+        rows_MD = rows_ND.index_select(0, plan.row_M)
+        change_MD = torch.empty_like(rows_MD, dtype=_arithmetic(rows_ND))
         kept: list[Tensor] = []
-        for n, c in parts:
-            fit = _Fit.of(*_shifted(rows_ND[n], representatives_CD[c]), outputs_CD[c], ridge, width)
-            restored_ND[n] += fit.change(clusters.cluster_N[n] - c.start)
+        for n, c in plan.parts:
+            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n])
+            outputs_BD = expert_out_CD[c].to(change_MD.dtype)
+            outputs_BD = outputs_BD - outputs_BD.mean(0)
+            fit = _Fit.of(rows_nD, centres_BD, outputs_BD, ridge, width)
+            change_MD[n] = fit.change(outputs_BD, plan.clusters.cluster_N[n] - c.start)
             kept += fit.tensors()
         # Not as attributes: what is saved is dropped under activation recomputation.
         ctx.save_for_backward(rows_ND, representatives_CD, *kept)
-        return restored_ND
+        return restored_ND.index_add_(0, plan.row_M, change_MD.to(restored_ND.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+        plan: _Plan = ctx.plan
         rows_ND, representatives_CD, *kept = ctx.saved_tensors
         grad_ND = grads[0].to(_arithmetic(rows_ND)).contiguous()
-        sums_CD = segment_sum(grad_ND, ctx.clusters)
-        grad_rows_ND, grad_centres_CD = torch.zeros_like(grad_ND), torch.zeros_like(sums_CD)
-        grad_out_CD = sums_CD.clone()
-        for n, c in ctx.parts:
-            fit, kept = _Fit(*kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
-            grad_rows_ND[n], grad_centres_CD[c], of_outputs = fit.backward(
-                grad_ND[n], sums_CD[c], *_shifted(rows_ND[n], representatives_CD[c])
-            )
-            grad_out_CD[c] += of_outputs
-        of_rows, of_centres = grad_rows_ND.to(rows_ND.dtype), grad_centres_CD.to(rows_ND.dtype)
-        return grad_out_CD.to(ctx.out_dtype), of_rows, of_centres, None, None, None, None
+        rows_MD, grad_MD = (x.index_select(0, plan.row_M) for x in (rows_ND, grad_ND))
+        sums_CD, grad_out_CD = segment_sum(grad_MD, plan.clusters), segment_sum(grad_ND, ctx.clusters)
+        grad_centres_CD = torch.zeros_like(sums_CD)
+        for n, c in plan.parts:
+            fit, kept = _Fit(ctx.ridge, *kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
+            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n])
+            grad_MD[n], grad_centres_CD[c], of_outputs_BD = fit.backward(grad_MD[n], sums_CD[c], rows_nD, centres_BD)
+            grad_out_CD[c] += of_outputs_BD
+        grad_rows_ND = torch.zeros_like(rows_ND).index_copy_(0, plan.row_M, grad_MD.to(rows_ND.dtype))
+        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_centres_CD.to(rows_ND.dtype), None, None, None, None
 
 
 def _arithmetic(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
 
 
-def _shifted(rows_nD: Tensor, centres_BD: Tensor) -> tuple[Tensor, Tensor]:
+def _shifted(centres_BD: Tensor, rows_nD: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the arithmetic, less the mean of the representatives."""
-    rows_nD, centres_BD = (x.to(_arithmetic(x)) for x in (rows_nD, centres_BD))
+    centres_BD, rows_nD = (x.to(_arithmetic(x)) for x in (centres_BD, rows_nD))
     mean_D = centres_BD.mean(0)
-    return rows_nD - mean_D, centres_BD - mean_D
+    return centres_BD - mean_D, rows_nD - mean_D

@@ -52,13 +52,14 @@ class LSHState:
         clusters: which rows each centroid stands for.
         counts_E: int64, rows per expert before compression.
         residual_ND: row minus centroid, in the rows' dtype; None where neither value nor gradient needs it.
-        points: the rows and what was sent for them, where outputs are interpolated between the latter.
+        points: the rows, what was sent for them, and which rows that is if it is rows (int64 [C]), where outputs are
+            interpolated between what was sent.
     """
 
     clusters: lsh.Clusters
     counts_E: Tensor
     residual_ND: Tensor | None
-    points: tuple[Tensor, Tensor] | None = None
+    points: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class LSHCompressor(nn.Module):
         memo = memo or ReplayMemo()
         clusters = memo.recall((self._layer, "clusters"), lambda: self._cluster(rows_ND.detach(), None, counts_E))
         with self._telemetry.timed(self._layer, "lsh_compress_time_ms") as region:
-            rows_ND = region.enter(rows_ND)
+            rows_ND, member_C = region.enter(rows_ND), None
             if self._sends_members:
                 member_C = memo.recall((self._layer, "members"), lambda: lsh.nearest_members(rows_ND, clusters))
                 centroids_CD, residual_ND = lsh.compress_to_members(
@@ -128,7 +129,7 @@ class LSHCompressor(nn.Module):
                 )
             else:
                 centroids_CD, residual_ND = lsh.compress(rows_ND, clusters, with_residual=self._keeps_residual)
-            points = (rows_ND, centroids_CD) if self._interpolates else None
+            points = (rows_ND, centroids_CD, member_C) if self._interpolates else None
             centroids_CD = region.leave(centroids_CD)
         if not memo.replaying((self._layer, "lsh")):
             self._record(rows_ND.detach(), None, centroids_CD.detach(), clusters)
@@ -140,7 +141,9 @@ class LSHCompressor(nn.Module):
 
     def _restore(self, wire_CD: Tensor, state: LSHState) -> Tensor:
         if state.points is not None:
-            return lsh.interpolate(wire_CD, *state.points, state.clusters, state.counts_E)
+            rows_ND, centroids_CD, member_C = state.points
+            block = self._cfg.lsh_interpolation_block
+            return lsh.interpolate(wire_CD, rows_ND, centroids_CD, state.clusters, member_C, block=block)
         if self._cfg.lsh_residual == "none":
             rows_ND = lsh.restore(wire_CD, None, state.clusters)
             return rows_ND if state.residual_ND is None else lsh.straight_through(rows_ND, state.residual_ND)

@@ -6,69 +6,89 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh import lsh
-from megatron_lsh.lsh.interpolate import RIDGE, WIDTH
+from megatron_lsh.lsh.interpolate import RIDGE, WIDTH, _blocks
 from tests.lsh.test_compress_restore import CLUSTERS, make_clusters
 
-COUNTS = torch.tensor([3, 0, 4])  # experts 0 and 2 have 2 clusters of CLUSTERS each
+# Expert 0 has clusters 0-1, expert 1 none, expert 2 clusters 2-6: one block, or two of 2 and 3.
+WIDE = make_clusters([0, 1, 0, 2, 3, 3, 4, 5, 2, 6, 4, 3, 6], [2, 0, 5])
 
 
-def plain(rows, weight):
-    """The formula of the module, expert by expert and with an explicit inverse."""
-    member_C = lsh.nearest_members(rows, CLUSTERS)
-    points = rows[member_C]
+def plain(rows, weight, clusters, members, blocks):
+    """The formula of the module, row by row and with an explicit inverse; `blocks` are (first, last + 1) clusters."""
+    member_C = lsh.nearest_members(rows, clusters)
+    means = torch.stack([rows[clusters.cluster_N == c].mean(0) for c in range(clusters.num_clusters)])
+    points = rows[member_C] if members else means
     outputs = torch.tanh(points @ weight)
     restored = []
-    for row, cluster in zip(rows, CLUSTERS.cluster_N, strict=True):
-        mine = slice(0, 2) if cluster < 2 else slice(2, 4)
+    for number, (row, cluster) in enumerate(zip(rows, clusters.cluster_N, strict=True)):
+        (mine,) = (slice(*block) for block in blocks if block[0] <= cluster < block[1])
         c, y = points[mine], outputs[mine]
         scale = (WIDTH * (c[:, None] - c[None]).square().sum(2).mean()).detach()
 
         def k(x, c=c, scale=scale):
             return torch.exp(-(x[..., None, :] - c).square().sum(-1) / scale)
 
-        fitted = torch.inverse(k(c) + RIDGE * torch.eye(2)) @ (y - y.mean(0))
-        restored.append(outputs[cluster] + (k(row) - k(points[cluster])) @ fitted)
+        fitted = torch.inverse(k(c) + RIDGE * torch.eye(len(c), dtype=c.dtype)) @ (y - y.mean(0))
+        change = 0 if members and number in member_C else (k(row) - k(points[cluster])) @ fitted
+        restored.append(outputs[cluster] + change)
     return torch.stack(restored)
 
 
-def ours(rows, weight):
-    points, residual = lsh.compress_to_members(rows, CLUSTERS, lsh.nearest_members(rows, CLUSTERS), with_residual=False)
-    assert residual is None
-    return lsh.interpolate(torch.tanh(points @ weight), rows, points, CLUSTERS, COUNTS)
+def ours(rows, weight, clusters, members, **settings):
+    if not members:
+        points, member_C = lsh.compress(rows, clusters, with_residual=False)[0], None
+    else:
+        member_C = lsh.nearest_members(rows, clusters)
+        points, residual = lsh.compress_to_members(rows, clusters, member_C, with_residual=False)
+        assert residual is None
+    return lsh.interpolate(torch.tanh(points @ weight), rows, points, clusters, member_C, **settings)
 
 
 @pytest.fixture
 def inputs():
     torch.manual_seed(0)
-    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (5, 5))]
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((13, 5), (5, 5))]
 
 
-def test_values_and_gradients_equal_the_plain_formula(inputs):
-    results = []
-    for function in (plain, ours):
-        out = function(*inputs)
-        results.append((out, *torch.autograd.grad(out.pow(3).sum(), inputs)))
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("members", [True, False])
+@pytest.mark.parametrize(("block", "blocks"), [(5, [(0, 2), (2, 7)]), (4, [(0, 2), (2, 4), (4, 7)])])
+def test_values_and_gradients_equal_the_plain_formula(inputs, members, block, blocks):
+    expected, got = plain(*inputs, WIDE, members, blocks), ours(*inputs, WIDE, members, block=block)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(out.pow(3).sum(), inputs) for out in (expected, got)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
 
 
 def test_gradcheck_at_fixed_scale(inputs):
     """`s` is a constant to the gradient, so the check must not see it move: it is fixed by points that do not."""
     rows, weight = inputs
-    points = rows.detach()[[0, 1, 3, 4]]
+    points = rows.detach()[[0, 1, 3, 4, 6, 7, 9]]
 
     def function(x, y):
-        return lsh.interpolate(y, x, points, CLUSTERS, COUNTS)
+        return lsh.interpolate(y, x, points, WIDE, block=3)
 
     assert torch.autograd.gradcheck(function, (rows, torch.tanh(points @ weight).detach().requires_grad_()))
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=9), st.integers(2, 64))
+@settings(max_examples=60, deadline=None)
+def test_blocks_are_equal_runs_of_one_experts_clusters(counts, most):
+    blocks = _blocks(counts, most)
+    assert [c for block in blocks for c in range(block.start, block.stop)] == list(range(sum(counts)))
+    first = 0
+    for count in counts:
+        sizes = [block.stop - block.start for block in blocks if first <= block.start < first + count]
+        assert sum(sizes) == count and len(sizes) == -(-count // most)
+        assert not sizes or max(sizes) <= min(most, min(sizes) + 1)
+        first += count
+
+
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_gradcheck_of_members(inputs, with_residual):
-    member_C = lsh.nearest_members(inputs[0].detach(), CLUSTERS)
+    member_C = lsh.nearest_members(inputs[0].detach(), WIDE)
 
     def function(rows):
-        sent, residual = lsh.compress_to_members(rows, CLUSTERS, member_C, with_residual=with_residual)
+        sent, residual = lsh.compress_to_members(rows, WIDE, member_C, with_residual=with_residual)
         return (sent, residual) if with_residual else sent
 
     assert torch.autograd.gradcheck(function, (inputs[0],))
@@ -92,7 +112,9 @@ def test_rows_that_were_sent_get_their_expert_output():
     rows = torch.randn(7, 8)
     member_C = lsh.nearest_members(rows, CLUSTERS)
     out = torch.randn(4, 8)
-    restored = lsh.interpolate(out, rows, rows[member_C], CLUSTERS, COUNTS)
+    restored = lsh.interpolate(out, rows, rows[member_C], CLUSTERS, member_C)
+    assert torch.equal(restored[member_C], out)
+    restored = lsh.interpolate(out, rows, rows[member_C], CLUSTERS)  # f at both sides of the difference
     torch.testing.assert_close(restored[member_C], out, rtol=0, atol=1e-5)
 
 
@@ -103,7 +125,7 @@ def test_one_row_per_cluster_is_exact_to_the_bit():
         member_C = lsh.nearest_members(rows, clusters)
         assert member_C.tolist() == [0, 1, 2, 3, 4]
         sent, residual = lsh.compress_to_members(rows, clusters, member_C, with_residual=with_residual)
-        out = lsh.interpolate(torch.tanh(sent), rows, sent, clusters, torch.tensor([3, 2]))
+        out = lsh.interpolate(torch.tanh(sent), rows, sent, clusters, member_C)
         if residual is not None:
             out = out + residual
         upstream = torch.randn(5, 8)
@@ -137,14 +159,19 @@ def test_outputs_of_a_smooth_expert_come_closer(members):
     budgets = lsh.row_budgets(counts, 0.2)
     projection = lsh.project(rows, lsh.make_rotation(32, 6, 8, seed=0))
     clusters = lsh.refine(rows, lsh.cluster_projection(projection, counts, budgets, 80, 6), counts, 1)
-    if members:
-        sent, _ = lsh.compress_to_members(rows, clusters, lsh.nearest_members(rows, clusters), with_residual=False)
-    else:
+    member_C = lsh.nearest_members(rows, clusters) if members else None
+    if member_C is None:
         sent, _ = lsh.compress(rows, clusters, with_residual=False)
+    else:
+        sent, _ = lsh.compress_to_members(rows, clusters, member_C, with_residual=False)
     out, exact = expert(sent), expert(rows)
     error_none = (lsh.restore(out, None, clusters) - exact).square().sum()
-    error = (lsh.interpolate(out, rows, sent, clusters, counts) - exact).square().sum()
-    assert error < 0.35 * error_none
+    at_once, in_two, in_eight = (
+        (lsh.interpolate(out, rows, sent, clusters, member_C, block=block) - exact).square().sum()
+        for block in (80, 40, 10)
+    )
+    assert at_once < 0.35 * error_none
+    assert at_once < in_two < in_eight < error_none
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,9 +181,10 @@ def test_equal_rows_single_rows_and_none(dtype):
         torch.tensor([0, 0, 0, 2]), torch.tensor([3, 0, 1]), torch.tensor([2, 1, 0])
     )
     rows = torch.ones(4, 6, dtype=dtype, requires_grad=True)
-    sent, _ = lsh.compress_to_members(rows, clusters, lsh.nearest_members(rows, clusters), with_residual=False)
+    member_C = lsh.nearest_members(rows, clusters)
+    sent, _ = lsh.compress_to_members(rows, clusters, member_C, with_residual=False)
     out = (sent * 2).requires_grad_()
-    restored = lsh.interpolate(out, rows, sent, clusters, torch.tensor([3, 1, 0]))
+    restored = lsh.interpolate(out, rows, sent, clusters, member_C)
     restored.float().square().sum().backward()
     assert restored.dtype == dtype and torch.equal(restored, torch.full_like(rows, 2))
     assert rows.grad.isfinite().all()
@@ -164,4 +192,4 @@ def test_equal_rows_single_rows_and_none(dtype):
     empty = lsh.Clusters.from_assignment(*(torch.zeros(n, dtype=torch.int64) for n in (0, 0, 2)))
     none = torch.zeros(0, 6, dtype=dtype)
     assert lsh.nearest_members(none, empty).shape == (0,)
-    assert lsh.interpolate(none, none, none, empty, torch.zeros(2, dtype=torch.int64)).shape == (0, 6)
+    assert lsh.interpolate(none, none, none, empty).shape == (0, 6)
