@@ -53,19 +53,3 @@ def within_capacity(
     keep = torch.empty(slots, dtype=torch.bool, device=ids.device)
     keep[preference[by_expert]] = (rank_in_expert < capacity) & (sorted_ids < num_experts)
     return keep.view(num_tokens, topk)
-
-
-def drop_over_capacity(
-    expert_ids_TK: Tensor, probs_TK: Tensor, num_experts: int, factor: float, policy: str
-) -> tuple[Tensor, Tensor]:
-    """Give every expert at most :func:`expert_capacity` rows of this rank.
-
-    Dropped choices get expert id -1 and weight 0; the weights of a token's other choices stay as they are (Megatron
-    does not renormalise). Arguments as in :func:`within_capacity`; differentiable in the weights.
-
-    Returns:
-        (expert_ids_TK, probs_TK), changed copies.
-    """
-    capacity = expert_capacity(expert_ids_TK.shape[0], expert_ids_TK.shape[1], num_experts, factor)
-    keep = within_capacity(expert_ids_TK, probs_TK, num_experts, capacity, policy)
-    return expert_ids_TK.masked_fill(~keep, -1), probs_TK.masked_fill(~keep, 0)

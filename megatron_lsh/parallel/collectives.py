@@ -26,11 +26,6 @@ def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _ReduceScatter.apply(x, group)
 
 
-def scatter_sequence(x: Tensor, group: Group) -> Tensor:
-    """[S, ...], equal on all ranks -> this rank's [S/n, ...]. Backward: all-gather."""
-    return x if group.size == 1 else _Scatter.apply(x, group)
-
-
 def gather_sequence(x: Tensor, group: Group) -> Tensor:
     """[S/n, ...] -> [S, ...], for a consumer that is the same on all ranks. Backward: own slice (no sum)."""
     return x if group.size == 1 else _Gather.apply(x, group)
@@ -44,18 +39,6 @@ def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """All-reduce of the partial results that leave a tensor parallel region. Backward: identity."""
     return x if group.size == 1 else _Reduce.apply(x, group)
-
-
-def all_to_all_rows(x_ND: Tensor, send_counts: list[int], recv_counts: list[int], group: Group) -> Tensor:
-    """Send the first send_counts[0] rows to rank 0 of the group, the next to rank 1, ...; no autograd.
-
-    Returns [sum(recv_counts), D] with the rows from rank 0 first. Counts may be zero.
-    """
-    if group.size == 1:
-        return x_ND
-    received = x_ND.new_empty((sum(recv_counts), *x_ND.shape[1:]))
-    dist.all_to_all_single(received, x_ND.contiguous(), recv_counts, send_counts, group=group.process_group)
-    return received
 
 
 # torch 2.13 renamed two collectives and warns about the old names; torch 2.11 has only those.
@@ -108,17 +91,6 @@ class _ReduceScatter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_gather(grad, ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _own_slice(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_lsh.config.parallel import PrecisionConfig
-from megatron_lsh.parallel.context import DENSE_DATA, EXPERT_DATA, Group, ParallelContext
+from megatron_lsh.parallel.context import DENSE_DATA, EXPERT_DATA, ParallelContext
 from megatron_lsh.parallel.parameters import NOTES, is_expert
 
 
@@ -155,14 +155,6 @@ def clip_grad_norm(model: nn.Module, max_norm: float, ctx: ParallelContext) -> T
 def grads_are_finite(norm: Tensor) -> bool:
     """Whether every gradient on every rank is finite, read off the result of ``clip_grad_norm`` (same on all ranks)."""
     return bool(torch.isfinite(norm))
-
-
-def all_ranks_finite(value: Tensor, group: Group) -> bool:
-    """Whether `value` (a loss) is finite on every rank of `group`; the same answer on all of them."""
-    finite = torch.isfinite(value.detach()).all().float()
-    if group.size > 1:
-        dist.all_reduce(finite, dist.ReduceOp.MIN, group=group.process_group)
-    return bool(finite)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lsh.moe.capacity import drop_over_capacity, expert_capacity, within_capacity
+from megatron_lsh.moe.capacity import expert_capacity, within_capacity
 
 
 def naive_keep(ids: Tensor, probs: Tensor, num_experts: int, capacity: int, policy: str) -> Tensor:
@@ -33,12 +33,8 @@ def test_capacity_formula() -> None:
 )
 def test_policies_by_hand(policy: str, kept: list[bool]) -> None:
     ids = torch.tensor([[0], [0], [0], [0]])
-    probs = torch.tensor([[0.1], [0.9], [0.5], [0.2]], requires_grad=True)
-    new_ids, new_probs = drop_over_capacity(ids, probs, num_experts=2, factor=1.0, policy=policy)  # capacity 2
-    assert (new_ids[:, 0] == 0).tolist() == kept and (new_ids[:, 0] == -1).tolist() == [not k for k in kept]
-    assert torch.equal(new_probs, probs * torch.tensor(kept)[:, None])  # not renormalised
-    (grad,) = torch.autograd.grad(new_probs.sum(), probs)
-    assert grad[:, 0].tolist() == [float(k) for k in kept]
+    probs = torch.tensor([[0.1], [0.9], [0.5], [0.2]])
+    assert within_capacity(ids, probs, num_experts=2, capacity=2, policy=policy)[:, 0].tolist() == kept
 
 
 def test_ties_and_masked_tokens() -> None:
@@ -76,7 +72,7 @@ def test_equals_megatrons_dense_formulation() -> None:
     dense = torch.zeros(tokens, num_experts).scatter(1, ids, probs)
     capacity = expert_capacity(tokens, topk, num_experts, factor)
     kept = torch.zeros_like(dense).scatter(0, dense.topk(capacity, dim=0).indices, 1.0)
-    new_ids, new_probs = drop_over_capacity(ids, probs, num_experts, factor, "probs")
-    ours = torch.zeros(tokens, num_experts + 1).scatter(1, new_ids.where(new_ids >= 0, num_experts), new_probs)
-    assert torch.equal(ours[:, :-1], dense * kept)
-    assert (new_ids < 0).sum() > 10
+    keep = within_capacity(ids, probs, num_experts, capacity, "probs")
+    ours = torch.zeros(tokens, num_experts).scatter(1, ids, probs * keep)
+    assert torch.equal(ours, dense * kept)
+    assert (~keep).sum() > 10

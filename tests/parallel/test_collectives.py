@@ -58,7 +58,6 @@ def all_collectives(tp: int) -> None:
 
     check(collectives.all_gather_sequence, lambda xs: [torch.cat(xs)] * n, group, parts, weights, True)
     check(collectives.reduce_scatter_sequence, lambda xs: slices(sum(xs), n), group, different, part_weights, True)
-    check(collectives.scatter_sequence, lambda xs: slices(xs[0], n), group, same, part_weights, False)
     check(collectives.copy_to_tensor_parallel, lambda xs: xs, group, same, weights, False)
     # What follows these two is replicated: the loss is counted once, not on each rank.
     once = [weights[0]] + [torch.zeros_like(weights[0])] * (n - 1)
@@ -74,26 +73,8 @@ def all_collectives(tp: int) -> None:
         torch.testing.assert_close(y, outputs[0].detach())
         y.backward(weights[0])  # equal on all ranks
         torch.testing.assert_close(x.grad, everyone[group.rank].grad)
-    rows_to_everyone(group)
     with pytest.raises(ValueError, match="cannot be split evenly"):
-        collectives.scatter_sequence(draw(0, N_ROWS + 1), group)
-
-
-def rows_to_everyone(group: Group) -> None:
-    """Rank i sends (i + 2 j) % 3 rows to rank j: uneven, and some empty."""
-
-    def count(i: int, j: int) -> int:
-        return (i + 2 * j) % 3
-
-    def block(i: int, j: int) -> Tensor:
-        return draw(1000 + i * group.size + j, count(i, j))
-
-    ranks, me = range(group.size), group.rank
-    send = torch.cat([block(me, j) for j in ranks])
-    received = collectives.all_to_all_rows(send, [count(me, j) for j in ranks], [count(i, me) for i in ranks], group)
-    torch.testing.assert_close(received, torch.cat([block(i, me) for i in ranks]), rtol=0, atol=0)
-    nothing = collectives.all_to_all_rows(send[:0], [0] * group.size, [0] * group.size, group)
-    assert nothing.shape == (0, WIDTH)
+        collectives.reduce_scatter_sequence(draw(0, N_ROWS + 1), group)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -107,10 +88,8 @@ def test_on_one_rank_they_return_their_input() -> None:
     for name in (
         "all_gather_sequence",
         "reduce_scatter_sequence",
-        "scatter_sequence",
         "gather_sequence",
         "copy_to_tensor_parallel",
         "reduce_from_tensor_parallel",
     ):
         assert getattr(collectives, name)(x, group) is x
-    assert collectives.all_to_all_rows(x, [N_ROWS], [N_ROWS], group) is x

@@ -12,7 +12,6 @@ from megatron_lsh.config.parallel import PrecisionConfig
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.data_parallel import (
     accumulate,
-    all_ranks_finite,
     clip_grad_norm,
     finalize_gradients,
     grads_are_finite,
@@ -170,14 +169,12 @@ def one_bad_gradient(bad: float) -> list[bool]:
     if ctx.rank == 1:
         next(p for p in model.parameters() if p.is_expert).grad.to_local().view(-1)[3] = bad
     answers.append(grads_are_finite(clip_grad_norm(model, 1.0, ctx)))
-    answers.append(all_ranks_finite(torch.tensor(1.0), ctx.world))
-    answers.append(all_ranks_finite(torch.tensor(bad if ctx.rank == 1 else 1.0), ctx.world))
     return answers
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_gradient_is_known_to_all(bad: float) -> None:
-    assert run_distributed_test(one_bad_gradient, 2, bad) == [[True, False, True, False]] * 2
+    assert run_distributed_test(one_bad_gradient, 2, bad) == [[True, False]] * 2
 
 
 def test_an_offline_context_cannot_shard() -> None:
