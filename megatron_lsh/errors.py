@@ -1,6 +1,14 @@
-"""Exceptions for mistakes a user can make. Each message gives the value, the rule and the fix."""
+"""Exceptions for mistakes a user can make, and how a command line tool ends with one.
+
+Each message gives the value, the rule and the fix.
+"""
 
 from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class MegatronLSHError(Exception):
@@ -17,3 +25,26 @@ class DataError(MegatronLSHError, ValueError):
 
 class CheckpointError(MegatronLSHError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Do the work of a tool that writes all or nothing, and return its exit status: 0, 1 after an error, 130 if stopped.
+
+    SIGTERM takes the same way out as Ctrl-C, so that temporary files are removed.
+    """
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        work()
+    except MegatronLSHError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    return 0

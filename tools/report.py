@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_lsh.errors import MegatronLSHError
+from megatron_lsh.errors import exit_status
 from megatron_lsh.training.report.page import render
 from megatron_lsh.training.report.runs import read_runs
 
@@ -28,16 +28,16 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.names is not None and len(arguments.names) != len(arguments.runs):
         parser.error(f"--names has {len(arguments.names)} names for {len(arguments.runs)} runs")
-    try:
-        runs = read_runs(arguments.runs, arguments.names)
-    except MegatronLSHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    title = arguments.title or " against ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
+    return exit_status(lambda: write_page(arguments.runs, arguments.names, arguments.title, arguments.out))
+
+
+def write_page(folders: list[Path], names: list[str] | None, title: str | None, out: Path) -> None:
+    """Raises DataError."""
+    runs = read_runs(folders, names)
+    title = title or " against ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
     note = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {time.strftime('%Y-%m-%d %H:%M')}"
-    arguments.out.write_text(render(runs, title, note), encoding="utf-8")
-    print(f"wrote {arguments.out}")
-    return 0
+    out.write_text(render(runs, title, note), encoding="utf-8")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from contextlib import ExitStack, suppress
 from difflib import get_close_matches
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from typing import NoReturn
 
 import numpy as np
 
@@ -30,7 +28,7 @@ from megatron_lsh.data.progress import Progress
 from megatron_lsh.data.sentences import UNITS
 from megatron_lsh.data.sources import TEXT_UNITS, Chunk, Source, open_sources
 from megatron_lsh.data.vocabulary import description_path, write_description
-from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
+from megatron_lsh.errors import ConfigError, DataError, exit_status
 
 CHUNKS_AHEAD = 4  # per worker, so that memory stays bounded however large the input
 
@@ -263,19 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         near = get_close_matches(unknown[0], [name for action in parser._actions for name in action.option_strings], 1)
         parser.error(f"unknown argument {unknown[0]}{f': did you mean {near[0]}?' if near else ''}")
 
-    def stop(signum: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt  # the same way out as Ctrl-C: temporary files are removed
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
+    def work() -> None:
         check_flags(args)
         preprocess(args)
-    except MegatronLSHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return 0
+
+    return exit_status(work)
