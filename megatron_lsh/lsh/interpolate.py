@@ -80,7 +80,8 @@ class _Plan:
         blocks, device = _blocks(clusters.counts_E.tolist(), block), clusters.cluster_N.device
         # Rows take their representative's output where they are it, or where it is the only one.
         lengths = torch.tensor([c.stop - c.start for c in blocks])
-        moves_N = (lengths > 1).repeat_interleave(lengths).to(device).index_select(0, clusters.cluster_N)
+        moves_C = (lengths > 1).repeat_interleave(lengths).to(device) & (clusters.sizes_C > 1)
+        moves_N = moves_C.index_select(0, clusters.cluster_N)
         if member_C is not None:
             moves_N = moves_N.index_fill(0, member_C, False)
         row_M = clusters.order_N[moves_N.index_select(0, clusters.order_N)]
@@ -98,8 +99,8 @@ class _Plan:
 def _blocks(counts: list[int], most: int) -> list[slice]:
     """Each expert's clusters in runs of equal length, give or take one, of at most this many.
 
-    Neighbours in number are neighbours in the text. Blocks of neighbours in hash order or space predict no better than by a
-    tenth, which is not worth their sorting: what counts is how many representatives a function is fitted to.
+    Neighbours in number are neighbours in the text. Blocks of neighbours in hash order or in space would take off another
+    tenth or fifth of the error, too little to sort for: what counts is how many representatives a function is fitted to.
     """
     found, first = [], 0
     for count in counts:
