@@ -140,7 +140,8 @@ def main() -> None:
     train_all(jobs, outcome)
     results = finished(options.folder)
     print(f"\n{report(results)}")
-    settings = {name: str(value) for name, value in vars(options).items()}
+    places = {"gpt", "bert", "t5", "data", "folder"}
+    settings = {name: value for name, value in vars(options).items() if name not in places}
     runs = [{"model": m, "dispatcher": d, "seed": s} | result for (m, d, s), result in sorted(results.items())]
     print(f"\nwrote {write_result('finetuning', {'settings': settings, 'runs': runs})}")
 
