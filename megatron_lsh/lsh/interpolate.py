@@ -121,7 +121,6 @@ class _Fit:
 
     SIZE: ClassVar[int] = 5
 
-    ridge: float
     scale: Tensor
     around_nB: Tensor
     among_BB: Tensor
@@ -140,17 +139,16 @@ class _Fit:
         # Its condition number is at most B / ridge, and one product with the inverse is several times faster than two
         # triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps it positive.
         inverse_BB = torch.cholesky_inverse(torch.linalg.cholesky_ex(system_BB)[0])
-        return _Fit(ridge, scale, around_nB, among_BB, inverse_BB, inverse_BB @ outputs_BD)
+        return _Fit(scale, around_nB, among_BB, inverse_BB, inverse_BB @ outputs_BD)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The last SIZE fields in their order."""
+        """The SIZE fields in their order."""
         return self.scale, self.around_nB, self.among_BB, self.inverse_BB, self.weights_BD
 
-    def change(self, outputs_BD: Tensor, own_n: Tensor) -> Tensor:
+    def change(self, own_n: Tensor) -> Tensor:
         """f(x_n) - f(c_own(n)), [n, D]."""
-        # K W, from (K + ridge I) W = outputs and without the product.
-        at_centres_BD = outputs_BD.sub(self.weights_BD, alpha=self.ridge)
-        return (self.around_nB @ self.weights_BD).sub_(at_centres_BD.index_select(0, own_n))
+        # K W could be had as outputs - ridge W; but as a product it has the same rounding as k(x) W, which cancels.
+        return (self.around_nB @ self.weights_BD).sub_((self.among_BB @ self.weights_BD).index_select(0, own_n))
 
     def backward(
         self, grad_nD: Tensor, sums_BD: Tensor, rows_nD: Tensor, centres_BD: Tensor
@@ -161,13 +159,12 @@ class _Fit:
             grad_nD: of the changes. sums_BD: its sum over the rows of each cluster.
 
         The changes are k(x) W - K_own W, so dW = k(x)^T g - K s, and with M = (K + ridge I)^-1 the outputs receive M dW and
-        K receives -(s + M dW) W^T. As M K = I - ridge M, both follow from one product, M (k(x)^T g + ridge s) = s + M dW.
+        K receives -(s + M dW) W^T.
         """
-        both_BD = self.inverse_BB @ (self.around_nB.T @ grad_nD).add_(sums_BD, alpha=self.ridge)
-        of_outputs_BD = both_BD - sums_BD
+        of_outputs_BD = self.inverse_BB @ (self.around_nB.T @ grad_nD).sub_(self.among_BB @ sums_BD)
         # With Z = -|a - c|^2 / s and K = exp Z: dZ = dK K.
         around_nB = (grad_nD @ self.weights_BD.T).mul_(self.around_nB)
-        among_BB = (both_BD @ self.weights_BD.T).mul_(self.among_BB).neg_()
+        among_BB = ((sums_BD + of_outputs_BD) @ self.weights_BD.T).mul_(self.among_BB).neg_()
         among_BB = among_BB + among_BB.T  # a representative is on both sides
         grad_rows_nD = (around_nB @ centres_BD).addcmul_(rows_nD, around_nB.sum(1, keepdim=True), value=-1)
         pull_B1 = (around_nB.sum(0) + among_BB.sum(1)).unsqueeze(1)
@@ -200,7 +197,6 @@ class _Interpolate(torch.autograd.Function):
         width: float,
     ) -> Tensor:
         ctx.clusters, ctx.plan, ctx.out_dtype = clusters, plan, expert_out_CD.dtype
-        ctx.ridge = ridge
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         rows_MD = rows_ND.index_select(0, plan.row_M)
         change_MD = torch.empty_like(rows_MD, dtype=_arithmetic(rows_ND))
@@ -210,7 +206,7 @@ class _Interpolate(torch.autograd.Function):
             outputs_BD = expert_out_CD[c].to(change_MD.dtype)
             outputs_BD = outputs_BD - outputs_BD.mean(0)
             fit = _Fit.of(rows_nD, centres_BD, outputs_BD, ridge, width)
-            change_MD[n] = fit.change(outputs_BD, plan.clusters.cluster_N[n] - c.start)
+            change_MD[n] = fit.change(plan.clusters.cluster_N[n] - c.start)
             kept += fit.tensors()
         # Not as attributes: what is saved is dropped under activation recomputation.
         ctx.save_for_backward(rows_ND, representatives_CD, *kept)
@@ -225,7 +221,7 @@ class _Interpolate(torch.autograd.Function):
         sums_CD, grad_out_CD = segment_sum(grad_MD, plan.clusters), segment_sum(grad_ND, ctx.clusters)
         grad_centres_CD = torch.zeros_like(sums_CD)
         for n, c in plan.parts:
-            fit, kept = _Fit(ctx.ridge, *kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
+            fit, kept = _Fit(*kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
             centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n])
             grad_MD[n], grad_centres_CD[c], of_outputs_BD = fit.backward(grad_MD[n], sums_CD[c], rows_nD, centres_BD)
             grad_out_CD[c] += of_outputs_BD
