@@ -247,10 +247,6 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, help="sequences of 256 tokens per step, in which clusters form")
     parser.add_argument("--name", default="quality", help="of the result file and the plot")
     arguments = parser.parse_args()
-    if arguments.micro_batch_size:
-        MODEL.extend(
-            ["--micro-batch-size", arguments.micro_batch_size, "--global-batch-size", arguments.micro_batch_size]
-        )
     jobs = [(v, s, i) for i in arguments.iters for s in arguments.seeds for v in arguments.variants]
     train_all([job_for(job, arguments.folder, arguments.micro_batch_size) for job in jobs], outcome, arguments.jobs)
     results = {job: run for job, run in finished(arguments.folder).items() if job[0] in VARIANTS}
