@@ -27,10 +27,10 @@ class CheckpointError(MegatronLSHError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Do the work of a tool that writes all or nothing, and return its exit status: 0, 1 after an error, 130 if stopped.
+def exit_status(work: Callable[[], None], interrupted: str = "nothing was written") -> int:
+    """Do the work of a tool and return its exit status: 0, 1 after an error, 130 if stopped.
 
-    SIGTERM takes the same way out as Ctrl-C, so that temporary files are removed.
+    SIGTERM takes the same way out as Ctrl-C, so that temporary files are removed; `interrupted` says what is left then.
     """
 
     def stop(signum: int, frame: object) -> NoReturn:
@@ -43,7 +43,7 @@ def exit_status(work: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, former)

