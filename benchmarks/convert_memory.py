@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, table, write_result
-from megatron_lsh.checkpoint.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
-from megatron_lsh.checkpoint.convert.hf import hub_shapes
-from megatron_lsh.checkpoint.convert.hf_config import read_hf_config
-from megatron_lsh.checkpoint.convert.safetensors import SafetensorsWriter
-from megatron_lsh.checkpoint.convert.source import TensorSpec, model_shapes
+from megatron_lsh.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
+from megatron_lsh.convert.hf import hub_shapes
+from megatron_lsh.convert.hf_config import read_hf_config
+from megatron_lsh.convert.safetensors import SafetensorsWriter
+from megatron_lsh.convert.source import TensorSpec, model_shapes
 
 CONVERSIONS = ("hf to native", "native to hf", "native to megatron, TP 2 x EP 2")
 LAYER_BYTES = 2 * (8 * 3 * 2048 * 5632 + 2 * 2048 * 2048 + 2 * 2048 * 512)

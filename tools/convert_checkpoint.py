@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_lsh.checkpoint.convert import (
+from megatron_lsh.config import MoEConfig
+from megatron_lsh.convert import (
     CastSource,
     Checks,
     Source,
@@ -34,7 +35,6 @@ from megatron_lsh.checkpoint.convert import (
     upcycle,
     with_reference,
 )
-from megatron_lsh.config import MoEConfig
 from megatron_lsh.errors import CheckpointError, exit_status
 
 FORMATS = ("hf", "native", "megatron")

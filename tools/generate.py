@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
-from megatron_lsh.checkpoint.convert.native import HF, find_native, read_config
-from megatron_lsh.checkpoint.convert.source import VOCABULARY
 from megatron_lsh.checkpoint.manifest import MANIFEST
 from megatron_lsh.config import Config, padded_vocab_size, to_dict
 from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.convert.native import HF, find_native, read_config
+from megatron_lsh.convert.source import VOCABULARY
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.gpt import GPTModel

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from megatron_lsh.checkpoint.convert import Checks, load_native, save_native, upcycle
 from megatron_lsh.checkpoint.inspection import inspect
 from megatron_lsh.config import Config
 from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.convert import Checks, load_native, save_native, upcycle
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.training.faults import together
 

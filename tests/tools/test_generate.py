@@ -17,7 +17,7 @@ from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.generate import Sampling, draw, generate, generate_batch
-from tests.checkpoint.convert.test_tool import load_tool
+from tests.convert.test_tool import load_tool
 from tests.models.model_helpers import LLAMA_LIKE, MOE, make_config, make_gpt, randomize
 
 CTX = offline_context(device="cpu")

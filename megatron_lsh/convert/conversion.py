@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.checkpoint import folders
-from megatron_lsh.checkpoint.convert.hf import HuggingFaceSource, HuggingFaceWriter, small_files
-from megatron_lsh.checkpoint.convert.logits import Agreement, compare_logits, why_not_compared
-from megatron_lsh.checkpoint.convert.megatron import LOCAL, MegatronSource, MegatronWriter
-from megatron_lsh.checkpoint.convert.native import NativeSource, NativeWriter, mark_release, refuse_used_folder
-from megatron_lsh.checkpoint.convert.output import new_folder
-from megatron_lsh.checkpoint.convert.progress import ByteProgress
-from megatron_lsh.checkpoint.convert.source import Origin, Rows, Source, TensorSpec, required_vocab, total_bytes
-from megatron_lsh.checkpoint.convert.verify import Recorder, verify_copy
+from megatron_lsh.convert.hf import HuggingFaceSource, HuggingFaceWriter, small_files
+from megatron_lsh.convert.logits import Agreement, compare_logits, why_not_compared
+from megatron_lsh.convert.megatron import LOCAL, MegatronSource, MegatronWriter
+from megatron_lsh.convert.native import NativeSource, NativeWriter, mark_release, refuse_used_folder
+from megatron_lsh.convert.output import new_folder
+from megatron_lsh.convert.progress import ByteProgress
+from megatron_lsh.convert.source import Origin, Rows, Source, TensorSpec, required_vocab, total_bytes
+from megatron_lsh.convert.verify import Recorder, verify_copy
 from megatron_lsh.errors import CheckpointError
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-from megatron_lsh.checkpoint.convert.layouts import GATE_UP, GATE_UP_ROWS, QKV, SAME, Layout
+from megatron_lsh.convert.layouts import GATE_UP, GATE_UP_ROWS, QKV, SAME, Layout
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from megatron_lsh.checkpoint.convert.conversion import (
+from megatron_lsh.convert.conversion import (
     CastSource,
     Checks,
     save_hf,
@@ -20,12 +20,12 @@ from megatron_lsh.checkpoint.convert.conversion import (
     save_native,
     with_reference,
 )
-from megatron_lsh.checkpoint.convert.hf import HuggingFaceSource as load_hf
-from megatron_lsh.checkpoint.convert.logits import compare_logits, load_model
-from megatron_lsh.checkpoint.convert.megatron import MegatronSource as load_megatron
-from megatron_lsh.checkpoint.convert.native import NativeSource as load_native
-from megatron_lsh.checkpoint.convert.source import Rows, Source, TensorSpec
-from megatron_lsh.checkpoint.convert.upcycle import UpcycledSource as upcycle
+from megatron_lsh.convert.hf import HuggingFaceSource as load_hf
+from megatron_lsh.convert.logits import compare_logits, load_model
+from megatron_lsh.convert.megatron import MegatronSource as load_megatron
+from megatron_lsh.convert.native import NativeSource as load_native
+from megatron_lsh.convert.source import Rows, Source, TensorSpec
+from megatron_lsh.convert.upcycle import UpcycledSource as upcycle
 
 __all__ = [
     "CastSource",

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.checkpoint import folders
-from megatron_lsh.checkpoint.convert.hf import vocabulary_pieces
-from megatron_lsh.checkpoint.convert.megatron_args import args_of, config_of
-from megatron_lsh.checkpoint.convert.megatron_table import (
+from megatron_lsh.config import padded_vocab_size
+from megatron_lsh.convert.hf import vocabulary_pieces
+from megatron_lsh.convert.megatron_args import args_of, config_of
+from megatron_lsh.convert.megatron_table import (
     GATED,
     IGNORED,
     WHOLE,
@@ -28,7 +29,7 @@ from megatron_lsh.checkpoint.convert.megatron_table import (
     join,
     spellings,
 )
-from megatron_lsh.checkpoint.convert.source import (
+from megatron_lsh.convert.source import (
     VOCABULARY,
     Origin,
     Rows,
@@ -41,8 +42,7 @@ from megatron_lsh.checkpoint.convert.source import (
     row_by_row,
     whole,
 )
-from megatron_lsh.checkpoint.convert.torch_file import StoredTensor, TorchFileWriter, open_torch_file
-from megatron_lsh.config import padded_vocab_size
+from megatron_lsh.convert.torch_file import StoredTensor, TorchFileWriter, open_torch_file
 from megatron_lsh.errors import CheckpointError
 
 FILE = "model_optim_rng.pt"

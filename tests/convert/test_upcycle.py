@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from megatron_lsh.checkpoint.convert import (
+from megatron_lsh.config import MoEConfig, parse_args, validate
+from megatron_lsh.convert import (
     load_hf,
     load_model,
     load_native,
@@ -19,15 +20,14 @@ from megatron_lsh.checkpoint.convert import (
     save_native,
     upcycle,
 )
-from megatron_lsh.checkpoint.convert.logits import our_logits
-from megatron_lsh.config import MoEConfig, parse_args, validate
+from megatron_lsh.convert.logits import our_logits
 from megatron_lsh.errors import CheckpointError, ConfigError
 from megatron_lsh.models.gpt import build_gpt
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
-from tests.checkpoint.convert.helpers import QUIET, native_tensors
-from tests.checkpoint.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
+from tests.convert.helpers import QUIET, native_tensors
+from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
 from tests.models.model_helpers import make_config, make_gpt, randomize
 
 PRESERVING: list[tuple[dict[str, Any], int]] = [

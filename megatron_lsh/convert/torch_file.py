@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_lsh.checkpoint.convert.safetensors import bytes_of
-from megatron_lsh.checkpoint.convert.source import TensorSpec
+from megatron_lsh.convert.safetensors import bytes_of
+from megatron_lsh.convert.source import TensorSpec
 from megatron_lsh.errors import CheckpointError
 
 # Classes that Megatron-LM's files name beside tensors: settings, random states, bookkeeping. None of it is used, so what is

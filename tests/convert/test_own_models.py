@@ -15,16 +15,16 @@ pytest.importorskip("transformers")
 import transformers
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
-from megatron_lsh.checkpoint.convert import load_native, save_hf, save_native, upcycle
 from megatron_lsh.config import Config, MoEConfig, to_dict
 from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.convert import load_native, save_hf, save_native, upcycle
 from megatron_lsh.data.tokenizers import build_tokenizer
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.moe.layer import exact_dispatch
 from megatron_lsh.parallel.context import offline_context
-from tests.checkpoint.convert.helpers import QUIET
-from tests.checkpoint.convert.tiny import hf_logits, load_pretrained, prompts
+from tests.convert.helpers import QUIET
+from tests.convert.tiny import hf_logits, load_pretrained, prompts
 from tests.data.conftest import TEXTS, huggingface_folder, sentencepiece_model  # noqa: F401 (fixtures)
 from tests.models.model_helpers import LLAMA_LIKE, MOE, make_config, make_gpt, randomize
 

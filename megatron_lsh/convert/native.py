@@ -39,20 +39,6 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 import megatron_lsh
 from megatron_lsh.checkpoint import folders
-from megatron_lsh.checkpoint.convert.hf import vocabulary_pieces
-from megatron_lsh.checkpoint.convert.source import (
-    VOCABULARY,
-    Origin,
-    Rows,
-    Source,
-    TensorSpec,
-    all_pieces,
-    check_shapes,
-    model_shapes,
-    required_vocab,
-    whole,
-)
-from megatron_lsh.checkpoint.convert.tokenizer import tokenizer_files
 from megatron_lsh.checkpoint.manifest import (
     MANIFEST,
     FileEntry,
@@ -68,6 +54,20 @@ from megatron_lsh.checkpoint.manifest import (
 from megatron_lsh.checkpoint.tensors import MODEL
 from megatron_lsh.checkpoint.writer import CONFIG, DCP_METADATA, STATE, layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
+from megatron_lsh.convert.hf import vocabulary_pieces
+from megatron_lsh.convert.source import (
+    VOCABULARY,
+    Origin,
+    Rows,
+    Source,
+    TensorSpec,
+    all_pieces,
+    check_shapes,
+    model_shapes,
+    required_vocab,
+    whole,
+)
+from megatron_lsh.convert.tokenizer import tokenizer_files
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.parallel.context import offline_context
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.checkpoint.convert.source import Source, all_pieces, padded_rows, plain, required_vocab
+from megatron_lsh.convert.source import Source, all_pieces, padded_rows, plain, required_vocab
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.models.transformer import moe_layers

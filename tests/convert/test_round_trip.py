@@ -13,7 +13,8 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import save_file
 
-from megatron_lsh.checkpoint.convert import (
+from megatron_lsh.checkpoint.inspection import inspect
+from megatron_lsh.convert import (
     CastSource,
     Checks,
     load_hf,
@@ -22,11 +23,10 @@ from megatron_lsh.checkpoint.convert import (
     save_native,
     with_reference,
 )
-from megatron_lsh.checkpoint.convert.verify import verify_copy
-from megatron_lsh.checkpoint.inspection import inspect
+from megatron_lsh.convert.verify import verify_copy
 from megatron_lsh.errors import CheckpointError
-from tests.checkpoint.convert.helpers import QUIET, assert_bit_equal, hf_tensors, native_tensors
-from tests.checkpoint.convert.tiny import (
+from tests.convert.helpers import QUIET, assert_bit_equal, hf_tensors, native_tensors
+from tests.convert.tiny import (
     FAMILIES,
     MOE_FAMILIES,
     VOCAB,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from megatron_lsh.checkpoint.convert.source import fail
-from megatron_lsh.checkpoint.convert.torch_file import Inert
 from megatron_lsh.config import Config
 from megatron_lsh.config.settings import named, settings_of
+from megatron_lsh.convert.source import fail
+from megatron_lsh.convert.torch_file import Inert
 
 # Settings that are read from the file's args, which have Megatron-LM's names like ours.
 _SETTINGS = (

@@ -18,12 +18,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from megatron_lsh.checkpoint.convert import load_native
 from megatron_lsh.config import parse_args, validate
-from tests.checkpoint.convert.helpers import assert_bit_equal, contents, hf_tensors
-from tests.checkpoint.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
+from megatron_lsh.convert import load_native
+from tests.convert.helpers import assert_bit_equal, contents, hf_tensors
+from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def load_tool(name: str = "convert_checkpoint") -> ModuleType:

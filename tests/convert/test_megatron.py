@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lsh.checkpoint.convert import load_hf, load_megatron, load_model, load_native, save_megatron, save_native
-from megatron_lsh.checkpoint.convert.megatron import FILE
-from megatron_lsh.checkpoint.convert.source import Source
-from megatron_lsh.checkpoint.convert.torch_file import Inert, open_torch_file
+from megatron_lsh.convert import load_hf, load_megatron, load_model, load_native, save_megatron, save_native
+from megatron_lsh.convert.megatron import FILE
+from megatron_lsh.convert.source import Source
+from megatron_lsh.convert.torch_file import Inert, open_torch_file
 from megatron_lsh.errors import CheckpointError
-from tests.checkpoint.convert.helpers import QUIET, assert_bit_equal, contents, native_tensors
+from tests.convert.helpers import QUIET, assert_bit_equal, contents, native_tensors
 
 REAL = Path(__file__).parent / "megatron_core_0_16_1"
 VOCAB = 100
@@ -108,8 +108,8 @@ def test_to_native_and_back(real: Source, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "llama"])
 def test_from_hugging_face(family: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from tests.checkpoint.convert.tiny import VOCAB as TINY
-    from tests.checkpoint.convert.tiny import save_tiny
+    from tests.convert.tiny import VOCAB as TINY
+    from tests.convert.tiny import save_tiny
 
     save_tiny(tmp_path / "hf", family, torch.bfloat16)
     source = load_hf(tmp_path / "hf")

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_lsh.checkpoint.convert.architecture import moe_pattern
-from megatron_lsh.checkpoint.convert.source import Origin, Rows, Source, TensorSpec, model_shapes, row_by_row
 from megatron_lsh.config import Config
 from megatron_lsh.config.moe import MoEConfig
+from megatron_lsh.convert.architecture import moe_pattern
+from megatron_lsh.convert.source import Origin, Rows, Source, TensorSpec, model_shapes, row_by_row
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.parallel.random import derive_seed

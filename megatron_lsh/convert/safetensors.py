@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_lsh.checkpoint.convert.source import TensorSpec
+from megatron_lsh.convert.source import TensorSpec
 from megatron_lsh.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(

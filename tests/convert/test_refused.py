@@ -17,12 +17,12 @@ pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_lsh.checkpoint.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
-from megatron_lsh.checkpoint.convert.source import Rows, Source
+from megatron_lsh.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
+from megatron_lsh.convert.source import Rows, Source
 from megatron_lsh.errors import CheckpointError
-from tests.checkpoint.convert.helpers import QUIET, contents, hf_tensors
-from tests.checkpoint.convert.tiny import save_tiny
 from tests.checkpoint.disks import tmpfs
+from tests.convert.helpers import QUIET, contents, hf_tensors
+from tests.convert.tiny import save_tiny
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 Change = Callable[[dict[str, Tensor]], None]
@@ -238,7 +238,7 @@ def test_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(CheckpointError, match=r"needs 0.00 GB and .* has 0.00 GB free: make room"):
                 save(source, tmp_path / "disk" / "out", checks=QUIET)
             with monkeypatch.context() as patch:
-                patch.setattr("megatron_lsh.checkpoint.convert.output._RESERVE", -(10**9))
+                patch.setattr("megatron_lsh.convert.output._RESERVE", -(10**9))
                 with pytest.raises(
                     CheckpointError, match=r"No space left on device.*make room, or give another --save"
                 ):

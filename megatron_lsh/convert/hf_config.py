@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_lsh.checkpoint.convert.architecture import architecture, differences, moe_pattern
-from megatron_lsh.checkpoint.convert.tables import FAMILIES, Family
 from megatron_lsh.config import Config
+from megatron_lsh.convert.architecture import architecture, differences, moe_pattern
+from megatron_lsh.convert.tables import FAMILIES, Family
 from megatron_lsh.errors import CheckpointError
 
 _MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")

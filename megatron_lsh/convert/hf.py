@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.checkpoint.convert.hf_config import choose_family, read_hf_config, write_hf_config
-from megatron_lsh.checkpoint.convert.safetensors import SafetensorsReader, SafetensorsWriter
-from megatron_lsh.checkpoint.convert.source import (
+from megatron_lsh.config import Config
+from megatron_lsh.convert.hf_config import choose_family, read_hf_config, write_hf_config
+from megatron_lsh.convert.safetensors import SafetensorsReader, SafetensorsWriter
+from megatron_lsh.convert.source import (
     VOCABULARY,
     Origin,
     Rows,
@@ -26,7 +27,7 @@ from megatron_lsh.checkpoint.convert.source import (
     row_by_row,
     whole,
 )
-from megatron_lsh.checkpoint.convert.tables import (
+from megatron_lsh.convert.tables import (
     IGNORED,
     Family,
     Row,
@@ -34,7 +35,6 @@ from megatron_lsh.checkpoint.convert.tables import (
     hub_names,
     per_expert,
 )
-from megatron_lsh.config import Config
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.shape import ModelShape
 

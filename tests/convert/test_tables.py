@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lsh.checkpoint.convert.hf import hub_shapes
-from megatron_lsh.checkpoint.convert.hf_config import choose_family, read_hf_config, write_hf_config
-from megatron_lsh.checkpoint.convert.layouts import GATE_UP, GATE_UP_ROWS, QKV, SAME, Layout
-from megatron_lsh.checkpoint.convert.source import model_shapes
-from megatron_lsh.checkpoint.convert.tables import FAMILIES, hub_names
+from megatron_lsh.convert.hf import hub_shapes
+from megatron_lsh.convert.hf_config import choose_family, read_hf_config, write_hf_config
+from megatron_lsh.convert.layouts import GATE_UP, GATE_UP_ROWS, QKV, SAME, Layout
+from megatron_lsh.convert.source import model_shapes
+from megatron_lsh.convert.tables import FAMILIES, hub_names
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.shape import ModelShape
 

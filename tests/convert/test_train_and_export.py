@@ -12,11 +12,11 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
-from megatron_lsh.checkpoint.convert import load_hf, load_native, save_hf, save_native
-from megatron_lsh.checkpoint.convert.native import find_native, read_config
-from megatron_lsh.checkpoint.convert.source import VOCABULARY
 from megatron_lsh.config import padded_vocab_size, to_dict
 from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.convert import load_hf, load_native, save_hf, save_native
+from megatron_lsh.convert.native import find_native, read_config
+from megatron_lsh.convert.source import VOCABULARY
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.gpt import build_gpt
 from megatron_lsh.models.transformer import moe_layers
@@ -25,8 +25,8 @@ from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.data_parallel import finalize_gradients, shard_model
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import run_distributed_test
-from tests.checkpoint.convert.helpers import QUIET, hf_tensors
-from tests.checkpoint.convert.tiny import MOE_FAMILIES, VOCAB, hf_logits, load_pretrained, prompts, save_tiny
+from tests.convert.helpers import QUIET, hf_tensors
+from tests.convert.tiny import MOE_FAMILIES, VOCAB, hf_logits, load_pretrained, prompts, save_tiny
 
 STEPS = 5
 VARIANTS: dict[str, dict[str, Any]] = {

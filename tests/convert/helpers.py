@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lsh.checkpoint.convert import Checks
-from megatron_lsh.checkpoint.convert.source import Source, all_pieces
+from megatron_lsh.convert import Checks
+from megatron_lsh.convert.source import Source, all_pieces
 
 QUIET = Checks(say=lambda text: None)
 
