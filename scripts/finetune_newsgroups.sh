@@ -17,10 +17,7 @@ shift
 DATA_DIR=${DATA_DIR:-data/20newsgroups}
 RUN_DIR=${RUN_DIR:-runs/newsgroups}
 
-# Use the virtual environment that the Makefile made, unless the user has activated another one.
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ]; then
-    PATH="$PWD/.venv/bin:$PATH"
-fi
+source scripts/launch.sh
 if [ ! -f "$PRETRAINED/config.json" ]; then
     echo "$PRETRAINED has no config.json: give the --save folder of a pretraining run" >&2
     exit 1
@@ -33,8 +30,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 [ -f "$DATA_DIR/test.jsonl" ] || python tools/prepare_20newsgroups.py --output-dir "$DATA_DIR"
 
-# The same folder to save and to load: starting a run again continues it.
-${TORCHRUN:-torchrun} --standalone --nproc-per-node "$NPROC" finetune_classification.py \
+# The same folder to save and to load: starting a run again continues it. This process becomes torchrun, which so gets every signal.
+exec ${TORCHRUN:-torchrun} --standalone --nproc-per-node "$NPROC" finetune_classification.py \
     --config "$PRETRAINED/config.json" --pretrained-checkpoint "$PRETRAINED" \
     --train-data "$DATA_DIR/train.jsonl" --valid-data "$DATA_DIR/valid.jsonl" --test-data "$DATA_DIR/test.jsonl" \
     --epochs 3 --early-stopping-patience 1 --micro-batch-size 16 --expert-model-parallel-size "$NPROC" \

@@ -82,6 +82,7 @@ install_torch() {
 
 add_torchrun() { # a shared torch leaves its launcher in the base Python, which would start ranks without this package
     if [ ! -e "$venv/bin/torchrun" ]; then
+        # shellcheck disable=SC2016  # for the shell that runs it
         printf '#!/bin/sh\nexec "$(dirname "$0")/python" -m torch.distributed.run "$@"\n' >"$venv/bin/torchrun"
         chmod +x "$venv/bin/torchrun"
     fi

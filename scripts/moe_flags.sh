@@ -16,10 +16,7 @@ MODEL=${MODEL:-gpt}
 RUN_DIR=${RUN_DIR:-runs/$MODEL-moe-base}
 TRAIN_ITERS=${TRAIN_ITERS:-50000}
 
-# Use the virtual environment that the Makefile made, unless the user has activated another one.
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ]; then
-    PATH="$PWD/.venv/bin:$PATH"
-fi
+source scripts/launch.sh
 
 # About the models of the LSH-MoE paper: MoE in every other layer, top-2 of 16 experts.
 case $MODEL in
@@ -75,6 +72,7 @@ TRAINING_FLAGS=(
     --lr-decay-style cosine --lr-warmup-fraction 0.01 --attention-dropout 0.0 --hidden-dropout 0.0
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --use-distributed-optimizer
 )
+# shellcheck disable=SC2054  # the commas are in a flag's value
 DATA_FLAGS=(--data-path "$DATA_PATH" --split 969,30,1 "${TOKENIZER_FLAGS[@]}")
 # The same folder to save and to load: starting a run again continues it.
 RUN_FLAGS=(
@@ -84,15 +82,16 @@ RUN_FLAGS=(
 )
 ALL_FLAGS=("${MODEL_FLAGS[@]}" "${MOE_FLAGS[@]}" "${TRAINING_FLAGS[@]}" "${DATA_FLAGS[@]}" "${RUN_FLAGS[@]}")
 
-# launch WORLD_SIZE "torchrun arguments" FLAGS...   start the entry script on this machine, or only describe the run.
+# launch WORLD_SIZE "torchrun arguments" FLAGS...   start the entry script on this machine, or only describe the run. Does not return:
+# this process becomes torchrun, which so gets every signal that the launcher is sent.
 launch() {
     local world_size=$1
     local -a torchrun_arguments
     read -r -a torchrun_arguments <<<"$2"
     shift 2
     if [ "${DRY_RUN:-0}" = 1 ]; then
-        python "$ENTRY" "${ALL_FLAGS[@]}" "$@" --dry-run --world-size "$world_size"
+        exec python "$ENTRY" "${ALL_FLAGS[@]}" "$@" --dry-run --world-size "$world_size"
     else
-        ${TORCHRUN:-torchrun} "${torchrun_arguments[@]}" "$ENTRY" "${ALL_FLAGS[@]}" "$@"
+        exec ${TORCHRUN:-torchrun} "${torchrun_arguments[@]}" "$ENTRY" "${ALL_FLAGS[@]}" "$@"
     fi
 }

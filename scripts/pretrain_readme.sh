@@ -25,10 +25,17 @@ fail() {
 [[ $ITERS =~ ^[1-9][0-9]*$ ]] || fail "ITERS=$ITERS must be a number of iterations, at least 1"
 [[ $NPROC =~ ^([1-9][0-9]*)?$ ]] || fail "NPROC=$NPROC must be a number of ranks, at least 1"
 PATH="$(cd "$VENV/bin" && pwd):$PATH"
+VIRTUAL_ENV=$VENV source scripts/launch.sh
 
 # --- An earlier run is neither continued nor overwritten unless asked for.
 
-newest_checkpoint() { cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
+in_words() { # what newest_checkpoint found
+    case $1 in
+    damaged) echo "not known, because its tracker file is damaged" ;;
+    release) echo "the one it starts from (release)" ;;
+    *) echo "of iteration $1" ;;
+    esac
+}
 move_aside() {
     local number=1
     while [ -e "$RUN_DIR.$number" ]; do number=$((number + 1)); done
@@ -38,14 +45,14 @@ move_aside() {
 
 again="make pretrain"
 [ "$MODEL" = gpt ] || again+=" MODEL=$MODEL"
-before=$(newest_checkpoint)
+before=$(newest_checkpoint "$RUN_DIR/checkpoints")
 if [ "${RESUME:-}" = 1 ] && [ "${RESTART:-}" = 1 ]; then
     fail "RESUME=1 and RESTART=1 exclude each other"
 elif [ "${RESUME:-}" = 1 ]; then
     [ -n "$before" ] || fail "nothing to resume: $RUN_DIR holds no checkpoint. Start with: $again RUN_DIR=$RUN_DIR"
-    say "resuming $RUN_DIR after iteration $before"
+    say "resuming $RUN_DIR; its newest checkpoint is $(in_words "$before")"
 elif [ -n "$before" ] && [ "${RESTART:-}" != 1 ]; then
-    say "$RUN_DIR holds an earlier run; its newest checkpoint is of iteration $before. Nothing was started or changed."
+    say "$RUN_DIR holds an earlier run; its newest checkpoint is $(in_words "$before"). Nothing was started or changed."
     say "  continue it:   $again RESUME=1 RUN_DIR=$RUN_DIR    (add ITERS=N for a longer run)"
     say "  start afresh:  $again RESTART=1 RUN_DIR=$RUN_DIR   (moves the earlier run aside)"
     say "  or elsewhere:  $again RUN_DIR=runs/another-name"
@@ -76,8 +83,6 @@ else
     say "no GPU: $ranks CPU process(es) over gloo on $cores cores"
 fi
 export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
-# How long torchrun lets the ranks save after Ctrl-C or SIGTERM.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
 
 # --- Data, once.
 
@@ -117,6 +122,7 @@ t5)
     ;;
 esac
 micro_batch=$((ranks < sequences ? sequences / ranks : 1))
+# shellcheck disable=SC2054  # the commas are in a flag's value
 flags=(
     "${model_flags[@]}" --hidden-size 256 --num-attention-heads 4 --attention-dropout 0.0 --hidden-dropout 0.0
     --num-experts "$experts" --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2
@@ -135,10 +141,14 @@ fi
 
 mkdir -p "$RUN_DIR"
 status=0
-torchrun --standalone --nproc-per-node "$ranks" "pretrain_${MODEL}_moe.py" "${flags[@]}" "$@" 2>&1 |
-    tee -i -a "$RUN_DIR/log.txt" || status=$?
-after=$(newest_checkpoint)
+# tee outlives every signal, so that what the ranks say while they save is still seen and kept.
+exec 3> >(trap '' INT HUP TERM && exec tee -a "$RUN_DIR/log.txt")
+tee=$!
+supervise torchrun --standalone --nproc-per-node "$ranks" "pretrain_${MODEL}_moe.py" "${flags[@]}" "$@" >&3 2>&1 || status=$?
+exec 3>&-
+wait "$tee" || true
+after=$(newest_checkpoint "$RUN_DIR/checkpoints")
 if ((status != 0)) && [ -n "$after" ] && [ "$after" != "$before" ]; then
-    say "stopped; the newest checkpoint is of iteration $after. Continue with: $again RESUME=1 RUN_DIR=$RUN_DIR"
+    say "stopped; the newest checkpoint is $(in_words "$after"). Continue with: $again RESUME=1 RUN_DIR=$RUN_DIR"
 fi
 exit "$status"
