@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lsh.data.cache import ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.data.cache import ArrayCache, Layout
+from megatron_lsh.data.epochs import EpochArrays
 from megatron_lsh.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lsh.data.samples import Sample, check_ids
 from megatron_lsh.errors import DataError
@@ -107,40 +108,37 @@ class GPTDataset:
             )
         self.num_epochs = -(-num_samples // self.samples_per_epoch)
         self._content = source.fingerprint
-        arrays = cache.get(self._key(), self._layout(), self._build)
-        self._order, self._starts, self._shuffle = arrays["documents"], arrays["starts"], arrays["samples"]
+        self._epochs = EpochArrays(self._layout(), self.num_epochs, self._epoch, self._facts(), cache)
 
-    def _key(self) -> str:
+    def _facts(self) -> dict[str, object]:
         # The modification times catch edits that the fingerprint, a sample of the content, may miss.
         files = [path(self.source.prefix).stat() for path in (idx_path, bin_path)]
-        return cache_key(
-            format=INDEX_FORMAT,
-            content=self._content,
-            modified=[file.st_mtime_ns for file in files],
-            documents=self.documents,
-            seq_length=self.seq_length,
-            seed=self.seed,
-            epochs=self.num_epochs,
-        )
-
-    def _layout(self) -> Layout:
-        n, m, epochs = self.documents[1] - self.documents[0], self.samples_per_epoch, self.num_epochs
         return {
-            "documents": ((epochs, n), np.dtype("<i4" if self.documents[1] < 2**31 else "<i8")),  # shuffled numbers
-            "starts": ((epochs, n + 1), np.dtype("<i8")),  # position of each shuffled document in the stream
-            "samples": ((epochs, m), np.dtype("<u4" if m < 2**32 else "<i8")),  # shuffled windows
+            "format": INDEX_FORMAT,
+            "content": self._content,
+            "modified": [file.st_mtime_ns for file in files],
+            "documents": self.documents,
+            "seq_length": self.seq_length,
+            "seed": self.seed,
         }
 
-    def _build(self) -> Rows:
-        """Index arrays of one epoch after the other."""
+    def _layout(self) -> Layout:
+        n, m = self.documents[1] - self.documents[0], self.samples_per_epoch
+        return {
+            "documents": ((n,), np.dtype("<i4" if self.documents[1] < 2**31 else "<i8")),  # shuffled numbers
+            "starts": ((n + 1,), np.dtype("<i8")),  # position of each shuffled document in the stream
+            "samples": ((m,), np.dtype("<u4" if m < 2**32 else "<i8")),  # shuffled windows
+        }
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, ...]:
+        """Index arrays of an epoch."""
         start, stop = self.documents
         lengths = np.diff(self.source.document_bounds(start, stop))
-        for epoch in range(self.num_epochs):
-            # RandomState, because numpy freezes its streams for all versions to come; Generator's may change.
-            state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
-            order = state.permutation(stop - start)
-            starts = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
-            yield order + start, starts, state.permutation(self.samples_per_epoch)
+        # RandomState, because numpy freezes its streams for all versions to come; Generator's may change.
+        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
+        order = state.permutation(stop - start)
+        starts = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
+        return order + start, starts, state.permutation(self.samples_per_epoch)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -150,8 +148,9 @@ class GPTDataset:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         epoch, position = divmod(index, self.samples_per_epoch)
-        starts, order = self._starts[epoch], self._order[epoch]
-        first = int(self._shuffle[epoch, position]) * self.seq_length
+        arrays = self._epochs[epoch]
+        starts, order = arrays["starts"], arrays["documents"]
+        first = int(arrays["samples"][position]) * self.seq_length
         window = np.empty(self.seq_length + 1, dtype=np.int64)
         document = int(np.searchsorted(starts, first, side="right")) - 1
         filled, offset = 0, first - int(starts[document])

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_SAMPLES = 1 << 62  # numbers of samples are int64
+
 Batch = dict[str, torch.Tensor]
 Barrier = Callable[[], None]
 
@@ -132,6 +134,8 @@ def _build(
 ) -> Datasets:
     if seed < 0:
         raise ConfigError(f"training.seed ({seed}) must not be negative: choose another --seed")
+    if max(num_samples) >= MOST_SAMPLES:
+        raise ConfigError(f"the number of samples ({max(num_samples)}) must be below 2^62: lower --train-iters")
 
     def build() -> Datasets:
         if data.mock_data:
@@ -174,6 +178,7 @@ class _FileDatasets:
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, kind: SampleKind) -> None:
         self.data, self.tokenizer, self.kind = data, tokenizer, kind
         self._opened: dict[str, IndexedDataset] = {}
+        self._caches: dict[str, ArrayCache] = {}
 
     def build(self, number: int, num_samples: int) -> Dataset | None:
         """The dataset of a split (0 train, 1 valid, 2 test)."""
@@ -212,7 +217,8 @@ class _FileDatasets:
         return self._opened[prefix]
 
     def _cache(self, prefix: str) -> ArrayCache:
-        return ArrayCache(self.data.data_cache_path or Path(prefix).parent / "cache")
+        folder = self.data.data_cache_path or str(Path(prefix).parent / "cache")
+        return self._caches.setdefault(folder, ArrayCache(folder))
 
 
 def _paths_of(data: DataConfig, number: int) -> tuple[list[str] | None, str, tuple[Fraction, Fraction, Fraction]]:

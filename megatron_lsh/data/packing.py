@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lsh.data.cache import ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.data.epochs import EpochArrays
 from megatron_lsh.data.indexed import bin_path, idx_path
 from megatron_lsh.data.samples import Corpus, check_ids
 from megatron_lsh.errors import DataError
@@ -157,22 +158,21 @@ class PackedPassages:
                 f"{packing.shortest} tokens: use more data or a larger share of --split"
             )
         self.num_epochs = -(-num_samples // self.samples_per_epoch)
-        size = (self.num_epochs, self.samples_per_epoch)
-        layout: Layout = {"samples": (size, np.dtype("<u4" if self.samples_per_epoch < 2**32 else "<i8"))}
-        self._order = cache.get(self._key(epochs=self.num_epochs), layout, self._shuffled)["samples"]
+        number = np.dtype("<u4" if self.samples_per_epoch < 2**32 else "<i8")
+        layout: Layout = {"samples": ((self.samples_per_epoch,), number)}
+        self._epochs = EpochArrays(layout, self.num_epochs, self._order, self._facts() | {"of": "order"}, cache)
 
-    def _key(self, **more: object) -> str:
+    def _facts(self) -> dict[str, object]:
         # The modification times catch edits that the fingerprint, a sample of the content, may miss.
         files = [path(self.corpus.source.prefix).stat() for path in (idx_path, bin_path)]
-        return cache_key(
-            pack_format=PACK_FORMAT,
-            content=self._content,
-            modified=[file.st_mtime_ns for file in files],
-            documents=self.corpus.documents,
-            packing=asdict(self.packing),
-            seed=self.seed,
-            **more,
-        )
+        return {
+            "pack_format": PACK_FORMAT,
+            "content": self._content,
+            "modified": [file.st_mtime_ns for file in files],
+            "documents": self.corpus.documents,
+            "packing": asdict(self.packing),
+            "seed": self.seed,
+        }
 
     def _packed(self, cache: ArrayCache) -> dict[str, np.ndarray]:
         """Pieces and passages. How many there are is an entry of its own: the cache wants to know before it reads."""
@@ -192,7 +192,8 @@ class PackedPassages:
             pieces, passages = make()
             yield (*pieces, *passages)
 
-        size = cache.get(self._key(of="sizes"), {"sizes": ((1, 2), np.dtype("<i8"))}, sizes)["sizes"][0]
+        facts = self._facts()
+        size = cache.get(cache_key(**facts, of="sizes"), {"sizes": ((1, 2), np.dtype("<i8"))}, sizes)["sizes"][0]
         pieces, passages = int(size[0]), int(size[1])
         layout: Layout = {
             "starts": ((1, pieces), np.dtype("<i8")),
@@ -201,14 +202,13 @@ class PackedPassages:
             "firsts": ((1, passages), np.dtype("<i8")),
             "ends": ((1, passages), np.dtype("<i8")),
         }
-        return cache.get(self._key(of="passages"), layout, arrays)
+        return cache.get(cache_key(**facts, of="passages"), layout, arrays)
 
-    def _shuffled(self) -> Rows:
-        """Order of the passages, one epoch after the other."""
-        for epoch in range(self.num_epochs):
-            # RandomState, because numpy freezes its streams for all versions to come; Generator's may change.
-            state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
-            yield (state.permutation(self.samples_per_epoch),)
+    def _order(self, epoch: int) -> tuple[np.ndarray, ...]:
+        """Order of the passages in an epoch."""
+        # RandomState, because numpy freezes its streams for all versions to come; Generator's may change.
+        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
+        return (state.permutation(self.samples_per_epoch),)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -222,7 +222,7 @@ class PackedPassages:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         epoch, position = divmod(index, self.samples_per_epoch)
-        passage = int(self._order[epoch, position])
+        passage = int(self._epochs[epoch]["samples"][position])
         first, end = int(self._firsts[passage]), int(self._ends[passage])
         starts, lengths = self._starts[first:end], self._lengths[first:end].astype(np.int64)
         sentences = np.cumsum(lengths) - lengths

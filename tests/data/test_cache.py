@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_lsh.data.cache import ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.data.cache import CHECKSUMS, ArrayCache, Layout, Rows, cache_key
 
 LAYOUT: Layout = {"a": ((3, 4), np.dtype("<i8")), "b": ((3,), np.dtype("<u2")), "empty": ((3, 0), np.dtype("<i4"))}
 
@@ -37,15 +43,66 @@ def test_builds_once(tmp_path: Path) -> None:
     check(ArrayCache(None).get("key", LAYOUT, rows))
 
 
-def test_damaged_entry_is_built_again(tmp_path: Path) -> None:
+def _bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """A damage that replaces the content of one file of an entry."""
+    return lambda entry: (entry / name).write_bytes(change((entry / name).read_bytes()))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": _bytes("a.npy", lambda old: b""),
+    "cut off": _bytes("a.npy", lambda old: old[:-1]),
+    "longer": _bytes("a.npy", lambda old: old + b"x"),
+    "zeros": _bytes("a.npy", lambda old: old[:128] + bytes(len(old) - 128)),
+    "header": _bytes("b.npy", lambda old: old[:10] + b"(" * 118 + old[128:]),
+    "another array": lambda entry: np.save(entry / "b.npy", np.arange(1, 4, dtype="u2")),
+    "archive": lambda entry: np.savez(open(entry / "b.npy", "wb"), a=np.zeros(3)),  # noqa: SIM115
+    "pickle": lambda entry: np.save(entry / "b.npy", np.array([{}], dtype=object), allow_pickle=True),
+    "missing": lambda entry: (entry / "b.npy").unlink(),
+    "folder": lambda entry: ((entry / "b.npy").unlink(), (entry / "b.npy").mkdir()),
+    "no checksums": lambda entry: (entry / CHECKSUMS).unlink(),
+    "checksums": _bytes(CHECKSUMS, lambda old: b"[" * 100_000),
+    "a file": lambda entry: (shutil.rmtree(entry), entry.write_text("x")),
+    "a link": lambda entry: (entry.rename(entry.with_name("moved")), entry.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_entry_is_built_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     cache = ArrayCache(tmp_path)
     cache.get("key", LAYOUT, rows)
-    for damage in (b"", (tmp_path / "key" / "a.npy").read_bytes()[:-1]):
-        (tmp_path / "key" / "a.npy").write_bytes(damage)
-        check(cache.get("key", LAYOUT, rows))
-        check(cache.get("key", LAYOUT, never))
-    (tmp_path / "key" / "b.npy").unlink()
+    DAMAGES[damage](tmp_path / "key")
     check(cache.get("key", LAYOUT, rows))
+    assert "key is damaged" in caplog.text
+    check(cache.get("key", LAYOUT, never))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(["a.npy", "b.npy", "empty.npy", CHECKSUMS]), st.data())
+def test_no_flipped_bit_goes_unnoticed(name: str, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        cache = ArrayCache(folder)
+        cache.get("key", LAYOUT, rows)
+        content = bytearray((Path(folder) / "key" / name).read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        (Path(folder) / "key" / name).write_bytes(content)
+        check(cache.get("key", LAYOUT, rows))
+
+
+def test_entry_of_another_key_is_built_again(tmp_path: Path) -> None:
+    cache = ArrayCache(tmp_path)
+    cache.get("other", LAYOUT, lambda: ((2 * a, b, c) for a, b, c in rows()))
+    (tmp_path / "other").rename(tmp_path / "key")
+    check(cache.get("key", LAYOUT, rows))
+
+
+def test_what_killed_builders_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    for name, age in ((".old-1.tmp", 2 * 24 * 3600), (".new-1.tmp", 3600)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.npy").write_bytes(b"half")
+        for path in (tmp_path / name / "a.npy", tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+    ArrayCache(tmp_path).get("key", LAYOUT, rows)
+    assert {path.name for path in tmp_path.iterdir()} == {".new-1.tmp", "key"}
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -60,9 +117,11 @@ def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 def test_unwritable_folder_builds_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
+    cache = ArrayCache(tmp_path / "file" / "cache")
     with caplog.at_level(logging.WARNING):
-        check(ArrayCache(tmp_path / "file" / "cache").get("key", LAYOUT, rows))
-    assert "cannot be written" in caplog.text and "--data-cache-path" in caplog.text
+        check(cache.get("key", LAYOUT, rows))
+        check(cache.get("key2", LAYOUT, rows))
+    assert caplog.text.count("cannot be written") == 1 and "--data-cache-path" in caplog.text
 
 
 def test_key_depends_on_every_fact() -> None:
