@@ -154,13 +154,17 @@ class CheckpointManager:
         self._notify(f"saved checkpoint of iteration {snapshot.iteration} in {folder}: {size} in {seconds:.2f} s")
         if not self._ranks.is_coordinator:
             return
-        try:  # the checkpoint is safe: no reason to end the training
+        # The checkpoint is safe: no reason to end the training, nor for one of these two to stop the other.
+        try:
             if self._log_progress:
                 append_progress(root, snapshot, manifest, seconds)
+        except OSError as error:
+            self._notify(f"WARNING: {root / 'progress.txt'} could not be written: {error}")
+        try:
             for removed in folders.tidy(root, snapshot.iteration, self._cfg.save_retain_interval):
                 self._notify(f"removed checkpoint {removed}")
         except OSError as error:
-            self._notify(f"WARNING: progress.txt could not be written, or an older checkpoint not removed: {error}")
+            self._notify(f"WARNING: an older checkpoint could not be removed: {error}")
 
     def _try_save_folder(self, root: Path) -> None:
         what = f"--save {root} cannot be used"

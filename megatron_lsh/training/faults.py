@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_lsh.config.training import TrainingConfig
 from megatron_lsh.errors import MegatronLSHError
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.training.writers import SteadyStream
 
 Result = TypeVar("Result")
 
@@ -105,10 +106,13 @@ def failed_everywhere(message: str) -> MegatronLSHError:
 def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> int:
     """``run(prepare())`` for an entry script; returns the exit status. Mistakes of users are told without tracebacks.
 
+    From here on a log that cannot be written (a full disk, a pipe whose reader is gone) does not end the process.
+
     What all ranks know of is told once: an error in `prepare`, which needs no process group, by the first rank of each
     node; an error that went through `together` by the rank that met it. Other errors tell which rank they are from.
     Exceptions that are not MegatronLSHError are bugs, or accidents of the machine, and pass with their traceback.
     """
+    _keep_streams()
     try:
         prepared = prepare()
     except MegatronLSHError as error:
@@ -131,6 +135,17 @@ def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> in
             dist.destroy_process_group()
         return 1
     return 0
+
+
+def _keep_streams() -> None:
+    if not isinstance(sys.stderr, SteadyStream):
+        sys.stderr = SteadyStream(sys.stderr, lambda _: None)  # type: ignore[assignment]
+    if not isinstance(sys.stdout, SteadyStream):
+        sys.stdout = SteadyStream(sys.stdout, _warn)  # type: ignore[assignment]
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _tell(message: str) -> None:

@@ -31,7 +31,7 @@ def closing_report(run: Run) -> None:
     lines += [f"{name}: {place}" for name, place in places.items() if place]
     if sample is not None:
         lines += ["sample:", *("  | " + line for line in sample.splitlines())]
-    lines += closing_lines(cfg, reporter.history)
+    lines += closing_lines(cfg, reporter.payload)
     for line in lines:
         reporter.print(line)
 
@@ -67,7 +67,7 @@ def _plot(run: Run) -> str | None:
         return None
     try:
         return str(plot_losses(metrics))
-    except (ImportError, ValueError, OSError) as error:
+    except Exception as error:  # a picture is no reason for a finished run to fail
         return f"not drawn: {error}"
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_lsh.training.writers import read_jsonl
+from megatron_lsh.training.writers import is_number, iter_jsonl
 
 
 def plot_losses(metrics: str | Path, png: str | Path | None = None, title: str | None = None) -> Path:
@@ -22,11 +22,10 @@ def plot_losses(metrics: str | Path, png: str | Path | None = None, title: str |
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_jsonl(metrics)
-    training, validation = _series(records, "lm_loss"), _series(records, "validation_loss")
+    curves = _curves(metrics, ("lm_loss", "validation_loss", "lsh_compression_rate", "lsh_residual_energy"))
+    training, validation, rate, energy = curves
     if not training[0]:
         raise ValueError(f"{metrics} holds no lm_loss: nothing to plot")
-    rate, energy = _series(records, "lsh_compression_rate"), _series(records, "lsh_residual_energy")
     figure = Figure(figsize=(8, 6 if rate[0] else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if rate[0] else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 2 if rate[0] else 1])
@@ -51,6 +50,12 @@ def plot_losses(metrics: str | Path, png: str | Path | None = None, title: str |
     return path
 
 
-def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(record["iteration"], record[key]) for record in records if record.get(key) is not None]
-    return [x for x, _ in points], [y for _, y in points]
+def _curves(metrics: str | Path, keys: Sequence[str]) -> list[tuple[list[int], list[float]]]:
+    """(iterations, values) of each of `keys`. Reads record by record: those of many layers would fill the memory."""
+    curves: list[tuple[list[int], list[float]]] = [([], []) for _ in keys]
+    for record in iter_jsonl(metrics):
+        for key, (iterations, values) in zip(keys, curves, strict=True):
+            if is_number(record.get("iteration")) and is_number(record.get(key)):
+                iterations.append(record["iteration"])
+                values.append(record[key])
+    return curves

@@ -49,7 +49,10 @@ class Profiling:
         if self._profile is None:
             return
         self._profile.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path))
-        print(f"> profiler trace written to {self._path}", flush=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(self._path))
+            print(f"> profiler trace written to {self._path}", flush=True)
+        except (OSError, RuntimeError) as error:
+            print(f"WARNING: the profiler trace {self._path} could not be written ({error}): the run goes on", flush=True)
         self._profile, self._wanted = None, False

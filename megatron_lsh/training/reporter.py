@@ -17,7 +17,8 @@ from megatron_lsh.training.log_line import evaluation_line, figures_text, perple
 from megatron_lsh.training.metrics import IntervalMetrics, finite
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import StepResult
-from megatron_lsh.training.writers import JsonlFile, open_tensorboard
+from megatron_lsh.training.summary import Payload
+from megatron_lsh.training.writers import Board, JsonlFile, open_tensorboard
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,16 @@ class Reporter:
         self.per_layer = per_layer
         self.writes = ctx.rank == ctx.world.size - 1
         self.watch = Stopwatch()
-        self.history: list[IntervalMetrics] = []
-        """the intervals of this process, for the closing report"""
+        self.payload = Payload()
+        """over the intervals of this process, for the closing report"""
         self.validation: list[tuple[int, float]] = []
-        """(iteration, loss) of the evaluations of this process"""
+        """(iteration, loss) of this process's first and last evaluation: memory must not grow with the length of a run"""
         self.outcomes: dict[str, dict[str, float]] = {}
         """figures of the last evaluation of each set, where they are more than a loss"""
         self._first_iteration = 0
         self._started = time.perf_counter()
         self._jsonl: JsonlFile | None = None
-        self._board: Any = None
+        self._board: Board | None = None
 
     def open(self, iteration: int) -> None:
         """Prepare the outputs for a run that continues after `iteration` (0: a fresh one).
@@ -85,9 +86,9 @@ class Reporter:
         self._started = time.perf_counter()
         if not self.writes:
             return
-        self._board = open_tensorboard(self.cfg, iteration)
+        self._board = open_tensorboard(self.cfg, iteration, self.print)
         if self.cfg.metrics_jsonl is not None:
-            self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration)
+            self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration, self.print)
             if self._jsonl.notice:
                 self.print(f"> {self._jsonl.notice}")
 
@@ -141,7 +142,7 @@ class Reporter:
             params_norm=params_norm,
             peak_memory_gb=_peak_memory_gb(self.ctx.device),
         )
-        self.history.append(metrics)
+        self.payload.add(metrics)
         if not self.writes:
             return
         self.print(str(metrics.log_line(self.cfg.log_throughput)))
@@ -152,6 +153,7 @@ class Reporter:
         if self._board is not None:
             for tag, value in metrics.scalars(self.per_layer).items():
                 self._board.add_scalar(tag, value, state.iteration)
+            self._board.flush()
 
     def evaluation(self, iteration: int, name: str, losses: Mapping[str, float], *, final: bool) -> None:
         """Write the outcome of an evaluation.
@@ -163,7 +165,7 @@ class Reporter:
         """
         loss = next(iter(losses.values()))
         if name == "validation":
-            self.validation.append((iteration, loss))
+            self._note_validation(iteration, loss)
         if not self.writes:
             return
         where = f"iteration {iteration} on {name} set" if final or name != "validation" else f"iteration {iteration}"
@@ -173,10 +175,10 @@ class Reporter:
         if self._jsonl is not None:
             keys = {f"{name}_loss{suffix.replace(' ', '_')}": finite(value) for suffix, value in named.items()}
             self._jsonl.write({"iteration": iteration, **keys})
-        for suffix, value in named.items() if self._board is not None else ():
-            self._board.add_scalar(f"lm loss {name}{suffix}", value, iteration)
+        for suffix, value in named.items():
+            self._point(f"lm loss {name}{suffix}", value, iteration)
             if self.cfg.log_validation_ppl_to_tensorboard:
-                self._board.add_scalar(f"lm loss {name}{suffix} ppl", perplexity(value), iteration)
+                self._point(f"lm loss {name}{suffix} ppl", perplexity(value), iteration)
 
     def figures_of(
         self,
@@ -198,7 +200,7 @@ class Reporter:
         first = next(iter(outcomes.values()))
         self.outcomes[name] = dict(first)
         if name == "validation":
-            self.validation.append((iteration, first["loss"]))
+            self._note_validation(iteration, first["loss"])
         if not self.writes:
             return
         where = (
@@ -212,10 +214,16 @@ class Reporter:
             for figure, value in figures.items():
                 record[f"{name}_{figure}{suffix.replace(' ', '_')}"] = finite(value)
                 label = "lm loss" if figure == "loss" else figure.replace("_", " ")
-                if self._board is not None:
-                    self._board.add_scalar(f"{label} {name}{suffix}", value, iteration)
+                self._point(f"{label} {name}{suffix}", value, iteration)
         if self._jsonl is not None:
             self._jsonl.write(record)
+
+    def _note_validation(self, iteration: int, loss: float) -> None:
+        self.validation = [*self.validation[:1], (iteration, loss)]
+
+    def _point(self, tag: str, value: float, iteration: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar(tag, value, iteration)
 
     def close(self) -> None:
         if self._jsonl is not None:

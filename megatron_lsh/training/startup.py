@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 import megatron_lsh
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
+from megatron_lsh.checkpoint.manifest import write_atomically
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.config.serialize import describe, to_json
@@ -116,8 +118,11 @@ def save_config(cfg: Config, ctx: ParallelContext) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(to_json(cfg), encoding="utf-8")
+        write_atomically(folder / "config.json", to_json(cfg).encode())
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the one of before is still there, and checkpoints have their own
+            print(f"WARNING: {folder / 'config.json'} could not be written ({error}): the run goes on", flush=True)
+            return
         raise ConfigError(f"{folder} must be a folder that can be written, for config.json: {error}") from error
 
 

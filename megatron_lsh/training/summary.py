@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
 from megatron_lsh.moe.telemetry import LayerReport
 from megatron_lsh.training.metrics import IntervalMetrics
 
 
-def closing_lines(cfg: Config, history: Sequence[IntervalMetrics]) -> list[str]:
-    """Three lines for a model with experts (payload, compression per layer, what to try next); none without experts.
+@dataclass
+class Payload:
+    """What the dispatcher moved over the log intervals of a process: sums, so that a long run needs no more memory."""
 
-    `history`: the log intervals of this process.
-    """
-    layers = history[-1].layers if history else ()
-    if not layers:
+    sent: float = 0.0
+    """bytes of all MoE layers and iterations"""
+    uncompressed: float = 0.0
+    iterations: int = 0
+    layers: Sequence[LayerReport] = ()
+    """of the last interval"""
+
+    def add(self, metrics: IntervalMetrics) -> None:
+        """Count one log interval."""
+        self.sent += metrics.total("alltoall_bytes") * metrics.iterations
+        self.uncompressed += metrics.total("alltoall_bytes_uncompressed") * metrics.iterations
+        self.iterations += metrics.iterations
+        self.layers = metrics.layers
+
+
+def closing_lines(cfg: Config, payload: Payload) -> list[str]:
+    """Three lines for a model with experts (payload, compression per layer, what to try next); none without experts."""
+    if not payload.layers:
         return []
-    sent = sum(metrics.total("alltoall_bytes") * metrics.iterations for metrics in history)
-    uncompressed = sum(metrics.total("alltoall_bytes_uncompressed") * metrics.iterations for metrics in history)
-    iterations = sum(metrics.iterations for metrics in history)
-    return [_payload_line(cfg, sent, uncompressed, iterations), _layer_line(layers), _advice(cfg, layers, uncompressed)]
+    return [
+        _payload_line(cfg, payload),
+        _layer_line(payload.layers),
+        _advice(cfg, payload.layers, payload.uncompressed),
+    ]
 
 
-def _payload_line(cfg: Config, sent: float, uncompressed: float, iterations: int) -> str:
+def _payload_line(cfg: Config, payload: Payload) -> str:
     dispatcher = cfg.moe.moe_token_dispatcher_type
+    sent, uncompressed, iterations = payload.sent, payload.uncompressed, payload.iterations
     if uncompressed == 0:
         return f"all-to-all payload ({dispatcher}, {iterations} iterations): none, every rank holds all experts"
     saved = 1.0 - sent / uncompressed

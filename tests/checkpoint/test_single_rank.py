@@ -282,6 +282,16 @@ def test_retention_and_progress_file(tmp_path: Path) -> None:
     lines = (tmp_path / "progress.txt").read_text().splitlines()
     assert len(lines) == 3 and "Iteration: 2\tSamples: 16" in lines[1]
 
+    (tmp_path / "progress.txt").unlink()
+    (tmp_path / "progress.txt").mkdir()  # cannot be written any more, which is no reason to keep every checkpoint
+    said: list[str] = []
+    checkpoints = CheckpointManager(cfg, CTX, log_progress=True, notify=said.append)
+    for iteration in (4, 5, 6):
+        run.train(iteration)
+        checkpoints.save(run.state())
+    assert [info.iteration for info in inspect(tmp_path)] == [6, 4, 2]
+    assert sum("progress.txt could not be written" in text for text in said) == 3
+
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path: Path) -> None:
     saved_run(tmp_path, 2)

@@ -10,7 +10,7 @@ from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.telemetry import LSH_STAGES, LayerReport
 from megatron_lsh.training.metrics import IntervalMetrics, duration
 from megatron_lsh.training.plot import plot_losses
-from megatron_lsh.training.summary import byte_count, closing_lines
+from megatron_lsh.training.summary import Payload, byte_count, closing_lines
 from megatron_lsh.training.writers import JsonlFile, open_tensorboard, read_jsonl
 from tests.training.helpers import tiny_config
 
@@ -49,6 +49,13 @@ def metrics(layers: list[LayerReport], **changes: object) -> IntervalMetrics:
         "tflops": 0.01, "mfu": 0.25, "layers": layers,
     }  # fmt: skip
     return IntervalMetrics(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def payload_of(*intervals: IntervalMetrics) -> Payload:
+    payload = Payload()
+    for interval in intervals:
+        payload.add(interval)
+    return payload
 
 
 def test_record_has_every_promised_key() -> None:
@@ -137,19 +144,19 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 def test_closing_lines() -> None:
     flags = "--moe-token-dispatcher-type lsh --expert-model-parallel-size 2 --lsh-clustering"
     lsh = tiny_config(f"{flags} bucket --lsh-num-hashes 2 --lsh-hash-width 8", world_size=2)
-    payload, layers, advice = closing_lines(lsh, [metrics([layer(0), layer(1)]), metrics([layer(0), layer(1)])])
+    payload, layers, advice = closing_lines(lsh, payload_of(metrics([layer(0), layer(1)]), metrics([layer(0), layer(1)])))
     assert payload == (
         "all-to-all payload (lsh, 20 iterations): 80.00 MB sent, 400.00 MB uncompressed: 80.0% saved"
     )
     assert "layer 0: 20.0%, 0.300; layer 1: 20.0%, 0.300" in layers
     assert "--lsh-num-hashes 3" in advice and "--lsh-hash-width 4" in advice and "alltoall" in advice
     budget = tiny_config(f"{flags} budget --lsh-target-rate 0.2 --lsh-refine-steps 1", world_size=2)
-    assert "--lsh-target-rate 0.1 " in closing_lines(budget, [metrics([layer(0)])])[2]
-    exact = closing_lines(tiny_config(), [metrics([layer(0, rate=None)])])
+    assert "--lsh-target-rate 0.1 " in closing_lines(budget, payload_of(metrics([layer(0)])))[2]
+    exact = closing_lines(tiny_config(), payload_of(metrics([layer(0, rate=None)])))
     assert "off" in exact[1] and "--moe-token-dispatcher-type lsh" in exact[2]
-    alone = closing_lines(lsh, [metrics([layer(0, sent=0.0)])])
+    alone = closing_lines(lsh, payload_of(metrics([layer(0, sent=0.0)])))
     assert "every rank holds all experts" in alone[0] and "--expert-model-parallel-size" in alone[2]
-    assert closing_lines(lsh, [metrics([])]) == closing_lines(lsh, []) == []
+    assert closing_lines(lsh, payload_of(metrics([]))) == closing_lines(lsh, Payload()) == []
     assert [byte_count(n) for n in (12, 1.5e9, 2e16)] == ["12 B", "1.50 GB", "20000.00 TB"]
 
 
