@@ -71,7 +71,7 @@ test: lint
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_lsh tests tools benchmarks kernels -name __pycache__ -type d -prune -exec rm -rf {} +
-	find megatron_lsh kernels \( -name '*.so' -o -name '*.o' \) -delete
+	find megatron_lsh kernels \( -name '*.so' -o -name '*.o' -o -name _kernels.txt \) -delete
 	rm -f $(INSTALLED) $(INSTALLED_DEV)
 
 clean-venv:

@@ -28,13 +28,13 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         parent = ROOT if self.inplace else Path(self.build_lib)
-        folder = parent / "megatron_lsh" / "lsh"
+        folder = parent / "megatron_lsh" / "ops"
         folder.mkdir(parents=True, exist_ok=True)
         for kind, reason in load_builder().build_into(folder).items():
             print(f"LSH kernels for {kind}: {'built' if reason is None else f'not built ({reason})'}", flush=True)
 
     def get_outputs(self) -> list[str]:
-        folder = Path(self.build_lib) / "megatron_lsh" / "lsh"
+        folder = Path(self.build_lib) / "megatron_lsh" / "ops"
         return [] if self.inplace else [str(path) for path in folder.glob("_kernels*")]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -42,4 +42,4 @@ class BuildKernels(build_ext):
 
 
 # One nominal extension, so that setuptools runs build_ext and marks wheels as specific to a platform.
-setup(ext_modules=[Extension("megatron_lsh.lsh._kernels", [])], cmdclass={"build_ext": BuildKernels})
+setup(ext_modules=[Extension("megatron_lsh.ops._kernels", [])], cmdclass={"build_ext": BuildKernels})

@@ -32,9 +32,7 @@ from benchmarks.quality import MODEL
 from benchmarks.variants import gpt_task
 from megatron_lsh import lsh
 from megatron_lsh.config import Config, parse_args, validate
-from megatron_lsh.lsh import Clusters
-from megatron_lsh.lsh.budget import cluster_sizes
-from megatron_lsh.lsh.cluster import expert_of_row
+from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row
 from megatron_lsh.lsh.interpolate import interpolate
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.layer import MoELayer

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh import lsh
-from megatron_lsh.lsh.budget import cluster_sizes
-from megatron_lsh.lsh.cluster import Clusters, expert_of_row
-from megatron_lsh.lsh.refine import nearest_centroid
+from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row, nearest_centroid
 from megatron_lsh.moe.compressor import LSHCompressor
 from megatron_lsh.moe.exchange import Handle, LocalExchange
 from megatron_lsh.moe.low_rank import LowRankResidual

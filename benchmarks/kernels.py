@@ -27,10 +27,11 @@ from torch import Tensor
 
 from benchmarks.common import table, write_result
 from megatron_lsh import lsh
-from megatron_lsh.lsh import kernels
-from megatron_lsh.lsh.segments import segment_mean
 from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
 from megatron_lsh.moe.wire import make_codec
+from megatron_lsh.ops import describe, reference_only
+from megatron_lsh.ops.library import STATUS
+from megatron_lsh.ops.wire_formats import FORMATS
 
 HASHES, WIDTH = 6, 16  # the defaults of --lsh-clustering budget
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -208,7 +209,7 @@ def compare_paths(inputs: Inputs, clock: Clock, repeats: int) -> dict[str, Any]:
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
     for repeat in range(repeats + 2):
         for name, (stages, by_kernels) in paths.items():
-            with nullcontext() if by_kernels else kernels.reference_only():
+            with nullcontext() if by_kernels else reference_only():
                 sample = {stage: 1e3 * clock(function) for stage, function in stages.items()}
             if repeat >= 2:  # first calls
                 samples[name].append(sample | {"total": sum(sample.values())})
@@ -312,18 +313,18 @@ def ops(inputs: Inputs) -> Iterator[Measured]:
     )  # fmt: skip
     yield Measured(
         "segment (mean)", lambda: op.segment(inputs.rows_ND, None, None, *order, True),
-        lambda: segment_mean(inputs.rows_ND, clusters), row_bytes + wire_bytes + per_row,
+        lambda: lsh.compress(inputs.rows_ND, clusters, with_residual=False), row_bytes + wire_bytes + per_row,
     )  # fmt: skip
     yield Measured(
         "segment_residual", lambda: op.segment_residual(inputs.rows_ND, *order),
         lambda: lsh.compress(inputs.rows_ND, clusters, with_residual=True), 2 * row_bytes + wire_bytes + per_row,
     )  # fmt: skip
     yield Measured(
-        "combine (restore rows)", lambda: op.combine(centroids, cluster_N1, None, None, residual, None),
+        "combine (restore rows)", lambda: op.combine(centroids, cluster_N1, None, residual, None),
         lambda: lsh.restore(centroids, residual, clusters), 2 * row_bytes + wire_bytes + per_row,
     )  # fmt: skip
     yield Measured(
-        "combine (restore tokens)", lambda: op.combine(centroids, cluster_TK, inputs.probs_TK, None, inputs.x_TD, centroids),
+        "combine (restore tokens)", lambda: op.combine(centroids, cluster_TK, inputs.probs_TK, inputs.x_TD, centroids),
         lambda: unpermute(lsh.restore(centroids, residual, clusters), inputs.probs_TK, inputs.permutation),
         2 * tokens * hidden * n + 2 * wire_bytes + 1.5 * per_row,
     )  # fmt: skip
@@ -337,7 +338,7 @@ def ops(inputs: Inputs) -> Iterator[Measured]:
         lambda: inputs.grad_ND - centroids[clusters.cluster_N] + centroids[clusters.cluster_N],
         2 * row_bytes + 2 * wire_bytes + per_row,
     )  # fmt: skip
-    codec, int8 = make_codec("int8"), kernels.WIRE_FORMATS.index("int8")
+    codec, int8 = make_codec("int8"), FORMATS.index("int8")
     payload = codec.encode(centroids.detach())
     yield Measured(
         "encode (int8)", lambda: op.encode(centroids, None, int8), lambda: codec.encode(centroids),
@@ -361,7 +362,7 @@ def measure_ops(inputs: Inputs, clock: Clock, repeats: int, bandwidth: float) ->
     for op in ops(inputs):
         ours, plain = [], []
         for repeat in range(repeats + 2):
-            with kernels.reference_only():
+            with reference_only():
                 plain_time = clock(op.plain)
             our_time = clock(op.run)
             if repeat >= 2:
@@ -434,8 +435,8 @@ def main(words: list[str] | None = None) -> None:
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     dtype = DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")]
-    print(kernels.STATUS.describe(device.type))
-    if device.type not in kernels.STATUS.devices:
+    print(describe(device.type))
+    if device.type not in STATUS.devices:
         raise SystemExit("nothing to compare")
 
     clock = Clock(device, arguments.clock == "cpu")

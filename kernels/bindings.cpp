@@ -1,5 +1,5 @@
-// torch.ops.megatron_lsh: checks arguments, allocates results, calls the C interface. Schemas, fake kernels and derivatives are
-// in megatron_lsh/lsh/ops.py.
+// torch.ops.megatron_lsh: checks arguments, allocates results, calls the C interface. Schemas and fake kernels are in
+// megatron_lsh/ops/library.py, derivatives where they are used, in megatron_lsh/lsh/ and moe/permute.py.
 //
 // Only torch's stable interface is used (plain C underneath), so one build serves every torch from 2.11 on, and the CUDA
 // bindings compile without a CUDA build of torch. Compiled once with LSH_BACKEND=cpu and once with LSH_BACKEND=cuda.
@@ -207,20 +207,17 @@ std::tuple<Tensor, Tensor> segment_residual(Tensor source, Tensor order, Tensor 
     return {out, residual};
 }
 
-Tensor combine(Tensor source, Tensor index, OptionalTensor weight, OptionalTensor divisor, OptionalTensor row,
-               OptionalTensor centroid) {
+Tensor combine(Tensor source, Tensor index, OptionalTensor weight, OptionalTensor row, OptionalTensor centroid) {
     source = checked(source, "source", source.scalar_type(), {-1, -1});
     index = checked(index, "index", kLong, {-1, -1});
     const int64_t tokens = index.size(0), slots = index.size(1), features = source.size(1);
     weight = checked(weight, "weight", accumulator(source), {tokens, slots});
-    divisor = checked(divisor, "divisor", kLong, {source.size(0)});
     row = checked(row, "row", source.scalar_type(), {tokens, features});
     centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features});
     STD_TORCH_CHECK(row || !centroid, "a centroid needs the row it is taken from");
-    STD_TORCH_CHECK(!row || !divisor, "a row and a divisor exclude each other");
     Tensor out = empty(source, {tokens, features}, source.scalar_type());
-    const CombineArgs args{data(source), data<int64_t>(index), data(weight), data<int64_t>(divisor), data(row),
-                           data(centroid), data(out), tokens, slots, features, dtype_of(source)};
+    const CombineArgs args{data(source), data<int64_t>(index), data(weight), data(row), data(centroid), data(out), tokens,
+                           slots, features, dtype_of(source)};
     if (tokens && features) LSH_RUN(combine, source, args);
     return out;
 }

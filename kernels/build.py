@@ -1,6 +1,6 @@
 """Compile the kernels. setup.py and the tests call these functions; by hand:
 
-    python kernels/build.py cpu      build the CPU twins into megatron_lsh/lsh/
+    python kernels/build.py cpu      build the CPU twins into megatron_lsh/ops/
     python kernels/build.py cuda     build the CUDA kernels there (needs nvcc and a CUDA build of torch)
     python kernels/build.py check    compile every .cu for sm_80 and sm_90 and print registers and spills (needs only nvcc)
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-PACKAGE = SOURCES.parent / "megatron_lsh" / "lsh"
+PACKAGE = SOURCES.parent / "megatron_lsh" / "ops"
 TESTS = SOURCES.parent / "tests" / "kernels"
 CUDA_SOURCES = ("hash", "plan", "nearest", "segment", "combine", "wire")
 CUDA_ARCHITECTURES = ("80", "90")
@@ -61,7 +61,7 @@ class Job:
 
 
 def digest(*folders: Path) -> str:
-    """Identifies the C++ and CUDA files of these folders. The loader in megatron_lsh/lsh/kernels.py computes the same."""
+    """Identifies the C++ and CUDA files of these folders. The loader in megatron_lsh/ops/library.py computes the same."""
     files = [p for folder in folders for p in sorted(folder.glob("*")) if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 

@@ -27,13 +27,12 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs a) 
         const int64_t i = a.index[t * a.slots + k];
         if (i < 0) continue;
         const float w = a.weight ? static_cast<const float*>(a.weight)[t * a.slots + k] : 1.0f;
-        const float scale = a.divisor ? divide(1.0f, a.divisor[i]) : 1.0f;
         const Pack<T, V> x = row_pack<V, T>(a.source, i, a.features, f);
         Pack<T, V> c{};
         if (a.centroid) c = row_pack<V, T>(a.centroid, i, a.features, f);
 #pragma unroll
         for (int v = 0; v < V; ++v)
-            acc[v] = add_product(acc[v], w, restored(widen(x.v[v]) * scale, widen(row.v[v]), widen(c.v[v])));
+            acc[v] = add_product(acc[v], w, restored(widen(x.v[v]), widen(row.v[v]), widen(c.v[v])));
     }
     Pack<T, V> out;
 #pragma unroll

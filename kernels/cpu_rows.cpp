@@ -94,9 +94,6 @@ void combine_tokens(const CombineArgs& a, int64_t begin, int64_t end) {
                         acc[f] = add_product(acc[f], w, restored(widen(x[f]), widen(row[f]), widen(c[f])));
                 } else if (row) {
                     for (int64_t f = 0; f < width; ++f) acc[f] = add_product(acc[f], w, widen(x[f]) + widen(row[f]));
-                } else if (a.divisor) {
-                    const A scale = divide(A(1), a.divisor[i]);
-                    for (int64_t f = 0; f < width; ++f) acc[f] = add_product(acc[f], w, widen(x[f]) * scale);
                 } else {
                     for (int64_t f = 0; f < width; ++f) acc[f] = add_product(acc[f], w, widen(x[f]));
                 }

@@ -95,15 +95,14 @@ struct SegmentArgs {
     DType dtype;
 };
 
-// out[t] = sum_k weight[t, k] * (source[i] / divisor[i] + (row[t] - centroid[i])), i = index[t, k]; slots with i < 0 are skipped.
+// out[t] = sum_k weight[t, k] * (source[i] + (row[t] - centroid[i])), i = index[t, k]; slots with i < 0 are skipped.
 struct CombineArgs {
-    const void* source;      // [C, D]
-    const int64_t* index;    // [T, K]
-    const void* weight;      // [T, K] optional
-    const int64_t* divisor;  // [C] optional
-    const void* row;         // [T, D] optional
-    const void* centroid;    // [C, D] with row; without it the row is added whole
-    void* out;               // [T, D]
+    const void* source;    // [C, D]
+    const int64_t* index;  // [T, K]
+    const void* weight;    // [T, K] optional
+    const void* row;       // [T, D] optional
+    const void* centroid;  // [C, D] with row; without it the row is added whole
+    void* out;             // [T, D]
     int64_t tokens, slots, features;
     DType dtype;
 };

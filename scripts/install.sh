@@ -96,9 +96,9 @@ print(f"[install] ready: torch {torch.__version__}, {gpus} CUDA device(s)")
 if not gpus and shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
     print("[install] WARNING: there is an NVIDIA GPU, but this torch cannot use it; runs will be on the CPU. "
           "Install a torch build that fits the driver: make clean-venv, then make TORCH=... TORCH_INDEX=...")
-from megatron_lsh.lsh import kernels
+from megatron_lsh import ops
 for device in ("cuda", "cpu") if gpus else ("cpu",):
-    print(f"[install] {kernels.STATUS.describe(device)}")
+    print(f"[install] {ops.describe(device)}")
 PYTHON
 }
 

@@ -20,20 +20,21 @@ from megatron_lsh.config.settings import settings_of, spellings_of
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_lsh"
 
-# What each room may import. errors, config <- parallel <- lsh <- moe <- models <- training <- entry scripts; data/,
-# checkpoint/ and convert/ hang off the side. lsh/ is functions on tensors and needs neither configuration nor groups.
+# What each room may import. errors, config, ops <- parallel, lsh <- moe <- models <- training <- entry scripts; data/,
+# checkpoint/ and convert/ hang off the side. ops/ and lsh/ are functions on tensors: neither configuration nor groups.
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
-    "parallel": {"errors", "config"},
-    "lsh": {"errors"},
-    "moe": {"errors", "config", "parallel", "lsh"},
-    "models": {"errors", "config", "parallel", "lsh", "moe"},
+    "ops": {"errors"},
+    "parallel": {"errors", "config", "ops"},
+    "lsh": {"errors", "ops"},
+    "moe": {"errors", "config", "parallel", "ops", "lsh"},
+    "models": {"errors", "config", "parallel", "ops", "lsh", "moe"},
     "data": {"errors", "config"},
     "checkpoint": {"errors", "config", "parallel"},
     # builds models to fill them
-    "convert": {"errors", "config", "parallel", "lsh", "moe", "models", "checkpoint"},
-    "training": {"errors", "config", "parallel", "lsh", "moe", "models", "data", "checkpoint", "convert"},
+    "convert": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "checkpoint"},
+    "training": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "data", "checkpoint", "convert"},
 }
 # Created by installing, training, testing or caching; a document may name paths inside them.
 GENERATED = ("data/", "runs/", ".venv/", "build/")
@@ -96,9 +97,10 @@ def test_every_room_is_in_the_order() -> None:
     assert rooms == set(ALLOWED)
 
 
-def test_lsh_knows_no_process_group() -> None:
+@pytest.mark.parametrize("room", ["ops", "lsh"])
+def test_functions_on_tensors_know_no_process_group(room: str) -> None:
     for path in source_files(".py"):
-        if PACKAGE / "lsh" not in path.parents:
+        if PACKAGE / room not in path.parents:
             continue
         names = list(imported_modules(path))
         assert not [name for name in names if name.startswith("torch.distributed")], relative(path)
@@ -157,7 +159,12 @@ MODELS = {"gpt": Config, "bert": BertConfig, "t5": T5Config}
 def test_launchers_start_valid_runs(script: str, world_size: int, model: str, tmp_path: Path) -> None:
     """What the launchers hand to torchrun passes every check that needs no data."""
     env = {**os.environ, "TORCHRUN": "echo", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
-    env |= {"RUN_DIR": str(tmp_path / "run"), "DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer.model", "MODEL": model}
+    env |= {
+        "RUN_DIR": str(tmp_path / "run"),
+        "DATA_PATH": "corpus",
+        "TOKENIZER_MODEL": "tokenizer.model",
+        "MODEL": model,
+    }
     command = [ROOT / "scripts" / f"pretrain_moe_{script}.sh", "--train-iters", "77"]
     words = subprocess.run(command, env=env, check=True, text=True, capture_output=True, cwd=tmp_path).stdout.split()
     entry = words.index(f"pretrain_{model}_moe.py")

@@ -8,23 +8,26 @@ Locality-Sensitive Hashing" (arXiv 2411.08446, NeurIPS 2024).
 from megatron_lsh.lsh.budget import cluster_by_budget, cluster_projection, row_budgets
 from megatron_lsh.lsh.cluster import Clusters, cluster_by_code
 from megatron_lsh.lsh.compress import compress, residual_energy
-from megatron_lsh.lsh.hash import codes_of, hash_rows, make_rotation, project
+from megatron_lsh.lsh.fused import clusters_of_slots, compress_tokens, restore_tokens
+from megatron_lsh.lsh.hash import hash_rows, make_rotation, project
 from megatron_lsh.lsh.interpolate import interpolate
 from megatron_lsh.lsh.members import compress_to_members, nearest_members
-from megatron_lsh.lsh.refine import nearest_centroid, refine
+from megatron_lsh.lsh.refine import refine
 from megatron_lsh.lsh.restore import restore, straight_through
-from megatron_lsh.lsh.tokens import clusters_of_slots, compress_tokens, restore_tokens
+from megatron_lsh.ops.clustering import cluster_sizes, codes_of, expert_of_row, nearest_centroid
 
 __all__ = [
     "Clusters",
     "cluster_by_budget",
     "cluster_by_code",
     "cluster_projection",
+    "cluster_sizes",
     "clusters_of_slots",
     "codes_of",
     "compress",
     "compress_to_members",
     "compress_tokens",
+    "expert_of_row",
     "hash_rows",
     "interpolate",
     "make_rotation",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_KEY_LIMIT = 1 << 62
+from megatron_lsh.ops.clustering import expert_of_row, in_order, number_by_first_row, pack_codes
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Clusters:
     def num_clusters(self) -> int:
         return self.sizes_C.shape[0]
 
+    @property
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``order``, ``offsets`` and ``sizes``, as the operations of ``ops/`` want them."""
+        return self.order_N, self.offsets_C, self.sizes_C
+
     @staticmethod
     def from_assignment(cluster_N: Tensor, sizes_C: Tensor, counts_E: Tensor) -> Clusters:
         """Complete an assignment of rows to clusters with the order the segment sums need."""
-        return Clusters(
-            cluster_N=cluster_N,
-            sizes_C=sizes_C,
-            counts_E=counts_E,
-            order_N=torch.argsort(cluster_N, stable=True),
-            offsets_C=sizes_C.cumsum(0) - sizes_C,
-        )
+        cluster_N, order_N, sizes_C, offsets_C = in_order(cluster_N, sizes_C)
+        return Clusters(cluster_N, sizes_C, counts_E, order_N, offsets_C)
 
 
 @torch.no_grad()
@@ -65,41 +65,6 @@ def cluster_by_code(codes_NQ: Tensor, counts_E: Tensor, num_codes: int) -> Clust
     _, cluster_N, sizes_C = torch.unique(key_N, return_inverse=True, return_counts=True)
     cluster_N, sizes_C = number_by_first_row(cluster_N, sizes_C)
     return Clusters.from_assignment(cluster_N, sizes_C, _clusters_per_expert(cluster_N, counts_E))
-
-
-def expert_of_row(counts_E: Tensor, num_rows: int) -> Tensor:
-    """int64 [N]: the expert of each row, given the rows per expert."""
-    experts = torch.arange(counts_E.shape[0], device=counts_E.device)
-    return experts.repeat_interleave(counts_E, output_size=num_rows)
-
-
-def pack_codes(expert_N: Tensor, num_experts: int, codes_NQ: Tensor, num_codes: int) -> Tensor:
-    """One sortable int64 key per row: the expert is the leading digit, then the codes in order.
-
-    Where the digits do not fit, the key so far is replaced by its rank, which keeps order and equality.
-    """
-    key_N, key_range = expert_N, num_experts
-    for codes_N in codes_NQ.unbind(1):
-        if key_range * num_codes > _KEY_LIMIT:
-            key_N = torch.unique(key_N, return_inverse=True)[1]
-            key_range = codes_NQ.shape[0]
-        key_N = key_N * num_codes + codes_N
-        key_range *= num_codes
-    return key_N
-
-
-def number_by_first_row(cluster_N: Tensor, sizes_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Renumber clusters in the order of their first rows.
-
-    Rows are sorted by expert, so clusters are too. And without any merging centroids lie in row order, hence every sum
-    over rows in an expert's backward runs as it would uncompressed, to the bit.
-    """
-    rows_N = torch.arange(cluster_N.shape[0], device=cluster_N.device)
-    first_C = torch.full_like(sizes_C, cluster_N.shape[0]).scatter_reduce_(0, cluster_N, rows_N, "amin")
-    by_first_C = torch.argsort(first_C)
-    number_C = torch.empty_like(by_first_C)
-    number_C[by_first_C] = torch.arange(sizes_C.shape[0], device=sizes_C.device)
-    return number_C[cluster_N], sizes_C[by_first_C]
 
 
 def _clusters_per_expert(cluster_N: Tensor, counts_E: Tensor) -> Tensor:

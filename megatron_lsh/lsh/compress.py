@@ -17,43 +17,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.lsh import kernels
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.lsh.segments import segment_mean
+from megatron_lsh.ops import accumulator, choose
 
 
-class _Compress(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, clusters: Clusters, with_residual: bool) -> tuple[Tensor, Tensor | None]:
-        ctx.clusters, ctx.by_kernels = clusters, kernels.usable(rows_ND)
-        if with_residual and ctx.by_kernels:
-            order = (clusters.order_N, clusters.offsets_C, clusters.sizes_C)
-            return torch.ops.megatron_lsh.segment_residual(rows_ND, *order)
-        centroids_CD = segment_mean(rows_ND, clusters)
-        residual_ND = rows_ND - centroids_CD.index_select(0, clusters.cluster_N) if with_residual else None
-        return centroids_CD, residual_ND
+class Compress(torch.autograd.Function):
+    """Rows of a source to means: row n is ``source[index_N[n]]``, and ``cluster_MK`` says which clusters a source is in."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        clusters: Clusters = ctx.clusters
-        grad_centroids_CD, grad_residual_ND = grads
-        if ctx.by_kernels:
-            return _backward_by_kernels(grad_centroids_CD, grad_residual_ND, clusters), None, None
-        sizes_C1 = clusters.sizes_C.clamp(min=1).unsqueeze(1)
-        grad_rows_ND = (grad_centroids_CD / sizes_C1).index_select(0, clusters.cluster_N)
+    def forward(
+        ctx: Any,
+        source_MD: Tensor,
+        index_N: Tensor | None,
+        cluster_MK: Tensor,
+        order_N: Tensor,
+        offsets_C: Tensor,
+        sizes_C: Tensor,
+        with_residual: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.ops = choose(source_MD)
+        ctx.save_for_backward(cluster_MK, order_N, offsets_C, sizes_C)
+        if with_residual:
+            return ctx.ops.segment_residual(source_MD, order_N, offsets_C, sizes_C)
+        return ctx.ops.segment(source_MD, index_N, None, order_N, offsets_C, sizes_C, True), None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_means_CD, grad_residual_ND = grads
+        cluster_MK, order_N, offsets_C, sizes_C = ctx.saved_tensors
+        sum_CD = None
         if grad_residual_ND is not None:
-            mean_CD = segment_mean(grad_residual_ND, clusters)
-            grad_rows_ND += grad_residual_ND - mean_CD.index_select(0, clusters.cluster_N)
-        return grad_rows_ND, None, None
-
-
-def _backward_by_kernels(grad_centroids_CD: Tensor, grad_residual_ND: Tensor | None, clusters: Clusters) -> Tensor:
-    ops, sum_CD = torch.ops.megatron_lsh, None
-    if grad_residual_ND is not None:
-        order = (clusters.order_N, clusters.offsets_C, clusters.sizes_C)
-        sum_CD = ops.segment(grad_residual_ND, None, None, *order, False)
-    index_N1 = clusters.cluster_N.unsqueeze(1)
-    return ops.spread(grad_residual_ND, None, sum_CD, grad_centroids_CD, index_N1, clusters.sizes_C)
+            sum_CD = ctx.ops.segment(grad_residual_ND, None, None, order_N, offsets_C, sizes_C, False)
+        grad_MD = ctx.ops.spread(grad_residual_ND, None, sum_CD, grad_means_CD, cluster_MK, sizes_C)
+        return grad_MD, *([None] * 6)
 
 
 def compress(rows_ND: Tensor, clusters: Clusters, *, with_residual: bool) -> tuple[Tensor, Tensor | None]:
@@ -67,7 +63,9 @@ def compress(rows_ND: Tensor, clusters: Clusters, *, with_residual: bool) -> tup
     Returns:
         centroids [C, D], and the residuals [N, D] or None; both in the dtype of the rows.
     """
-    centroids_CD, residual_ND = _Compress.apply(rows_ND, clusters, with_residual)
+    centroids_CD, residual_ND = Compress.apply(
+        rows_ND, None, clusters.cluster_N.unsqueeze(1), *clusters.segments, with_residual
+    )
     return centroids_CD, residual_ND
 
 
@@ -83,7 +81,7 @@ def residual_energy(
     Returns:
         (sum |x - c|^2, sum |x|^2) as 0-dim tensors of at least fp32; no host synchronisation.
     """
-    dtype = torch.promote_types(rows_ND.dtype, torch.float32)
+    dtype = accumulator(rows_ND.dtype)
     if index_N is None:
         total = torch.linalg.vector_norm(rows_ND, dtype=dtype).square()
     else:

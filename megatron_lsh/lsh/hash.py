@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_lsh.lsh import kernels
+from megatron_lsh.ops import choose
+from megatron_lsh.ops.clustering import codes_of
 
 
 def make_rotation(
@@ -39,19 +40,7 @@ def make_rotation(
 @torch.no_grad()
 def project(rows_ND: Tensor, rotation_DQW: Tensor) -> Tensor:
     """``rows @ rotation`` in the rotation's dtype (fp32): [N, Q * W]."""
-    if rows_ND.device.type == "cpu" and rows_ND.dtype != torch.float64 and kernels.usable(rows_ND):
-        return torch.ops.megatron_lsh.project(rows_ND, rotation_DQW)
-    return rows_ND.to(rotation_DQW.dtype) @ rotation_DQW
-
-
-@torch.no_grad()
-def codes_of(projection_NP: Tensor, num_hashes: int) -> Tensor:
-    """int64 codes [N, Q] in [0, 2 W) of projected rows: ``2 * argmax_w |projection| + [projection > 0]``."""
-    projection_NQW = projection_NP.unflatten(1, (num_hashes, -1))
-    # argmax returns the first of equal maxima, so all-zero rows share one code on every device.
-    axis_NQ1 = projection_NQW.abs().argmax(dim=-1, keepdim=True)
-    positive_NQ1 = projection_NQW.gather(-1, axis_NQ1) > 0
-    return (2 * axis_NQ1 + positive_NQ1).squeeze(-1)
+    return choose(rows_ND).project(rows_ND, rotation_DQW)
 
 
 @torch.no_grad()
@@ -64,6 +53,6 @@ def hash_rows(rows_ND: Tensor, rotation_DQW: Tensor, num_hashes: int) -> Tensor:
         num_hashes: Q.
 
     Returns:
-        int64 codes [N, Q], see :func:`codes_of`.
+        int64 codes [N, Q] in [0, 2 W): ``2 * argmax_w |projection| + [projection > 0]``.
     """
     return codes_of(project(rows_ND, rotation_DQW), num_hashes)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.lsh.segments import segment_sum
+from megatron_lsh.ops import accumulator, choose
 
 RIDGE, WIDTH, BLOCK = 0.01, 1.0, 128
 """The error of the restored outputs is flat around the first two: within a fifth for WIDTH 1-4 and RIDGE 0.003-0.03. It
@@ -197,9 +197,10 @@ class _Interpolate(torch.autograd.Function):
         width: float,
     ) -> Tensor:
         ctx.clusters, ctx.plan, ctx.out_dtype = clusters, plan, expert_out_CD.dtype
+        ctx.ops = choose(rows_ND.new_empty(0, dtype=accumulator(rows_ND.dtype)))
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         rows_MD = rows_ND.index_select(0, plan.row_M)
-        change_MD = torch.empty_like(rows_MD, dtype=_arithmetic(rows_ND))
+        change_MD = torch.empty_like(rows_MD, dtype=accumulator(rows_ND.dtype))
         kept: list[Tensor] = []
         for n, c in plan.parts:
             centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n])
@@ -216,9 +217,10 @@ class _Interpolate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         plan: _Plan = ctx.plan
         rows_ND, representatives_CD, *kept = ctx.saved_tensors
-        grad_ND = grads[0].to(_arithmetic(rows_ND)).contiguous()
+        grad_ND = grads[0].to(accumulator(rows_ND.dtype)).contiguous()
         rows_MD, grad_MD = (x.index_select(0, plan.row_M) for x in (rows_ND, grad_ND))
-        sums_CD, grad_out_CD = segment_sum(grad_MD, plan.clusters), segment_sum(grad_ND, ctx.clusters)
+        sums_CD = ctx.ops.segment(grad_MD, None, None, *plan.clusters.segments, False)
+        grad_out_CD = ctx.ops.segment(grad_ND, None, None, *ctx.clusters.segments, False)
         grad_centres_CD = torch.zeros_like(sums_CD)
         for n, c in plan.parts:
             fit, kept = _Fit(*kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
@@ -229,12 +231,8 @@ class _Interpolate(torch.autograd.Function):
         return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_centres_CD.to(rows_ND.dtype), None, None, None, None
 
 
-def _arithmetic(rows: Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)
-
-
 def _shifted(centres_BD: Tensor, rows_nD: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the arithmetic, less the mean of the representatives."""
-    centres_BD, rows_nD = (x.to(_arithmetic(x)) for x in (centres_BD, rows_nD))
+    centres_BD, rows_nD = (x.to(accumulator(x.dtype)) for x in (centres_BD, rows_nD))
     mean_D = centres_BD.mean(0)
     return centres_BD - mean_D, rows_nD - mean_D

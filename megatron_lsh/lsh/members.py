@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.lsh.segments import segment_mean, segment_sum
+from megatron_lsh.ops import choose
 
 
 class _Members(torch.autograd.Function):
-    """As ``_Compress`` of compress.py, with a member of each cluster in the place of its mean."""
+    """As ``Compress`` of compress.py, with a member of each cluster in the place of its mean."""
 
     @staticmethod
     def forward(
         ctx: Any, rows_ND: Tensor, clusters: Clusters, member_C: Tensor, with_residual: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.clusters, ctx.rows = clusters, rows_ND.shape
+        ctx.clusters, ctx.rows, ctx.ops = clusters, rows_ND.shape, choose(rows_ND)
         ctx.save_for_backward(member_C)
         members_CD = rows_ND.index_select(0, member_C)
         return members_CD, rows_ND - members_CD.index_select(0, clusters.cluster_N) if with_residual else None
@@ -40,7 +40,8 @@ class _Members(torch.autograd.Function):
         numbers_C = torch.arange(clusters.num_clusters, device=member_C.device)
         owns_C1 = (clusters.cluster_N[member_C] == numbers_C).unsqueeze(1)
         own_CD = torch.where(owns_C1, grad_residual_ND.index_select(0, member_C), 0)
-        sent_CD = own_CD - segment_sum(grad_residual_ND, clusters) + grad_members_CD
+        sum_CD = ctx.ops.segment(grad_residual_ND, None, None, *clusters.segments, False)
+        sent_CD = own_CD - sum_CD + grad_members_CD
         return grad_residual_ND.index_fill(0, member_C, 0).index_add(0, member_C, sent_CD), None, None, None
 
 
@@ -55,7 +56,7 @@ def compress_to_members(
 @torch.no_grad()
 def nearest_members(rows_ND: Tensor, clusters: Clusters) -> Tensor:
     """int64 [C]: of each cluster the row nearest to its mean, the first of equals."""
-    mean_CD = segment_mean(rows_ND, clusters)
+    mean_CD = choose(rows_ND).segment(rows_ND, None, None, *clusters.segments, True)
     distance_N = (rows_ND - mean_CD.index_select(0, clusters.cluster_N)).square().sum(1)
     order_N = torch.argsort(distance_N, stable=True)
     order_N = order_N[torch.argsort(clusters.cluster_N[order_N], stable=True)]

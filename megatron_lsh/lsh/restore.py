@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.lsh import kernels
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.lsh.segments import segment_sum
+from megatron_lsh.ops import choose
 
 
 class _Restore(torch.autograd.Function):
@@ -23,17 +22,14 @@ class _Restore(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out_CD: Tensor, residual_ND: Tensor | None, clusters: Clusters) -> Tensor:
-        ctx.clusters = clusters
-        if kernels.usable(out_CD):
-            index_N1 = clusters.cluster_N.unsqueeze(1)
-            return torch.ops.megatron_lsh.combine(out_CD, index_N1, None, None, residual_ND, None)
-        rows_ND = out_CD.index_select(0, clusters.cluster_N)
-        return rows_ND if residual_ND is None else rows_ND.add_(residual_ND)
+        ctx.clusters, ctx.ops = clusters, choose(out_CD)
+        return ctx.ops.combine(out_CD, clusters.cluster_N.unsqueeze(1), None, residual_ND, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (grad_ND,) = grads
-        return segment_sum(grad_ND.contiguous(), ctx.clusters), grad_ND if ctx.needs_input_grad[1] else None, None
+        grad_out_CD = ctx.ops.segment(grad_ND.contiguous(), None, None, *ctx.clusters.segments, False)
+        return grad_out_CD, grad_ND if ctx.needs_input_grad[1] else None, None
 
 
 def restore(expert_out_CD: Tensor, residual_ND: Tensor | None, clusters: Clusters) -> Tensor:

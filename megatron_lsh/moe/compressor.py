@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from megatron_lsh import lsh
 from megatron_lsh.config.moe import LSHConfig
-from megatron_lsh.lsh import kernels
 from megatron_lsh.moe.low_rank import LowRankResidual
 from megatron_lsh.moe.memo import ReplayMemo
 from megatron_lsh.moe.permute import Permutation
@@ -154,9 +153,9 @@ class LSHCompressor(nn.Module):
         return rows_ND
 
     def reads_tokens(self, x_TD: Tensor, probs_TK: Tensor) -> bool:
-        """Whether :meth:`compress_tokens` can take the place of permute and compress, which needs kernels."""
+        """Whether :meth:`compress_tokens` can take the place of permute and compress."""
         on_rows = self.low_rank is not None or self._interpolates or self._sends_members
-        return not on_rows and kernels.usable(x_TD) and probs_TK.dtype == kernels.accumulator(x_TD.dtype)
+        return not on_rows
 
     def compress_tokens(
         self, x_TD: Tensor, permutation: Permutation, memo: ReplayMemo | None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.lsh import kernels
+from megatron_lsh.ops import by_row, choose
 
 
 @dataclass(frozen=True)
@@ -91,24 +91,10 @@ def unpermute(rows_ND: Tensor, probs_TK: Tensor, permutation: Permutation) -> Te
     return _Unpermute.apply(rows_ND, probs_TK, permutation)
 
 
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _gather_rows(rows_ND: Tensor, row_of_T: Tensor) -> Tensor:
-    """``rows[row]``, and zeros where there is no row (whatever the rows hold, NaN included)."""
-    if rows_ND.shape[0] == 0:
-        return rows_ND.new_zeros(row_of_T.shape[0], rows_ND.shape[1])
-    return rows_ND[row_of_T.clamp(min=0)].masked_fill_((row_of_T < 0)[:, None], 0)
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation, zero_tail: bool) -> Tensor:
-        ctx.row_of_TK = permutation.row_of_TK
+        ctx.row_of_TK, ctx.ops = permutation.row_of_TK, choose(x_TD)
         rows_ND = x_TD[permutation.token_of_row_N]
         if zero_tail:
             position_N = torch.arange(rows_ND.shape[0], device=rows_ND.device)
@@ -117,51 +103,25 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad_ND,) = grads
-        if kernels.usable(grad_ND):
-            return torch.ops.megatron_lsh.combine(grad_ND, ctx.row_of_TK, None, None, None, None), None, None
-        num_tokens, topk = ctx.row_of_TK.shape
-        grad_TD = grad_ND.new_zeros(num_tokens, grad_ND.shape[1], dtype=_accumulation_dtype(grad_ND))
-        for k in range(topk):
-            grad_TD += _gather_rows(grad_ND, ctx.row_of_TK[:, k])
-        return grad_TD.to(grad_ND.dtype), None, None
+        return ctx.ops.combine(grads[0], ctx.row_of_TK, None, None, None), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, probs_TK: Tensor, permutation: Permutation) -> Tensor:
-        row_of_TK = permutation.row_of_TK
-        ctx.save_for_backward(rows_ND, probs_TK, row_of_TK, permutation.token_of_row_N)
-        dtype = _accumulation_dtype(rows_ND, probs_TK)
-        ctx.by_kernels = kernels.usable(rows_ND) and probs_TK.dtype == kernels.accumulator(rows_ND.dtype)
-        if ctx.by_kernels:
-            return torch.ops.megatron_lsh.combine(rows_ND, row_of_TK, probs_TK, None, None, None)
-        num_tokens, topk = row_of_TK.shape
-        y_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1], dtype=dtype)
-        # One choice at a time: [T, D] of scratch memory instead of [T, K, D] in fp32.
-        weights_TK = probs_TK.masked_fill(row_of_TK < 0, 0)
-        for k in range(topk):
-            y_TD += _gather_rows(rows_ND, row_of_TK[:, k]) * weights_TK[:, k, None]
-        return y_TD.to(rows_ND.dtype)
+        ctx.ops = choose(rows_ND)
+        ctx.save_for_backward(rows_ND, probs_TK, permutation.row_of_TK, permutation.token_of_row_N)
+        return ctx.ops.combine(rows_ND, permutation.row_of_TK, probs_TK, None, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad_TD,) = grads
         rows_ND, probs_TK, row_of_TK, token_of_row_N = ctx.saved_tensors
-        dtype = _accumulation_dtype(rows_ND, probs_TK)
-        grad_rows = grad_probs = None
+        grad_rows_ND = grad_probs_TK = None
         if ctx.needs_input_grad[0]:
-            weight_N1 = kernels.by_row(probs_TK, row_of_TK, rows_ND.shape[0]).unsqueeze(1)
-            if ctx.by_kernels:
-                index_N1 = token_of_row_N.unsqueeze(1)
-                grad_rows = torch.ops.megatron_lsh.combine(grad_TD, index_N1, weight_N1, None, None, None)
-            else:
-                grad_rows = (grad_TD[token_of_row_N] * weight_N1).to(rows_ND.dtype)
-        if ctx.needs_input_grad[1] and ctx.by_kernels:
-            grad_probs = torch.ops.megatron_lsh.dots(grad_TD, rows_ND, row_of_TK, None, None)
-        elif ctx.needs_input_grad[1]:
-            columns = [
-                (_gather_rows(rows_ND, row_of_TK[:, k]).to(dtype) * grad_TD).sum(-1) for k in range(row_of_TK.shape[1])
-            ]
-            grad_probs = torch.stack(columns, 1).to(probs_TK.dtype)
-        return grad_rows, grad_probs, None
+            # For a row its token is the only one to read: the same sum, of one term.
+            probs_N1 = by_row(probs_TK, row_of_TK, rows_ND.shape[0]).unsqueeze(1)
+            grad_rows_ND = ctx.ops.combine(grad_TD, token_of_row_N.unsqueeze(1), probs_N1, None, None)
+        if ctx.needs_input_grad[1]:
+            grad_probs_TK = ctx.ops.dots(grad_TD, rows_ND, row_of_TK, None, None).to(probs_TK.dtype)
+        return grad_rows_ND, grad_probs_TK, None

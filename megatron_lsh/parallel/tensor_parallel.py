@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lsh.ops import accumulator
 from megatron_lsh.parallel.collectives import (
     all_gather_sequence,
     copy_to_tensor_parallel,
@@ -151,7 +152,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
-        wide = logits.to(_accumulation_dtype(logits))
+        wide = logits.to(accumulator(logits.dtype))
         largest = wide.amax(dim=-1)
         _reduce_(largest, group, dist.ReduceOp.MAX)
         # Shift in place where `wide` is already our own copy; the shift keeps exp() from overflowing.
@@ -174,10 +175,6 @@ class _CrossEntropy(torch.autograd.Function):
         at_target = torch.where(here.unsqueeze(-1), -grad, torch.zeros_like(grad))
         grad_logits.scatter_add_(-1, index.unsqueeze(-1), at_target)
         return grad_logits.to(logits.dtype), None, None
-
-
-def _accumulation_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _reduce_(x: Tensor, group: Group, op: Any) -> None:

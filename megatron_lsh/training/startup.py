@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import megatron_lsh
+from megatron_lsh import ops
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
 from megatron_lsh.checkpoint.manifest import write_atomically
 from megatron_lsh.config.config import Config
@@ -45,7 +46,9 @@ def refuse_to_overwrite(cfg: CheckpointConfig) -> None:
         resume = "to resume it, drop --finetune, which starts at iteration 0 again"
     else:
         return
-    raise ConfigError(f"--save {cfg.save} already holds a run: {_what(found)}; {resume}; to start anew, {_anew(cfg.save)}")
+    raise ConfigError(
+        f"--save {cfg.save} already holds a run: {_what(found)}; {resume}; to start anew, {_anew(cfg.save)}"
+    )
 
 
 def _what(found: list[CheckpointInfo]) -> str:
@@ -85,6 +88,7 @@ def introduce(cfg: Config, ctx: ParallelContext) -> None:
         f"{layout.ep} x expert data parallel {layout.edp}"
         + (", sequence parallel" if ctx.sequence_parallel else "")
         + (", sharded optimizer" if ctx.shard_optimizer else ""),
+        *([ops.describe(ctx.device.type)] if cfg.moe.num_experts else []),
         describe(cfg),
         sep="\n",
         flush=True,

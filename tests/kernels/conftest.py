@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lsh.lsh import kernels
+from megatron_lsh.ops.kernels import KernelOps
+from megatron_lsh.ops.library import STATUS, define
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -36,6 +37,11 @@ class Backend:
     name: str
     ops: Any
     device: str
+
+    @property
+    def functions(self) -> KernelOps:
+        """As ``choose`` would give them."""
+        return KernelOps(self.ops)
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -65,7 +71,7 @@ def _emulated(build: ModuleType) -> Backend:
         if "no C++ compiler" in str(error):
             pytest.skip(str(error))
         raise
-    kernels.define("megatron_lsh_emulated")
+    define("megatron_lsh_emulated")
     torch.ops.load_library(str(library))
     return Backend("emulated", torch.ops.megatron_lsh_emulated, "cpu")
 
@@ -74,8 +80,8 @@ def _emulated(build: ModuleType) -> Backend:
 def backend(request: pytest.FixtureRequest, build: ModuleType) -> Backend:
     if request.param == "emulated":
         return _emulated(build)
-    if request.param not in kernels.STATUS.devices:
-        pytest.skip(kernels.STATUS.describe(request.param))
+    if request.param not in STATUS.devices:
+        pytest.skip(STATUS.describe(request.param))
     return Backend(request.param, torch.ops.megatron_lsh, request.param)
 
 
@@ -89,5 +95,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def cpu_kernels() -> None:
-    if "cpu" not in kernels.STATUS.devices:
-        pytest.skip(kernels.STATUS.describe("cpu"))
+    if "cpu" not in STATUS.devices:
+        pytest.skip(STATUS.describe("cpu"))

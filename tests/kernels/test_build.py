@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_lsh.lsh import kernels
+from megatron_lsh.ops import library
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,7 +23,7 @@ def test_kernels_are_there_where_a_compiler_is(build: ModuleType) -> None:
         build.host_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    assert "cpu" in kernels.STATUS.devices, kernels.STATUS.missing["cpu"]
+    assert "cpu" in library.STATUS.devices, library.STATUS.missing["cpu"]
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ ptxas info    : Used 47 registers, used 1 barriers, 16 bytes cumulative stack si
 
 
 def test_loader_and_builder_agree_on_what_sources_are(build: ModuleType) -> None:
-    assert kernels._sources_digest() == build.digest(build.SOURCES)
+    assert library._sources_digest() == build.digest(build.SOURCES)
 
 
 def test_without_compilers_there_is_a_reason(
@@ -80,7 +80,7 @@ def test_without_compilers_there_is_a_reason(
     outcome = build.build_into(tmp_path, ["cpu"])
     assert outcome == {"cpu": "no C++ compiler (c++, g++ or clang++) on this machine"}
     assert [path.name for path in tmp_path.iterdir()] == ["_kernels.txt"]
-    status = kernels.load(tmp_path)
+    status = library.load(tmp_path)
     assert "cpu" not in status.devices
     assert status.describe("cpu") == (
         "LSH kernels: none for cpu (no C++ compiler (c++, g++ or clang++) on this machine); plain PyTorch instead"
@@ -107,12 +107,12 @@ def test_a_cpu_build_of_torch_needs_no_cuda_kernels(build: ModuleType, tmp_path:
 
 def test_libraries_of_other_sources_are_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "_kernels_cpu.0123456789ab.so").write_bytes(b"not a library")
-    assert "built from other sources" in kernels.load(tmp_path).missing["cpu"]
+    assert "built from other sources" in library.load(tmp_path).missing["cpu"]
 
 
 def test_libraries_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
-    (tmp_path / f"_kernels_cpu.{kernels._sources_digest()}.so").write_bytes(b"not a library")
-    assert "cannot be loaded" in kernels.load(tmp_path).missing["cpu"]
+    (tmp_path / f"_kernels_cpu.{library._sources_digest()}.so").write_bytes(b"not a library")
+    assert "cannot be loaded" in library.load(tmp_path).missing["cpu"]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -131,4 +131,4 @@ def test_setup_builds_in_place(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
     assert "LSH kernels for cpu: built" in done.stdout
-    assert len(list((tmp_path / "megatron_lsh" / "lsh").glob("_kernels_cpu.*.so"))) == 1
+    assert len(list((tmp_path / "megatron_lsh" / "ops").glob("_kernels_cpu.*.so"))) == 1

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lsh.lsh import cluster_by_budget, codes_of, kernels
-from megatron_lsh.lsh.budget import cluster_sizes
-from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.lsh.refine import _refill_empty
+from megatron_lsh.lsh import Clusters, cluster_by_budget, cluster_sizes, codes_of
 from megatron_lsh.moe.wire import make_codec
+from megatron_lsh.ops import accumulator, reference_only
+from megatron_lsh.ops.clustering import refill_empty
+from megatron_lsh.ops.wire_formats import FORMATS
 from tests.kernels.cases import (
     COUNTS,
     Case,
@@ -36,7 +36,7 @@ def test_hash(backend: Backend, counts: list[int], hashes: int, width: int) -> N
     projection = case.rows
     projection[::7] = 0
     bits = (2 * width - 1).bit_length()
-    with kernels.reference_only():
+    with reference_only():
         codes = codes_of(projection, hashes)
     key = backend.ops.hash(projection, None, case.row_ends, hashes, bits)
     assert torch.equal(key.cpu(), packed_keys(codes.cpu(), counts, bits))
@@ -65,7 +65,7 @@ def plan(backend: Backend, case: Case, projection: Tensor, hashes: int) -> tuple
         key, projection, None, case.row_ends, case.cluster_ends, case.num_clusters, hashes, bits
     )  # fmt: skip
     counts, budgets = (torch.tensor(numbers, device=backend.device) for numbers in (case.counts, case.budgets))
-    with kernels.reference_only():
+    with reference_only():
         codes = codes_of(projection, hashes)
         width = projection.shape[1] // hashes
         expected = cluster_by_budget(codes, projection, counts, budgets, case.num_clusters, 2 * width)
@@ -108,7 +108,7 @@ def test_regroup(backend: Backend, counts: list[int], crowded: bool) -> None:
     distance = case.floats(case.num_rows).abs()  # with ties
     got = backend.ops.regroup(nearest, distance, case.row_ends, case.cluster_ends, case.num_clusters)
     counts_E, budgets_E = (torch.tensor(numbers, device=backend.device) for numbers in (counts, case.budgets))
-    refilled = _refill_empty(nearest, distance, counts_E, budgets_E, case.num_clusters) if case.num_rows else nearest
+    refilled = refill_empty(nearest, distance, counts_E, budgets_E, case.num_clusters) if case.num_rows else nearest
     expected = Clusters.from_assignment(refilled, cluster_sizes(refilled, case.num_clusters), budgets_E)
     check_plan(case, got, expected)
 
@@ -137,7 +137,7 @@ def test_nearest(backend: Backend, dtype: torch.dtype, counts: list[int], featur
         if case.num_clusters > 3:
             centroids[case.num_clusters // 2] = centroids[0]  # a tie
         cluster, distance = backend.ops.nearest(case.rows, None, centroids, case.row_ends, case.cluster_ends)
-        assert distance.dtype == kernels.accumulator(dtype)
+        assert distance.dtype == accumulator(dtype)
         all_distances = torch.cdist(case.rows.double(), centroids.double()).square()
         experts = [torch.arange(len(counts)).repeat_interleave(torch.tensor(n)) for n in (counts, case.budgets)]
         foreign = experts[0][:, None] != experts[1][None]
@@ -191,7 +191,7 @@ def test_segment(backend: Backend, dtype: torch.dtype, counts: list[int]) -> Non
     for features in FEATURES:
         case = Case(counts, features, dtype, backend.device)
         cluster_N, size = case.clusters.cluster_N, case.num_clusters
-        weight = case.floats(case.num_rows).to(kernels.accumulator(dtype))
+        weight = case.floats(case.num_rows).to(accumulator(dtype))
         for mean, weights in ((False, None), (True, None), (False, weight)):
             got = backend.ops.segment(case.rows, None, weights, *case.order, mean)
             assert got.dtype == dtype
@@ -205,7 +205,7 @@ def test_segment(backend: Backend, dtype: torch.dtype, counts: list[int]) -> Non
 def test_segment_reads_through_an_index(backend: Backend, dtype: torch.dtype) -> None:
     backend.check_dtype(dtype)
     case = Case([60, 45], 24, dtype, backend.device)
-    source, weight = case.floats(50, 24), case.floats(105).to(kernels.accumulator(dtype))
+    source, weight = case.floats(50, 24), case.floats(105).to(accumulator(dtype))
     index = torch.randint(50, (105,), generator=case.generator).to(backend.device)
     got = backend.ops.segment(source, index, weight, *case.order, False)
     assert torch.equal(got, backend.ops.segment(source[index], None, weight, *case.order, False))
@@ -234,7 +234,7 @@ def token_case(
     return {
         "source": case.floats(sources, features),
         "index": index,
-        "weight": case.floats(tokens, slots).to(kernels.accumulator(dtype)),
+        "weight": case.floats(tokens, slots).to(accumulator(dtype)),
         "row": case.floats(tokens, features),
         "centroid": case.floats(sources, features),
         "grad": case.floats(tokens, features),
@@ -259,12 +259,10 @@ def test_combine(backend: Backend, dtype: torch.dtype, features: int) -> None:
             (None, row, None),
             (weight, row, centroid),
         ):
-            got = backend.ops.combine(source, index, weights, None, add, minus)
+            got = backend.ops.combine(source, index, weights, add, minus)
             factor = torch.ones_like(weight) if weights is None else weights
             expected = plain_restored(source, index, add, minus) * factor.double()[..., None]
             assert_close(got, expected.sum(1))
-        got = backend.ops.combine(source, index, None, t["sizes"], None, None)
-        assert_close(got, plain_restored(source.double() / t["sizes"][:, None], index, None, None).sum(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -275,7 +273,7 @@ def test_dots(backend: Backend, dtype: torch.dtype, features: int) -> None:
         t = token_case(dtype, backend.device, tokens, slots, sources, features)
         for row, centroid in ((None, None), (t["row"], t["centroid"])):
             got = backend.ops.dots(t["grad"], t["source"], t["index"], row, centroid)
-            assert got.dtype == kernels.accumulator(dtype)
+            assert got.dtype == accumulator(dtype)
             expected = (plain_restored(t["source"], t["index"], row, centroid) * t["grad"].double()[:, None]).sum(-1)
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
 
@@ -304,7 +302,7 @@ def test_what_is_skipped_may_hold_anything(backend: Backend) -> None:
     source = torch.full((3, 8), float("nan"), device=backend.device)
     source[1] = 1.0
     index = torch.tensor([[-1, 1], [-1, -1]], device=backend.device)
-    assert backend.ops.combine(source, index, None, None, None, None).tolist() == [[1.0] * 8, [0.0] * 8]
+    assert backend.ops.combine(source, index, None, None, None).tolist() == [[1.0] * 8, [0.0] * 8]
     grad = torch.ones(2, 8, device=backend.device)
     assert backend.ops.dots(grad, source, index, None, None).tolist() == [[0.0, 8.0], [0.0, 0.0]]
 
@@ -313,10 +311,10 @@ def test_what_is_skipped_may_hold_anything(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("name", kernels.WIRE_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_wire_formats(backend: Backend, name: str, dtype: torch.dtype) -> None:
     """The same bytes as the codec in plain PyTorch, which is on the other end of the wire where kernels are not built."""
-    format, codec = kernels.WIRE_FORMATS.index(name), make_codec(name)
+    format, codec = FORMATS.index(name), make_codec(name)
     for shape in [(0, 8), (1, 1), (5, 16), (3, 7), (4, 600)]:
         rows = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(-8, 2, shape[1])
         rows = rows.to(backend.device, dtype)
@@ -325,7 +323,7 @@ def test_wire_formats(backend: Backend, name: str, dtype: torch.dtype) -> None:
             noise = None if seed is None else torch.Generator(backend.device).manual_seed(seed)
             up = None if seed is None else torch.rand(shape, generator=noise, device=backend.device)
             noise = None if noise is None else noise.manual_seed(seed)
-            with kernels.reference_only():
+            with reference_only():
                 expected = codec.encode(rows, noise)
                 decoded = codec.decode(expected, like=rows)
             payload = backend.ops.encode(rows, up, format)
@@ -355,7 +353,7 @@ def test_results_are_the_same_every_time(backend: Backend, threads: int) -> None
             *backend.ops.plan(key, case.rows, None, *ends, case.num_clusters, 5, 4),
             *backend.ops.nearest(case.rows, None, case.rows[: case.num_clusters], *ends),
             backend.ops.segment(case.rows, None, None, *case.order, True),
-            backend.ops.combine(t["source"], t["index"], t["weight"], None, t["row"], t["centroid"]),
+            backend.ops.combine(t["source"], t["index"], t["weight"], t["row"], t["centroid"]),
             backend.ops.dots(t["grad"], t["source"], t["index"], t["row"], t["centroid"]),
         ]
 
@@ -380,4 +378,4 @@ def test_wrong_arguments_are_refused(backend: Backend) -> None:
     ):
         a = {**t, **change}
         with pytest.raises(RuntimeError):
-            backend.ops.combine(a["source"], a["index"], a["weight"], None, a["row"], a["centroid"])
+            backend.ops.combine(a["source"], a["index"], a["weight"], a["row"], a["centroid"])

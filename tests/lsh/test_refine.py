@@ -4,9 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lsh.lsh import Clusters, compress, residual_energy
-from megatron_lsh.lsh.budget import row_budgets
-from megatron_lsh.lsh.refine import nearest_centroid, refine
+from megatron_lsh.lsh import Clusters, compress, nearest_centroid, refine, residual_energy, row_budgets
 
 
 def random_start(rows, counts, rate, seed):

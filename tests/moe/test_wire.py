@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from megatron_lsh.moe.wire import WIRE_DTYPES, make_codec
+from megatron_lsh.moe.wire import make_codec
+
+WIRE_DTYPES = ("fp32", "bf16", "fp8", "int8", "int4")
 
 #: Largest error of one number, as a share of its row's largest magnitude.
 TOLERANCE = {None: 0.0, "fp32": 0.0, "bf16": 2**-8, "fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.51 / 7}

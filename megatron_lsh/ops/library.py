@@ -1,29 +1,23 @@
-"""The kernels of ``kernels/`` as ``torch.ops.megatron_lsh.*``: loading, schemas, shapes, derivatives, when to use them.
+"""The kernels as ``torch.ops.megatron_lsh.*``: loading, schemas, shapes.
 
-Each function of this package that has a kernel asks :func:`usable` and else runs its plain PyTorch, which is the
-reference the kernels are tested against. Legend: N rows sorted by expert, D features, C clusters, E experts, T tokens,
-K choices per token, P = Q W columns of the projection.
-
-Rows need not be materialised. Where an op takes ``index`` (int64 [N]), row n is row ``index[n]`` of a source that has one
-row per token; with None, row n is row n. ``row_ends`` and ``cluster_ends`` (int64 [E]) are cumulative counts. Everything
-runs on the current stream, allocates nothing whose size depends on data, and adds in a fixed order.
+They run on the current stream, allocate nothing whose size depends on data, and add in a fixed order. What each computes
+is said in plain.py; letters are those of the package's docstring.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_lsh.ops.dtypes import accumulator
+from megatron_lsh.ops.wire_formats import FORMATS, SCALE_BYTES
 
 SCHEMAS = {
     # Packed key of each row: expert, then Q codes of code_bits each, largest first. From projection [M, P].
@@ -44,30 +38,17 @@ SCHEMAS = {
     "bool mean) -> Tensor",
     # Mean of each cluster's rows [C, D], and what each row differs from it [N, D].
     "segment_residual": "(Tensor source, Tensor order, Tensor offsets, Tensor sizes) -> (Tensor, Tensor)",
-    # out[t] = sum_k weight[t, k] (source[i] / divisor[i] + row[t] - centroid[i]), i = index[t, k], skipping i < 0.
-    "combine": "(Tensor source, Tensor index, Tensor? weight, Tensor? divisor, Tensor? row, Tensor? centroid) -> Tensor",
+    # out[t] = sum_k weight[t, k] (source[i] + row[t] - centroid[i]), i = index[t, k], skipping i < 0.
+    "combine": "(Tensor source, Tensor index, Tensor? weight, Tensor? row, Tensor? centroid) -> Tensor",
     # out[t, k] = <grad[t], source[i] + row[t] - centroid[i]>, 0 where i < 0.
     "dots": "(Tensor grad, Tensor source, Tensor index, Tensor? row, Tensor? centroid) -> Tensor",
     # out[t] = sum_k [weight[t, k] grad[t] - sum[i] / size[i]] + grad_centroid[i] / size[i]; no bracket where size is 1.
     "spread": "(Tensor? grad, Tensor? weight, Tensor? sum, Tensor? grad_centroid, Tensor index, Tensor sizes) -> Tensor",
-    # Rows to bytes: WIRE_FORMATS[format] numbers, then the row's scale in fp32 -> uint8 [C, bytes]. noise [C, D] in [0, 1)
-    # makes rounding stochastic.
+    # Rows to bytes: numbers in wire_formats.FORMATS[format], then the row's scale in fp32 -> uint8 [C, bytes].
+    # noise [C, D] in [0, 1) makes rounding stochastic.
     "encode": "(Tensor rows, Tensor? noise, int format) -> Tensor",
     "decode": "(Tensor payload, int format, int features, ScalarType dtype) -> Tensor",
-    # The two below are differentiable in x, expert_out and weight. A slot is a (token, choice) pair; row_of_slot and
-    # cluster_of_slot [T, K] are -1 where it has no row.
-    # Mean of each cluster's rows -> [C, D].
-    "compress": "(Tensor x, Tensor? index, Tensor order, Tensor offsets, Tensor sizes, Tensor cluster_of_slot) "
-    "-> Tensor",
-    # Weighted sum of each token's restored rows -> [T, D]. With x and centroid: the identity residual. With x alone: its
-    # gradient without its value (straight-through). With neither: centroids' outputs as they are.
-    "restore": "(Tensor expert_out, Tensor weight, Tensor? x, Tensor? centroid, Tensor index, Tensor row_of_slot, "
-    "Tensor order, Tensor offsets, Tensor sizes, Tensor cluster_of_slot) -> Tensor",
 }
-
-
-#: The numbers of ``encode`` and ``decode``, by their index.
-WIRE_FORMATS = ("fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -120,48 +101,6 @@ def _sources_digest() -> str | None:
     if not files:
         return None
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
-_enabled: ContextVar[bool] = ContextVar("megatron_lsh_kernels")
-
-
-@contextmanager
-def reference_only() -> Iterator[None]:
-    """Within this context the plain PyTorch functions run even where kernels are built (tests, benchmarks).
-
-    Backward passes follow the forward that made them. ``MEGATRON_LSH_KERNELS=0`` in the environment does it for a whole run.
-    """
-    token = _enabled.set(False)
-    try:
-        yield
-    finally:
-        _enabled.reset(token)
-
-
-def usable(tensor: Tensor) -> bool:
-    """Whether kernels can work on tensors like this one, here and now."""
-    device = tensor.device.type
-    if not _enabled.get(os.environ.get("MEGATRON_LSH_KERNELS") != "0"):
-        return False
-    if device not in STATUS.devices:
-        if device in STATUS.missing:
-            _announce(device)
-        return False
-    return tensor.dtype in _DTYPES or (tensor.dtype == torch.float64 and device == "cpu")
-
-
-@functools.cache
-def _announce(device: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        warnings.warn(STATUS.describe(device), stacklevel=3)
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, weights and distances over rows of ``dtype``."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # Shapes, for fake tensors and torch.compile.
@@ -237,8 +176,8 @@ def _fake_spread(
 
 def _fake_encode(rows: Tensor, noise: Tensor | None, format: int) -> Tensor:
     features = rows.shape[1]
-    numbers = (features + 1) // 2 if WIRE_FORMATS[format] == "int4" else features
-    return rows.new_empty(rows.shape[0], numbers + 4, dtype=torch.uint8)
+    numbers = (features + 1) // 2 if FORMATS[format] == "int4" else features
+    return rows.new_empty(rows.shape[0], numbers + SCALE_BYTES, dtype=torch.uint8)
 
 
 def _fake_decode(payload: Tensor, format: int, features: int, dtype: torch.dtype) -> Tensor:
@@ -261,95 +200,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-class _TokenOps:
-    """The differentiable ops over tokens: forward and backward in terms of the other ops of one namespace.
-
-    compress:  c_j = mean of the rows of cluster j                      dx_t = sum_k gc_j / n_j
-    restore:   y_t = sum_k p_tk (E_j + x_t - c_j),  j = cluster(t, k)    dE_j = G_j = sum of p_tk gy_t over the cluster
-                                                                        dp_tk = <gy_t, E_j + x_t - c_j>
-                                                                        dx_t = sum_k (p_tk gy_t - G_j / n_j)
-
-    c is a function of x. Its part in restore's derivative is the mean in the last bracket, so restore sends no gradient to
-    its argument ``centroid``; see ``docs/kernels.md``.
-    """
-
-    def __init__(self, ops: Any) -> None:
-        """``ops``: ``torch.ops.megatron_lsh``, or another namespace with the same schemas."""
-        self._ops = ops
-
-    def compress(
-        self,
-        x: Tensor,
-        index: Tensor | None,
-        order: Tensor,
-        offsets: Tensor,
-        sizes: Tensor,
-        cluster_of_slot: Tensor,
-    ) -> Tensor:
-        return self._ops.segment(x, index, None, order, offsets, sizes, True)
-
-    @staticmethod
-    def save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[4], inputs[5])
-
-    def compress_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sizes, cluster_of_slot = ctx.saved_tensors
-        return self._ops.spread(None, None, None, grad, cluster_of_slot, sizes), *([None] * 5)
-
-    def restore(
-        self,
-        expert_out: Tensor,
-        weight: Tensor,
-        x: Tensor | None,
-        centroid: Tensor | None,
-        index: Tensor,
-        row_of_slot: Tensor,
-        order: Tensor,
-        offsets: Tensor,
-        sizes: Tensor,
-        cluster_of_slot: Tensor,
-    ) -> Tensor:
-        row = None if centroid is None else x
-        return self._ops.combine(expert_out, cluster_of_slot, weight, None, row, centroid)
-
-    @staticmethod
-    def save_restore(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def restore_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        expert_out, weight, x, centroid, index, row_of_slot, order, offsets, sizes, cluster_of_slot = ctx.saved_tensors
-        row = None if centroid is None else x
-        weight_of_row = by_row(weight, row_of_slot, index.shape[0])
-        grad_out = self._ops.segment(grad, index, weight_of_row, order, offsets, sizes, False)
-        grad_weight = grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = self._ops.dots(grad, expert_out, cluster_of_slot, row, centroid)
-        if x is not None and ctx.needs_input_grad[2]:
-            grad_x = self._ops.spread(grad, weight, grad_out, None, cluster_of_slot, sizes)
-        return grad_out, grad_weight, grad_x, *([None] * 7)
-
-
-def by_row(values_TK: Tensor, row_of_TK: Tensor, num_rows: int) -> Tensor:
-    """[N]: the value of each row's slot. (A scatter, but no two slots share a row; the last place takes those without.)"""
-    values_N = values_TK.new_zeros(num_rows + 1)
-    values_N[torch.where(row_of_TK < 0, num_rows, row_of_TK)] = values_TK
-    return values_N[:-1]
-
-
 def define(namespace: str) -> None:
-    """Register schemas, shapes and derivatives under a name. (Tests register the emulated CUDA kernels under another.)"""
+    """Register schemas and shapes under a name. (Tests register the emulated CUDA kernels under another.)"""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-    token = _TokenOps(getattr(torch.ops, namespace))
-    for name, forward, backward, save in (
-        ("compress", token.compress, token.compress_backward, token.save_compress),
-        ("restore", token.restore, token.restore_backward, token.save_restore),
-    ):
-        torch.library.impl(f"{namespace}::{name}", "CompositeExplicitAutograd", forward)
-        torch.library.register_fake(f"{namespace}::{name}", forward)
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=save)
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
 
 
 define("megatron_lsh")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lsh import lsh
-from megatron_lsh.lsh import kernels, tokens
 from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
+from megatron_lsh.ops import accumulator, choice, reference_only
 from tests.kernels.conftest import Backend
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -36,7 +36,7 @@ def routed(
     clusters = lsh.Clusters.from_assignment(cluster_N, torch.bincount(cluster_N, minlength=first), budgets_E)
     return SimpleNamespace(
         x=torch.randn(num_tokens, features, generator=generator).to(dtype).requires_grad_(),
-        probs=torch.rand(num_tokens, topk, generator=generator).to(kernels.accumulator(dtype)).requires_grad_(),
+        probs=torch.rand(num_tokens, topk, generator=generator).to(accumulator(dtype)).requires_grad_(),
         weight=torch.randn(features, features, generator=generator).div_(features**0.5).to(dtype).requires_grad_(),
         grad=torch.randn(num_tokens, features, generator=generator).to(dtype),
         ids=ids_TK, experts=experts, permutation=permutation, clusters=clusters,
@@ -44,12 +44,12 @@ def routed(
 
 
 def by_tokens(c: SimpleNamespace, residual: str) -> Tensor:
-    p, slots = c.permutation, tokens.clusters_of_slots(c.clusters, c.permutation.row_of_TK)
-    centroids = tokens.compress_tokens(c.x, p.token_of_row_N, c.clusters, slots)
+    p, slots = c.permutation, lsh.clusters_of_slots(c.clusters, c.permutation.row_of_TK)
+    centroids = lsh.compress_tokens(c.x, p.token_of_row_N, c.clusters, slots)
     out = torch.tanh(centroids @ c.weight)
     x = None if residual == "none" else c.x
     kept = centroids.detach() if residual == "identity" else None
-    return tokens.restore_tokens(out, c.probs, x, kept, p.token_of_row_N, p.row_of_TK, c.clusters, slots)
+    return lsh.restore_tokens(out, c.probs, x, kept, p.token_of_row_N, p.row_of_TK, c.clusters, slots)
 
 
 def by_rows(c: SimpleNamespace, residual: str) -> Tensor:
@@ -72,11 +72,11 @@ def results(function, c: SimpleNamespace, residual: str) -> list[Tensor]:
 @settings(max_examples=40, deadline=None)
 def test_equals_the_path_over_rows(residual, num_tokens, topk, experts, features, seed, dropping):
     c = routed(num_tokens, topk, experts, features, torch.float64, seed, drop=0.3 if dropping else 0.0)
-    with kernels.reference_only():
-        expected = results(by_rows, c, residual)
-    for function in (by_tokens, by_rows):
-        for got, want in zip(results(function, c, residual), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    with reference_only():
+        expected, plain = results(by_rows, c, residual), results(by_tokens, c, residual)
+    for got in (plain, results(by_tokens, c, residual), results(by_rows, c, residual)):
+        for ours, want in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("residual", ["identity", "none"])
@@ -132,7 +132,7 @@ def test_clusters_are_those_of_the_path_over_rows():
 
     x = c.x.detach()
     got = run(x, index_N)
-    with kernels.reference_only():
+    with reference_only():
         for expected in (run(x[index_N], None), run(x, index_N)):
             for name in lsh.Clusters.__dataclass_fields__:
                 assert torch.equal(getattr(got, name), getattr(expected, name)), name
@@ -141,22 +141,23 @@ def test_clusters_are_those_of_the_path_over_rows():
 def test_keys_that_do_not_fit_are_left_to_the_reference():
     projection, counts_E, budgets_E = torch.randn(20, 640), torch.tensor([20]), torch.tensor([6])
     got = lsh.cluster_projection(projection, counts_E, budgets_E, 6, 10)  # 10 codes of 7 bits
-    with kernels.reference_only():
+    with reference_only():
         expected = lsh.cluster_projection(projection, counts_E, budgets_E, 6, 10)
     assert torch.equal(got.cluster_N, expected.cluster_N)
 
 
-def test_token_ops_of_each_backend(backend: Backend):
-    """compress and restore with their derivatives, on every implementation of the ops below them."""
+def test_each_backend_computes_the_same(backend: Backend, monkeypatch: pytest.MonkeyPatch):
     c = routed(40, 2, 4, 16, torch.float32)
-    p, order = c.permutation, (c.clusters.order_N, c.clusters.offsets_C, c.clusters.sizes_C)
-    slots = tokens.clusters_of_slots(c.clusters, p.row_of_TK)
-    expected = results(by_tokens, c, "identity")
-    x, probs, weight = (t.detach().to(backend.device).requires_grad_() for t in (c.x, c.probs, c.weight))
-    index, row_of_TK, slots, *order = (t.to(backend.device) for t in (p.token_of_row_N, p.row_of_TK, slots, *order))
-    centroids = backend.ops.compress(x, index, *order, slots)
-    out = torch.tanh(centroids @ weight)
-    y = backend.ops.restore(out, probs, x, centroids.detach(), index, row_of_TK, *order, slots)
-    got = [y, *torch.autograd.grad(y, (x, probs, weight), c.grad.to(backend.device))]
-    for ours, want in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), want, rtol=1e-4, atol=1e-4)
+    expected = {residual: results(by_tokens, c, residual) for residual in ("identity", "none", "straight-through")}
+    on_device = SimpleNamespace(**vars(c))
+    for name in ("x", "probs", "weight"):
+        setattr(on_device, name, getattr(c, name).detach().to(backend.device).requires_grad_())
+    on_device.grad = c.grad.to(backend.device)
+    for name in ("permutation", "clusters"):
+        whole = getattr(c, name)
+        fields = {field: getattr(whole, field).to(backend.device) for field in whole.__dataclass_fields__}
+        setattr(on_device, name, type(whole)(**fields))
+    monkeypatch.setattr(choice, "KERNELS", backend.functions)
+    for residual, want in expected.items():
+        for ours, plain in zip(results(by_tokens, on_device, residual), want, strict=True):
+            torch.testing.assert_close(ours.cpu(), plain, rtol=1e-4, atol=1e-4)
