@@ -32,6 +32,8 @@ _FUNCTION = {
         "moe_router_score_function",
         "moe_router_pre_softmax",
         "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
     ),
     "finetune": ("classes", "pooling"),
 }

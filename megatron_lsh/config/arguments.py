@@ -8,14 +8,14 @@ file alike. Values are checked against their type here, and against bounds and e
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, VALUE
+from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, TAKEN_AS, VALUE
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.config_file import read_config_file
+from megatron_lsh.config.nearest import nearest_flag
 from megatron_lsh.config.settings import (
     Setting,
     Spelling,
@@ -62,14 +62,14 @@ def parse_args(
         values |= reader.read(written_there if select is None else select(written_there))
     values |= reader.read(written)  # the command line wins
     reader.refuse_strays(strays)
-    if reader.problems:
-        raise ConfigError("\n".join(reader.problems))
+    problems = reader.problems + reader.refusals()
+    if problems:
+        raise ConfigError("\n".join(problems))
 
     cfg = config_class()
     for name, value in values.items():
         settings[name].set(cfg, value)
-    if reader.ignored:
-        cfg.notices.append("no effect here: " + " ".join(dict.fromkeys(reader.ignored)))
+    cfg.notices += reader.notices()
     return cfg
 
 
@@ -80,11 +80,12 @@ class _Reader:
         self.spellings = spellings
         self.problems: list[str] = []
         self.ignored: list[str] = []
+        self.taken: list[str] = []
+        self.rejected: dict[str, dict[str, None]] = {}  # what to use instead -> the flags that ask for it, in order
 
     def read(self, written: Mapping[str, Any]) -> dict[str, Any]:
         """Field name -> value of the right type, from key -> words (command line) or YAML value."""
-        no_effect = {as_key(flag): flag for flag in NO_EFFECT}
-        rejected = {as_key(flag): flag for flag in REJECTED}
+        megatrons = {as_key(flag): flag for flag in (*NO_EFFECT, *TAKEN_AS, *REJECTED)}
         values: dict[str, Any] = {}
         for key, raw in written.items():
             if key in self.spellings:
@@ -93,15 +94,12 @@ class _Reader:
                     values[setting.name] = self.spellings[key].convert(raw)
                 except ValueError as error:
                     self.problems.append(f"{named(setting.path, raw)} {error}: change {self.spellings[key].flag}")
-            elif raw is None or raw is False:
-                continue  # a YAML file that says no to something we do not have
-            elif key in no_effect:
-                self.ignored.append(no_effect[key])
-            elif key in rejected:
-                self._reject(rejected[key], raw)
+            elif key in megatrons:
+                if raw not in (None, False, "false", ["false"]):  # else: no to something we do not have
+                    self._megatrons(megatrons[key], raw)
             else:
                 self._refuse_unknown("--" + key.replace("_", "-"))
-        return values
+        return values | {TAKEN_AS[flag].setting: TAKEN_AS[flag].value for flag in self.taken}
 
     def refuse_strays(self, strays: Sequence[str]) -> None:
         """Words that no flag takes: unknown flags, each named once, or else loose values."""
@@ -111,16 +109,34 @@ class _Reader:
         if strays and not unknown:
             self.problems.append(f"{' '.join(strays)} must follow a flag that takes it: drop it, or see --help")
 
-    def _reject(self, flag: str, raw: Any) -> None:
+    def refusals(self) -> list[str]:
+        """One line per feature that is asked for and not there, with all the flags that ask for it."""
+        are = {False: "is Megatron-LM's and not supported here", True: "are Megatron-LM's and not supported here"}
+        return [f"{' '.join(flags)} {are[len(flags) > 1]}: {advice}" for advice, flags in self.rejected.items()]
+
+    def notices(self) -> list[str]:
+        """What became of flags that are not settings: one line for all without effect, one per difference."""
+        no_effect = ["no effect here: " + " ".join(dict.fromkeys(self.ignored))] if self.ignored else []
+        return no_effect + [
+            f"{flag} is {TAKEN_AS[flag].why}" for flag in dict.fromkeys(self.taken) if TAKEN_AS[flag].why
+        ]
+
+    def _megatrons(self, flag: str, raw: Any) -> None:
+        """A flag of Megatron-LM's that is no setting, and the words behind it."""
         words = " ".join(map(str, raw if isinstance(raw, list) else [raw]))
-        if words == SAME_AS_HERE.get(flag):
+        is_switch = flag in TAKEN_AS or (flag in NO_EFFECT and NO_EFFECT[flag].words == SWITCH)
+        if is_switch and raw is not True and words != "true":
+            self.problems.append(f"{flag} ({words}) must be true or false: drop {words}")
+        elif flag in TAKEN_AS:
+            self.taken.append(flag)
+        elif flag in NO_EFFECT or words == SAME_AS_HERE.get(flag):
             self.ignored.append(flag)
         else:
-            self.problems.append(f"{flag} is Megatron-LM's and not supported here: {REJECTED[flag]}")
+            self.rejected.setdefault(REJECTED[flag], {})[flag] = None
 
     def _refuse_unknown(self, flag: str) -> None:
-        known = [spelling.flag for spelling in self.spellings.values()] + [*NO_EFFECT, *REJECTED, "--config"]
-        (nearest,) = difflib.get_close_matches(flag, known, n=1, cutoff=0)
+        ours = [spelling.flag for spelling in self.spellings.values()] + ["--config"]
+        nearest = nearest_flag(flag, ours, [*NO_EFFECT, *TAKEN_AS, *REJECTED])
         self.problems.append(f"{flag} is unknown; the nearest flag is {nearest}")
 
 
@@ -149,14 +165,16 @@ def _build_parser(config_class: type[Config], settings: Mapping[str, Setting]) -
                     setting.flag, *setting.aliases, dest=as_key(setting.flag), **_argparse_options(setting)
                 )
     arities: Mapping[str, dict[str, Any]] = {
-        SWITCH: {"action": "store_const", "const": True},
+        SWITCH: {"nargs": "?", "const": True},
         VALUE: {},
         LIST: {"nargs": "*"},
     }
     spellings = spellings_of(settings)
-    for flag, arity in [*NO_EFFECT.items(), *((flag, LIST) for flag in REJECTED)]:
+    words = {flag: no_effect.words for flag, no_effect in NO_EFFECT.items()}
+    words |= dict.fromkeys(TAKEN_AS, SWITCH) | dict.fromkeys(REJECTED, LIST)
+    for flag, number in words.items():
         if as_key(flag) not in spellings:
-            parser.add_argument(flag, help=argparse.SUPPRESS, **arities[arity])
+            parser.add_argument(flag, help=argparse.SUPPRESS, **arities[number])
     return parser
 
 

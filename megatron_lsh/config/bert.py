@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
@@ -27,6 +28,8 @@ class BertSettings:
 @dataclass
 class BertConfig(Config):
     """The configuration of ``pretrain_bert_moe.py``."""
+
+    default_tokenizer: ClassVar[str | None] = "BertWordPieceLowerCase"
 
     bert: BertSettings = field(default_factory=BertSettings)
 

@@ -23,6 +23,9 @@ class Config:
     indexed_data: ClassVar[bool] = True
     """whether samples come from --data-path or --mock-data, and not from files of the entry script's own"""
 
+    default_tokenizer: ClassVar[str | None] = None
+    """--tokenizer-type where only --vocab-file is given, as in Megatron-LM's script for this model"""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     lsh: LSHConfig = field(default_factory=LSHConfig)

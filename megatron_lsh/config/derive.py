@@ -12,6 +12,12 @@ def derive(cfg: Config, check: Checker, world_size: int) -> None:
     _derive_moe_and_parallel(cfg, check)
     _derive_training(cfg, check, world_size)
     _derive_recompute(cfg, check)
+    if cfg.data.tokenizer_type is None and cfg.data.vocab_file is not None and cfg.default_tokenizer is not None:
+        check.fill("tokenizer_type", cfg.default_tokenizer)
+    if cfg.checkpoint.ckpt_format in ("torch", "fsdp_dtensor"):
+        check.notice(
+            f"--ckpt-format {cfg.checkpoint.ckpt_format} is taken as torch_dist, the one format that is written"
+        )
     per_split = cfg.data.train_data_path or cfg.data.valid_data_path or cfg.data.test_data_path
     if cfg.data.split is None and not per_split and cfg.indexed_data:
         check.fill("split", "969,30,1")
@@ -36,6 +42,8 @@ def _derive_moe_and_parallel(cfg: Config, check: Checker) -> None:
     parallel, moe = cfg.parallel, cfg.moe
     if moe.num_experts is not None and moe.moe_ffn_hidden_size is None:
         check.fill("moe_ffn_hidden_size", cfg.model.ffn_hidden_size)
+    if moe.num_experts is not None:
+        _derive_router(cfg, check)
     if parallel.tensor_model_parallel_size == 1:
         if parallel.sequence_parallel:
             check.notice("no effect with --tensor-model-parallel-size 1: --sequence-parallel")
@@ -49,10 +57,38 @@ def _derive_moe_and_parallel(cfg: Config, check: Checker) -> None:
                 "experts are not cut over tensor-parallel ranks: --expert-tensor-parallel-size is 1 (Megatron-LM: "
                 f"{parallel.tensor_model_parallel_size}, the tensor-parallel size)"
             )
-    if parallel.expert_tensor_parallel_size is None:
+    if moe.num_experts is None and parallel.expert_tensor_parallel_size not in (None, 1):
+        check.notice("no effect without --num-experts: --expert-tensor-parallel-size")
+        check.fill("expert_tensor_parallel_size", 1)
+    elif parallel.expert_tensor_parallel_size is None:
         check.fill("expert_tensor_parallel_size", 1)
     if parallel.num_layers_per_virtual_pipeline_stage is not None and parallel.pipeline_model_parallel_size == 1:
         check.notice("no effect with one pipeline stage: --num-layers-per-virtual-pipeline-stage")
+
+
+def _derive_router(cfg: Config, check: Checker) -> None:
+    """What Megatron-LM does with settings of the router that do not go together, and says nothing of."""
+    moe = cfg.moe
+    if moe.moe_token_dispatcher_type == "flex":
+        check.notice("--moe-token-dispatcher-type flex is taken as alltoall: the same rows travel, by other kernels")
+        check.fill("moe_token_dispatcher_type", "alltoall")
+    if moe.moe_router_load_balancing_type == "sinkhorn":
+        scores = ("sigmoid", False) if moe.moe_router_topk == 1 else ("softmax", True)
+        if scores != (moe.moe_router_score_function, moe.moe_router_pre_softmax):
+            check.notice(
+                f"sinkhorn with --moe-router-topk {moe.moe_router_topk} weighs experts by {scores[0]} scores of all, as in "
+                "Megatron-LM: --moe-router-score-function and --moe-router-pre-softmax follow"
+            )
+        check.fill("moe_router_score_function", scores[0])
+        check.fill("moe_router_pre_softmax", scores[1])
+    elif moe.moe_router_pre_softmax and moe.moe_router_score_function != "softmax":
+        check.notice(
+            f"no effect with --moe-router-score-function {moe.moe_router_score_function}, as in Megatron-LM: "
+            "--moe-router-pre-softmax"
+        )
+        check.fill("moe_router_pre_softmax", False)
+    if moe.moe_router_num_groups is not None and moe.moe_router_group_topk is None:
+        check.notice("no effect without --moe-router-group-topk: --moe-router-num-groups")
 
 
 def _derive_training(cfg: Config, check: Checker, world_size: int) -> None:

@@ -32,14 +32,23 @@ class MoEConfig:
     moe_router_topk: int = flag(2, "Experts per token, K", at_least=1)
     moe_router_load_balancing_type: str = flag(
         "aux_loss",
-        "Load-balancing loss",
-        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+        "Load-balancing loss; sinkhorn is none, but in training a transport plan spreads each rank's tokens evenly",
+        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"),
     )
     moe_router_dtype: str = flag(
         "fp32", "Precision of the router's logits and scores (Megatron: the model's)", choices=("fp32", "fp64")
     )
     moe_router_score_function: str = flag("softmax", "Score of the logits", choices=("softmax", "sigmoid"))
     moe_router_pre_softmax: bool = flag(False, "Softmax before the top-k instead of after it")
+    moe_router_num_groups: int | None = flag(
+        None, "Number of equal groups of neighbouring experts for --moe-router-group-topk", at_least=1
+    )
+    moe_router_group_topk: int | None = flag(
+        None,
+        "Number of groups among whose experts a token chooses: those with the largest sums of their topk / group-topk best "
+        "scores (absent: all)",
+        at_least=1,
+    )
     moe_router_topk_scaling_factor: float | None = flag(None, "Multiply the routing weights by this", above=0)
     moe_router_enable_expert_bias: bool = flag(
         False, "Balance by a bias per expert that moves with the load instead of a loss (sigmoid scores only)"
@@ -124,7 +133,9 @@ class LSHConfig:
     lsh_seed: int = flag(1234, "Seed of the random rotations; the same on every rank and after a resume", at_least=0)
     lsh_warmup_iters: int = flag(0, "Run the exact all-to-all for this many first iterations", at_least=0)
     lsh_anneal_iters: int = flag(0, "Run the exact all-to-all for this many last iterations", at_least=0)
-    lsh_start_layer: int = flag(0, "Run the exact all-to-all in the layers before this one (counted from 0)", at_least=0)
+    lsh_start_layer: int = flag(
+        0, "Run the exact all-to-all in the layers before this one (counted from 0)", at_least=0
+    )
     lsh_auto_iters: int = flag(
         10, "With the auto dispatcher, measure this many iterations with LSH and as many without, in turn", at_least=1
     )

@@ -55,10 +55,13 @@ def flags_markdown() -> str:
         text = " ".join([summary(part), *_whose(section)])
         parts.append(f"## {section}\n\n{text}\n\n" + _table(("Flag", "Default", "Meaning"), rows))
     ours = {key for classes in SCRIPTS.values() for cls in classes for key in spellings_of(settings_of(cls))}
-    no_effect = [f"`{flag}`" for flag in sorted(NO_EFFECT) if as_key(flag) not in ours]
+    reasons: dict[str, list[str]] = {}
+    for flag, no_effect in NO_EFFECT.items():
+        if as_key(flag) not in ours:
+            reasons.setdefault(no_effect.why, []).append(flag)
     parts.append(
-        "## Megatron-LM flags without effect\n\nSpeed switches, and switches for what is always so here. Accepted, and "
-        "listed once at start-up.\n\n" + ",\n".join(no_effect) + "\n"
+        "## Megatron-LM flags without effect\n\nThey change no number that is computed. Accepted, and named together once "
+        "at start-up.\n\n" + _table(("Flags", "Why"), [(_code(*sorted(flags)), why) for why, flags in reasons.items()])
     )
     rejected = [(f"`{flag}`", _instead(flag)) for flag in sorted(REJECTED) if as_key(flag) not in ours]
     parts.append("## Megatron-LM flags that are rejected\n\n" + _table(("Flag", "What to do instead"), rejected))

@@ -20,8 +20,14 @@ TOKENIZER_TYPES = (
 
 
 def _split_text(value: Any) -> Any:
-    """YAML may hold a list where the command line has ``969,30,1``."""
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    """YAML may hold a list where the command line has ``969,30,1``; scripts of Megatron-LM's quote it twice."""
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, list)
+        else value.strip("'\"")
+        if isinstance(value, str)
+        else value
+    )
 
 
 @dataclass
@@ -41,7 +47,11 @@ class DataConfig:
     eod_mask_loss: bool = flag(False, "No loss on end-of-document tokens")
     reset_position_ids: bool = flag(False, "Restart positions after an end-of-document token")
     reset_attention_mask: bool = flag(False, "No attention across end-of-document tokens")
-    tokenizer_type: str | None = flag(None, "Kind of tokenizer", choices=TOKENIZER_TYPES)
+    tokenizer_type: str | None = flag(
+        None,
+        "Kind of tokenizer (default: BertWordPieceLowerCase for BERT and T5 with --vocab-file)",
+        choices=TOKENIZER_TYPES,
+    )
     tokenizer_model: str | None = flag(None, "Tokenizer file, or folder of a Hugging Face tokenizer")
     vocab_file: str | None = flag(None, "Vocabulary of a BertWordPiece tokenizer, one token per line (vocab.txt)")
     vocab_extra_ids: int = flag(
@@ -67,7 +77,11 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = flag(None, "Folder with weights to start from when --load has no checkpoint")
     ckpt_step: int | None = flag(None, "Load this iteration instead of the newest", at_least=0)
     exit_on_missing_checkpoint: bool = flag(False, "Exit when --load has no checkpoint")
-    ckpt_format: str = flag("torch_dist", "Format of the checkpoint", choices=("torch_dist", "torch_dcp"))
+    ckpt_format: str = flag(
+        "torch_dist",
+        "Format of the checkpoint; there is one, that of PyTorch's distributed checkpoints, whichever name is given",
+        choices=("torch_dist", "torch_dcp", "torch", "fsdp_dtensor"),
+    )
     auto_detect_ckpt_format: bool = flag(False, "Accepted for compatibility: the format is always detected")
     async_save: bool = flag(False, "Write checkpoints in a background thread")
     moe_use_upcycling: bool = flag(

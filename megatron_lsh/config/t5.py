@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from megatron_lsh.config.bert import refuse_gpt_only
 from megatron_lsh.config.checker import Checker
@@ -39,6 +40,8 @@ class T5Config(Config):
 
     ``model.num_layers`` and ``model.seq_length`` are the encoder's once it is validated; ``t5`` holds both stacks'.
     """
+
+    default_tokenizer: ClassVar[str | None] = "BertWordPieceLowerCase"
 
     t5: T5Settings = field(default_factory=T5Settings)
 

@@ -119,11 +119,6 @@ def _check_moe(cfg: Config, check: Checker) -> None:
             check.problems.append(str(error))
     if moe.moe_token_dispatcher_type == "auto" and cfg.parallel.expert_model_parallel_size == 1:
         check.notice("auto dispatcher: exact, because with --expert-model-parallel-size 1 no row travels")
-    check.rule(  # other names are looked up in moe/registry.py, to which plug-ins add
-        "{moe_token_dispatcher_type} is not supported here",
-        lambda name: name != "flex",
-        "DeepEP is not implemented; use alltoall (exact) or lsh (compressed)",
-    )
     check.rule(
         "{lsh_gradient} must be exact with {lsh_residual}",
         lambda gradient, residual: gradient == "exact" or residual == "none",
@@ -134,17 +129,15 @@ def _check_moe(cfg: Config, check: Checker) -> None:
         lambda bias, score: not bias or score == "sigmoid",
         "set --moe-router-score-function sigmoid",
     )
-    check.rule(
-        "{moe_router_pre_softmax} must be off with {moe_router_score_function}",
-        lambda pre, score: not pre or score == "softmax",
-        "drop --moe-router-pre-softmax",
-    )
     check.rule(  # a softmax over one chosen expert is always 1: the router would get no gradient
         "{moe_router_topk} must be at least 2 with {moe_router_score_function} scores after the top-k "
         "({moe_router_pre_softmax})",
         lambda k, score, pre: k >= 2 or score != "softmax" or pre,
         "set --moe-router-pre-softmax or --moe-router-score-function sigmoid",
     )
+    _check_groups(cfg, check)
+    if moe.moe_router_load_balancing_type == "sinkhorn":
+        _check_sinkhorn(check)
     check.rule(
         "{moe_shared_expert_gate} must be off without a shared expert",
         lambda gate: not gate or moe.moe_shared_expert_intermediate_size is not None,
@@ -153,12 +146,53 @@ def _check_moe(cfg: Config, check: Checker) -> None:
     balanced = (
         moe.moe_router_enable_expert_bias
         or moe.moe_router_force_load_balancing
+        or moe.moe_router_load_balancing_type == "sinkhorn"
         or (moe.moe_router_load_balancing_type != "none" and moe.moe_aux_loss_coeff > 0)
     )
     if not balanced:
         check.notice(
             "nothing balances the experts: set --moe-aux-loss-coeff (1e-2 is usual) or --moe-router-enable-expert-bias"
         )
+
+
+def _check_groups(cfg: Config, check: Checker) -> None:
+    if cfg.moe.moe_router_group_topk is None:
+        return
+    check.required("moe_router_num_groups")
+    check.rule(_DIVISIBLE % ("num_experts", "moe_router_num_groups"), _divides)
+    check.rule(
+        "{moe_router_group_topk} must be at most {moe_router_num_groups}", lambda chosen, groups: chosen <= groups
+    )
+    check.rule(
+        "{moe_router_topk} must be at least {moe_router_group_topk}, because a group's score is the sum of its best "
+        "topk / group-topk",
+        lambda k, chosen: k >= chosen,
+    )
+    check.rule(
+        "{moe_router_topk} must be at most the {moe_router_group_topk} groups' share of {num_experts} in "
+        "{moe_router_num_groups} groups",
+        lambda k, chosen, experts, groups: k <= chosen * (experts // groups),
+    )
+
+
+def _check_sinkhorn(check: Checker) -> None:
+    """As in Megatron-LM, where a part of this is silently ignored."""
+    check.rule(
+        "{moe_aux_loss_coeff} must be 0 with {moe_router_load_balancing_type}, which balances without a loss",
+        lambda coeff, _: coeff == 0,
+        "drop --moe-aux-loss-coeff",
+    )
+    for name in ("moe_router_group_topk", "moe_router_topk_scaling_factor"):
+        check.rule(
+            f"{{{name}}} must not be given with {{moe_router_load_balancing_type}}",
+            lambda *_: False,
+            f"drop --{name.replace('_', '-')}",
+        )
+    check.rule(
+        "{moe_router_enable_expert_bias} must be off with {moe_router_load_balancing_type}",
+        lambda bias, _: not bias,
+        "drop --moe-router-enable-expert-bias",
+    )
 
 
 def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:

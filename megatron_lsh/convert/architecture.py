@@ -52,6 +52,8 @@ def architecture(cfg: Config) -> dict[str, Any]:
             "moe_router_score_function": moe.moe_router_score_function,
             "moe_router_pre_softmax": moe.moe_router_pre_softmax,
             "moe_router_topk_scaling_factor": moe.moe_router_topk_scaling_factor,
+            "moe_router_num_groups": moe.moe_router_num_groups if moe.moe_router_group_topk else None,
+            "moe_router_group_topk": moe.moe_router_group_topk,
             "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
         }
     return facts

@@ -21,14 +21,14 @@ _SETTINGS = (
     "attention_dropout", "hidden_dropout", "add_position_embedding", "num_experts", "moe_layer_freq",
     "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_topk",
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
-    "moe_router_enable_expert_bias",
+    "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk",
 )  # fmt: skip
 # Settings that make another model, and the value under which they do not.
 _MUST_BE: Mapping[str, Any] = MappingProxyType(
     {
         "apply_layernorm_1p": False, "squared_relu": False, "multi_latent_attention": False, "use_rope_scaling": False,
         "rotary_interleaved": False, "rotary_seq_len_interpolation_factor": None, "mtp_num_layers": None,
-        "moe_router_num_groups": None, "moe_router_group_topk": None, "moe_latent_size": None, "window_size": None,
+        "moe_latent_size": None, "window_size": None,
         "moe_apply_probs_on_input": False, "pipeline_model_parallel_size": 1,
         "num_layers_per_virtual_pipeline_stage": None, "is_hybrid_model": False, "softmax_type": "vanilla",
     }

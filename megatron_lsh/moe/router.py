@@ -71,6 +71,11 @@ class TopKRouter(nn.Module):
 
     times ``moe_router_topk_scaling_factor``. Of equal scores the expert with the lowest id wins.
 
+    Routing limited to groups (``moe_router_num_groups``, ``moe_router_group_topk``): each token chooses among the experts of
+    its best groups only; see :func:`group_limited_ids`. Sinkhorn (``moe_router_load_balancing_type``): in training a
+    transport plan chooses instead of the scores; see :func:`sinkhorn_plan`. The weights are those above, without
+    renormalising (``derive.py`` sets sigmoid for K = 1, else softmax before the top-k).
+
     Balancing without a loss (arXiv 2408.15664): experts are selected by s + bias, weighted by s. After each optimizer
     step :meth:`update_bias` moves every bias by a fixed rate towards balance.
 
@@ -178,11 +183,11 @@ class TopKRouter(nn.Module):
         cfg, num_experts, topk = self._cfg, self._num_experts, self._cfg.moe_router_topk
         if random is not None:
             chosen_TK = preferred_TK = balanced_ids(random, logits_TE.shape[0], topk, num_experts, token_mask_T)
-        elif self.expert_bias is not None:
-            preferred_TK = top_ids(logits_TE, topk)
-            chosen_TK = top_ids(torch.sigmoid(logits_TE) + self.expert_bias.to(logits_TE.dtype), topk)
+        elif cfg.moe_router_load_balancing_type == "sinkhorn" and self.training:
+            chosen_TK = preferred_TK = top_ids(sinkhorn_plan(logits_TE, token_mask_T), topk)
         else:
-            chosen_TK = preferred_TK = top_ids(logits_TE, topk)
+            preferred_TK = top_ids(logits_TE, topk)
+            chosen_TK = self._chosen(logits_TE, preferred_TK)
 
         ids_TK, keep_TK = chosen_TK, None
         if token_mask_T is not None:
@@ -193,7 +198,7 @@ class TopKRouter(nn.Module):
             if self.expert_bias is not None:
                 self._step_counts_E += count_experts(ids_TK, num_experts)[0]
             if self._balances() or cfg.moe_z_loss_coeff:
-                # As in Megatron the loss judges the choice without the bias.
+                # As in Megatron the loss judges the choice without bias and groups.
                 kind = cfg.moe_router_load_balancing_type
                 share = load_share(
                     preferred_TK, num_experts, kind, batch_size, self._tp, self._dp, self._global_counts_E
@@ -204,6 +209,23 @@ class TopKRouter(nn.Module):
             probs_TK = self._weights(logits_TE, chosen_TK)
             keep_TK = within_capacity(ids_TK, probs_TK, num_experts, capacity, cfg.moe_token_drop_policy)
         return _Selection(chosen_TK, keep_TK, share)
+
+    def _chosen(self, logits_TE: Tensor, preferred_TK: Tensor) -> Tensor:
+        """The K experts of each token, given those with the largest logits: bias and groups may decide otherwise."""
+        cfg = self._cfg
+        groups, group_topk = cfg.moe_router_num_groups, cfg.moe_router_group_topk
+        if self.expert_bias is None and group_topk is None:
+            return preferred_TK  # scores grow with the logits
+        scores_TE = logits_TE
+        if cfg.moe_router_score_function == "sigmoid":
+            scores_TE = torch.sigmoid(logits_TE)
+        elif cfg.moe_router_pre_softmax:
+            scores_TE = torch.softmax(logits_TE, -1)
+        if self.expert_bias is not None:
+            scores_TE = scores_TE + self.expert_bias.to(scores_TE.dtype)
+        if groups is None or group_topk is None:
+            return top_ids(scores_TE, cfg.moe_router_topk)
+        return group_limited_ids(scores_TE, cfg.moe_router_topk, groups, group_topk)
 
     def _balances(self) -> bool:
         return self._cfg.moe_router_load_balancing_type != "none" and self._cfg.moe_aux_loss_coeff != 0
@@ -288,6 +310,46 @@ def top_ids(scores_TE: Tensor, topk: int) -> Tensor:
         left_TE.scatter_(1, best_T1, float("-inf"))
         columns.append(best_T1)
     return torch.cat(columns, 1)
+
+
+def group_limited_ids(scores_TE: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """Ids of each token's K best experts among those of its ``group_topk`` best groups, best first.
+
+    Groups are ``num_groups`` equal ranges of experts (DeepSeek-V3's nodes, arXiv 2412.19437, section 2.1.2). A group's score
+    is, as in Megatron-LM, the sum of its K // group_topk largest scores. The lowest id wins ties, of groups too.
+    """
+    num_experts = scores_TE.shape[1]
+    scores_TGN = scores_TE.unflatten(1, (num_groups, num_experts // num_groups))
+    group_scores_TG = scores_TGN.topk(topk // group_topk, dim=-1).values.sum(-1)
+    near_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+    near_TG.scatter_(1, top_ids(group_scores_TG, group_topk), True)
+    return top_ids(scores_TGN.masked_fill(~near_TG[..., None], float("-inf")).flatten(1), topk)
+
+
+def sinkhorn_plan(logits_TE: Tensor, token_mask_T: Tensor | None = None, tolerance: float = 1e-4) -> Tensor:
+    """Transport plan that spreads this rank's tokens evenly over the experts (S-BASE, arXiv 2202.01169, section 3.1).
+
+    Rows and columns of exp(logits) are scaled in turn until each row sums to 1/T and each column to 1/E. As in Megatron-LM
+    this ends when the columns' factors change by at most ``tolerance`` on average (which waits for the device); here also
+    after 200 rounds, because it may never get there for logits that differ by more than 50 or so (3 to 30 rounds are usual).
+
+    Returns:
+        fp32 [T, E] (fp64 for fp64 logits). Masked tokens have rows of zeros and are not counted in T.
+    """
+    epsilon = 1e-8
+    logits_TE = logits_TE.to(torch.promote_types(torch.float32, logits_TE.dtype))
+    cost_TE = torch.exp(logits_TE - logits_TE.amax(-1, keepdim=True))  # a row's factor takes up its scale
+    num_tokens: Tensor | int
+    num_tokens, num_experts = cost_TE.shape
+    if token_mask_T is not None:
+        cost_TE, num_tokens = cost_TE * token_mask_T[:, None], token_mask_T.sum()
+    columns_E = cost_TE.new_ones(num_experts)
+    for _ in range(200):
+        rows_T = 1 / (num_tokens * ((cost_TE * columns_E).sum(1) + epsilon))
+        previous_E, columns_E = columns_E, 1 / (num_experts * ((cost_TE * rows_T[:, None]).sum(0) + epsilon))
+        if not (columns_E - previous_E).abs().mean() > tolerance:
+            break
+    return columns_E * cost_TE * rows_T[:, None]
 
 
 def balanced_ids(

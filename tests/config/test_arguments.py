@@ -106,6 +106,30 @@ def test_all_unknown_flags_are_named_with_the_nearest_known_one() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("foreign", "ours"),
+    [
+        ("--learning-rate", "--lr"),
+        ("--min_learning_rate", "--min-lr"),
+        ("--tp-size", "--tensor-model-parallel-size"),
+        ("--num-hidden-layers", "--num-layers"),
+        ("--warmup-steps", "--lr-warmup-iters"),
+        ("--num-experts-per-tok", "--moe-router-topk"),
+        ("--seq-len", "--seq-length"),
+        ("--output-dir", "--save"),
+        ("--target-rate", "--lsh-target-rate"),
+        ("--overlap-grad", "--overlap-grad-reduce"),
+    ],
+)
+def test_flags_of_other_programs_are_led_to_ours(foreign: str, ours: str) -> None:
+    assert problems(foreign, "1")[0] == f"{foreign} is unknown; the nearest flag is {ours}"
+
+
+def test_an_unknown_flag_is_unknown_even_if_it_is_turned_off(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--bf61 is unknown; the nearest flag is --bf16"):
+        from_yaml(tmp_path, "bf61: false")
+
+
 def test_abbreviations_are_unknown_flags() -> None:
     assert "nearest flag is --hidden-size" in problems("--hidden-siz", "4")[0]
     assert "--conf is unknown; the nearest flag is --config" in problems("--conf", "a.yaml")[0]
@@ -121,12 +145,12 @@ def test_everything_wrong_is_reported_at_once() -> None:
     lines = problems("--lr", "fast", "--fp16", "--bf16", "perhaps", "--num-layers", "1.5", "--nope")
     assert lines == [
         "optimizer.lr (fast) must be a finite number: change --lr",
-        "--fp16 is Megatron-LM's and not supported here: fp16 is not implemented; use --bf16, which needs no loss scale",
         "precision.bf16 (perhaps) must be true or false: change --bf16",
         "model.num_layers (1.5) must be an integer: change --num-layers",
-        lines[4],
+        lines[3],
+        "--fp16 is Megatron-LM's and not supported here: fp16 is not implemented; use --bf16, which needs no loss scale",
     ]
-    assert lines[4].startswith("--nope is unknown")
+    assert lines[3].startswith("--nope is unknown")
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999", ""])

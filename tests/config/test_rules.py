@@ -109,10 +109,46 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
             "--moe-router-score-function sigmoid",
         ),
         (
-            "--moe-router-score-function sigmoid --moe-router-pre-softmax",
+            "--moe-router-topk 4 --moe-router-group-topk 2",
             1,
-            "moe.moe_router_pre_softmax (True) must be off with moe.moe_router_score_function (sigmoid): drop "
-            "--moe-router-pre-softmax",
+            "moe.moe_router_num_groups (absent) must be given: set --moe-router-num-groups",
+        ),
+        (
+            "--moe-router-topk 4 --moe-router-group-topk 2 --moe-router-num-groups 3",
+            1,
+            "moe.num_experts (8) must be divisible by moe.moe_router_num_groups (3): change --num-experts or "
+            "--moe-router-num-groups",
+        ),
+        (
+            "--moe-router-topk 4 --moe-router-group-topk 3 --moe-router-num-groups 2",
+            1,
+            "moe.moe_router_group_topk (3) must be at most moe.moe_router_num_groups (2): change --moe-router-group-topk "
+            "or --moe-router-num-groups",
+        ),
+        (
+            "--moe-router-group-topk 3 --moe-router-num-groups 4",
+            1,
+            "moe.moe_router_topk (2) must be at least moe.moe_router_group_topk (3), because a group's score is the sum of "
+            "its best topk / group-topk: change --moe-router-topk or --moe-router-group-topk",
+        ),
+        (
+            "--moe-router-topk 5 --moe-router-group-topk 2 --moe-router-num-groups 4",
+            1,
+            "moe.moe_router_topk (5) must be at most the moe.moe_router_group_topk (2) groups' share of moe.num_experts (8) "
+            "in moe.moe_router_num_groups (4) groups: change --moe-router-topk or --moe-router-group-topk or --num-experts "
+            "or --moe-router-num-groups",
+        ),
+        (
+            "--moe-router-load-balancing-type sinkhorn",
+            1,
+            "moe.moe_aux_loss_coeff (0.01) must be 0 with moe.moe_router_load_balancing_type (sinkhorn), which balances "
+            "without a loss: drop --moe-aux-loss-coeff",
+        ),
+        (
+            "--moe-aux-loss-coeff 0 --moe-router-load-balancing-type sinkhorn --moe-router-topk-scaling-factor 2",
+            1,
+            "moe.moe_router_topk_scaling_factor (2.0) must not be given with moe.moe_router_load_balancing_type (sinkhorn): "
+            "drop --moe-router-topk-scaling-factor",
         ),
         (
             "--moe-shared-expert-gate",
@@ -135,12 +171,6 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
             "--moe-layer-freq exit()",
             1,
             "moe.moe_layer_freq (exit()) must be an integer or a list such as ([0]*3+[1]*58): change --moe-layer-freq",
-        ),
-        (
-            "--moe-token-dispatcher-type flex",
-            1,
-            "moe.moe_token_dispatcher_type (flex) is not supported here: DeepEP is not implemented; use alltoall (exact) "
-            "or lsh (compressed)",
         ),
         # the layout
         (
