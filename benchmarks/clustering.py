@@ -34,7 +34,7 @@ from megatron_lsh import lsh
 from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row
 from megatron_lsh.lsh.interpolate import interpolate
-from megatron_lsh.moe.experts import Experts
+from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.permute import Permutation, permute, unpermute
 from megatron_lsh.moe.router import Routing, TopKRouter
@@ -61,7 +61,7 @@ class Group:
         return Group(experts, rows_ND, counts_E, probs_TK, permutation, prob_N)
 
     def outputs(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        return self.experts(rows_ND, counts_E.cpu())
+        return self.experts(Feed(rows_ND, counts_E.cpu()))
 
     def tokens(self, rows_out_ND: Tensor) -> Tensor:
         return unpermute(rows_out_ND, self.probs_TK, self.permutation)

@@ -11,53 +11,49 @@ that anyone can measure them again:
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from megatron_lsh import lsh
 from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row, nearest_centroid
-from megatron_lsh.moe.compressor import LSHCompressor
-from megatron_lsh.moe.exchange import Handle, LocalExchange
-from megatron_lsh.moe.low_rank import LowRankResidual
-from megatron_lsh.moe.registry import DispatcherSpec, TokenDispatcher, resolve_dispatcher
+from megatron_lsh.moe.compressors.low_rank import LowRankResidual
+from megatron_lsh.moe.compressors.lsh import ClusterByHash, WithResidual
+from megatron_lsh.moe.dispatcher import Dispatcher
+from megatron_lsh.moe.layer_pass import LayerPass
+from megatron_lsh.moe.registry import DispatcherSpec, lsh_dispatcher, row_dispatcher
+from megatron_lsh.moe.transport import LocalTransport, Transport
 from megatron_lsh.moe.wire import make_codec
 
 
-class CodedLocalExchange(LocalExchange):
+class CodedTransport(LocalTransport):
     """EP = 1, and every row pays the wire dtype's rounding both ways, forward and backward.
 
     Of EP ranks each sends only (EP - 1) / EP of its rows, so this is the loss that many ranks would have.
     """
 
-    def _send(self, rows_CD: Tensor, handle: Handle, gradient: bool) -> Tensor:
-        return self._decode(self._encode(rows_CD, gradient), like=rows_CD)
-
-    def _return(self, rows_RD: Tensor, handle: Handle, gradient: bool) -> Tensor:
-        return self._decode(self._encode(rows_RD, gradient), like=rows_RD)
+    start, start_back = Transport.start, Transport.start_back
 
 
-def _with_coding(spec: DispatcherSpec, dispatcher: TokenDispatcher) -> TokenDispatcher:
-    codec = make_codec(spec.lsh.lsh_wire_dtype)
-    exchange = CodedLocalExchange(spec.ctx.ep, spec.num_experts, spec.layer, spec.telemetry, codec)
-    return dataclasses.replace(dispatcher, exchange=exchange)
+def _coded(spec: DispatcherSpec) -> Transport:
+    return CodedTransport(spec.ctx.ep, spec.num_experts, make_codec(spec.lsh.lsh_wire_dtype))
 
 
-def coded(spec: DispatcherSpec) -> TokenDispatcher:
-    return _with_coding(spec, resolve_dispatcher("alltoall")(spec))
+def coded(spec: DispatcherSpec) -> Dispatcher:
+    return row_dispatcher(spec, transport=_coded(spec))
 
 
-def coded_lsh(spec: DispatcherSpec) -> TokenDispatcher:
-    return _with_coding(spec, resolve_dispatcher("lsh")(spec))
+def coded_lsh(spec: DispatcherSpec) -> Dispatcher:
+    return lsh_dispatcher(spec, transport=_coded(spec))
 
 
-class RandomSeeds(LSHCompressor):
+def random_seeds(spec: DispatcherSpec) -> Dispatcher:
     """`ceil(rate n)` random rows of each expert as first centroids; no hash."""
 
-    def _cluster(self, rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor) -> Clusters:
+    def cluster(rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor, p: LayerPass) -> Clusters:
         rows_ND = rows_ND if index_N is None else rows_ND[index_N]
-        return random_seed_clusters(rows_ND, counts_E, self._cfg.lsh_target_rate)
+        return random_seed_clusters(rows_ND, counts_E, spec.lsh.lsh_target_rate)
+
+    return lsh_dispatcher(spec, cluster=cluster)
 
 
 def random_seed_clusters(rows_ND: Tensor, counts_E: Tensor, rate: float, steps: int = 1) -> Clusters:
@@ -91,19 +87,10 @@ def hadamard_rotation(hidden: int, num_hashes: int, width: int, generator: torch
     return torch.cat(columns, 1)
 
 
-def _replace(spec: DispatcherSpec, compressor: LSHCompressor) -> TokenDispatcher:
-    return dataclasses.replace(resolve_dispatcher("lsh")(spec), compressor=compressor)
-
-
-def random_seeds(spec: DispatcherSpec) -> TokenDispatcher:
-    return _replace(spec, RandomSeeds(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device))
-
-
-def hadamard(spec: DispatcherSpec) -> TokenDispatcher:
-    compressor = LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device)
+def hadamard(spec: DispatcherSpec) -> Dispatcher:
     generator = torch.Generator().manual_seed(spec.lsh.lsh_seed + spec.layer)
-    compressor.rotation_DQW = hadamard_rotation(spec.hidden, *spec.lsh.hash_shape(), generator).to(spec.ctx.device)
-    return _replace(spec, compressor)
+    rotation_DQW = hadamard_rotation(spec.hidden, *spec.lsh.hash_shape(), generator).to(spec.ctx.device)
+    return lsh_dispatcher(spec, cluster=ClusterByHash(spec.lsh, rotation_DQW))
 
 
 class _OneMap(LowRankResidual):
@@ -113,6 +100,6 @@ class _OneMap(LowRankResidual):
         return super().forward(residual_ND, counts_E.sum(0, keepdim=True))
 
 
-def shared_low_rank(spec: DispatcherSpec) -> TokenDispatcher:
+def shared_low_rank(spec: DispatcherSpec) -> Dispatcher:
     one = _OneMap(1, spec.hidden, spec.lsh.lsh_residual_rank, spec.ctx)
-    return _replace(spec, LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device, one))
+    return lsh_dispatcher(spec, restore=WithResidual(one))

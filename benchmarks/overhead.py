@@ -21,10 +21,13 @@ from torch import Tensor
 
 from benchmarks.common import ROOT, progress, table, write_result
 from megatron_lsh.config import LSHConfig, ModelConfig, MoEConfig
-from megatron_lsh.moe.compressor import LSHCompressor
+from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
 from megatron_lsh.moe.experts import Experts
-from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
-from megatron_lsh.moe.telemetry import LSH_STAGES, MoETelemetry
+from megatron_lsh.moe.layer import GAUGES
+from megatron_lsh.moe.layer_pass import LayerPass
+from megatron_lsh.moe.registry import DispatcherSpec, lsh_dispatcher, row_dispatcher
+from megatron_lsh.moe.router import Routing
+from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.parameters import initialize_parameters
 
@@ -58,8 +61,10 @@ class Layer:
         model = ModelConfig(hidden_size=size.hidden, num_layers=1, swiglu=True, add_bias_linear=False)
         moe = MoEConfig(num_experts=size.experts, moe_ffn_hidden_size=size.ffn)
         self.size, self.ctx = size, ctx
-        self.telemetry = MoETelemetry([0], size.experts, device)
-        self.compressor = LSHCompressor(lsh, size.hidden, 0, self.telemetry, device)
+        self.telemetry = MoETelemetry(device)
+        self.record = self.telemetry.layer(0, size.experts, GAUGES)
+        spec = DispatcherSpec(moe, lsh, ctx, size.hidden, size.experts, 0)
+        self.dispatchers = {"exact_": row_dispatcher(spec), "": lsh_dispatcher(spec)}
         self.experts = Experts(model, moe, ctx)
         initialize_parameters(self.experts, seed=1)
         self.experts.to(dtype)
@@ -70,33 +75,21 @@ class Layer:
 
     def exact(self) -> dict[str, float]:
         """The layer without compression, forward and backward: ms."""
-        started, (x_TD, probs_TK) = time.perf_counter(), self._inputs()
-        rows_ND, counts_E, permutation = permute(x_TD, self.ids_TK, self.size.experts, num_rows=self.ids_TK.numel())
-        y_TD = unpermute(self._run(rows_ND, counts_E), probs_TK, permutation)
-        return self._finish(y_TD, started, "exact_")
+        return self._time("exact_")
 
     def lsh(self) -> dict[str, float]:
         """The layer with compression, by kernels where there are any, forward and backward: ms."""
+        return self._time("")
+
+    def _time(self, prefix: str) -> dict[str, float]:
         started, (x_TD, probs_TK) = time.perf_counter(), self._inputs()
-        num_rows = self.ids_TK.numel()
-        if self.compressor.reads_tokens(x_TD, probs_TK):
-            permutation = sort_by_expert(self.ids_TK, self.size.experts, num_rows)
-            wire_CD, counts_E, state = self.compressor.compress_tokens(x_TD, permutation, None)
-            y_TD = self.compressor.restore_tokens(self._run(wire_CD, counts_E), probs_TK, state)
-        else:
-            rows_ND, counts_E, permutation = permute(x_TD, self.ids_TK, self.size.experts, num_rows=num_rows)
-            wire_CD, counts_E, rows_state = self.compressor.compress(rows_ND, counts_E, None)
-            restored_ND = self.compressor.restore(self._run(wire_CD, counts_E), rows_state)
-            y_TD = unpermute(restored_ND, probs_TK, permutation)
-        return self._finish(y_TD, started, "")
+        zero = torch.zeros((), device=x_TD.device)
+        routing = Routing(self.ids_TK, probs_TK, zero, zero, zero, torch.bincount(self.ids_TK.flatten()), complete=True)
+        y_TD = self.dispatchers[prefix](x_TD, routing, self.experts, LayerPass(self.record))
+        return self._finish(y_TD, started, prefix)
 
     def _inputs(self) -> tuple[Tensor, Tensor]:
         return self.tokens_TD.clone().requires_grad_(), self.probs_TK.clone().requires_grad_()
-
-    def _run(self, rows: Tensor, counts_E: Tensor) -> Tensor:
-        counts_E = counts_E.cpu()  # as an exchange returns them
-        with self.telemetry.timed(0, "experts_time_ms") as region:
-            return region.leave(self.experts(region.enter(rows), counts_E))
 
     def _finish(self, y_TD: Tensor, started: float, prefix: str) -> dict[str, float]:
         y_TD.backward(self.grad_TD)
@@ -105,7 +98,8 @@ class Layer:
         layer_ms = 1e3 * (time.perf_counter() - started)
         self.experts.zero_grad(set_to_none=True)
         (report,) = self.telemetry.collect(self.ctx, iterations=1)
-        return {f"{prefix}layer": layer_ms, f"{prefix}experts": report.experts_time_ms, **report.lsh_time_ms}
+        stages = {stage: ms for stage in LSH_STAGES if (ms := report[f"lsh_{stage}_time_ms"]) is not None}
+        return {f"{prefix}layer": layer_ms, f"{prefix}experts": report["experts_time_ms"] or 0.0, **stages}
 
 
 def make_tokens(size: Size) -> Tensor:

@@ -92,7 +92,7 @@ def ours(lsh_flags: dict[str, Any] | None, shape: Shape, router_ED: Tensor, ctx:
     moe = MoEConfig(num_experts=shape.experts, moe_ffn_hidden_size=shape.ffn, moe_router_topk=shape.topk)
     moe.moe_token_dispatcher_type = "alltoall" if lsh_flags is None else "lsh"
     lsh = LSHConfig(**(lsh_flags or {}))
-    layer = MoELayer(model, moe, lsh, ctx, 0, MoETelemetry([0], shape.experts, ctx.device))
+    layer = MoELayer(model, moe, lsh, ctx, 0, MoETelemetry(ctx.device))
     initialize_parameters(layer, seed=1)
     with torch.no_grad():
         local(layer.router.weight).copy_(router_ED)

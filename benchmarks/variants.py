@@ -16,7 +16,8 @@ from megatron_lsh.data.loader import BatchIterator
 from megatron_lsh.models.gpt import build_gpt
 from megatron_lsh.models.transformer import moe_layers
 from megatron_lsh.moe.layer import MoELayer
-from megatron_lsh.moe.registry import DispatcherSpec, TokenDispatcher, resolve_dispatcher
+from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
+from megatron_lsh.moe.schedule import Scheduled
 from megatron_lsh.training.run import Run, Task, required
 from pretrain_gpt_moe import build_data, forward_step
 
@@ -42,25 +43,21 @@ class Bench:
         self._batches = batches
         self._iteration = 0
         self._layers = [module for module in run.model.modules() if isinstance(module, MoELayer)]
-        self._dispatchers: dict[Variant, list[TokenDispatcher]] = {}
+        self._dispatchers: dict[Variant, list[Scheduled]] = {}
 
     def use(self, variant: Variant) -> None:
         """Dispatch like this from now on."""
         if variant not in self._dispatchers:
             self._dispatchers[variant] = self._build(variant)
         for layer, dispatcher in zip(self._layers, self._dispatchers[variant], strict=True):
-            del layer.compressor  # a module's attribute does not change between module and plain object
-            layer.exchange, layer.compressor = dispatcher.exchange, dispatcher.compressor
+            layer.dispatcher = dispatcher
 
-    def _build(self, variant: Variant) -> list[TokenDispatcher]:
+    def _build(self, variant: Variant) -> list[Scheduled]:
         cfg, ctx = self.run.cfg, self.run.ctx
         lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=variant.rate or 1.0)
-        factory = resolve_dispatcher("alltoall" if variant.rate is None else "lsh")
+        moe = dataclasses.replace(cfg.moe, moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh")
         hidden, experts = required(cfg.model.hidden_size), required(cfg.moe.num_experts)
-        return [
-            factory(DispatcherSpec(cfg.moe, lsh, ctx, hidden, experts, layer, self.run.telemetry))
-            for layer in moe_layers(cfg)
-        ]
+        return [build_dispatcher(DispatcherSpec(moe, lsh, ctx, hidden, experts, layer)) for layer in moe_layers(cfg)]
 
     def step(self) -> dict[str, float]:
         """One training iteration: the wall time of the slowest rank, and what the MoE layers spent it on (mean over the
@@ -79,14 +76,15 @@ class Bench:
     def collect(self) -> dict[str, float]:
         """Times (ms per rank) and bytes (sum over ranks) of the MoE layers since the last call."""
         layers = self.run.telemetry.collect(self.run.ctx, iterations=1)
-        return {
-            "alltoall_ms": sum(layer.alltoall_time_ms for layer in layers),
-            "experts_ms": sum(layer.experts_time_ms for layer in layers),
-            "lsh_ms": sum(layer.lsh_total_time_ms or 0.0 for layer in layers),
-            "wire_ms": sum(layer.wire_time_ms for layer in layers),
-            "bytes": sum(layer.alltoall_bytes for layer in layers),
-            "bytes_uncompressed": sum(layer.alltoall_bytes_uncompressed for layer in layers),
+        names = {
+            "alltoall_ms": "alltoall_time_ms",
+            "experts_ms": "experts_time_ms",
+            "lsh_ms": "lsh_time_ms",
+            "wire_ms": "wire_time_ms",
+            "bytes": "alltoall_bytes",
+            "bytes_uncompressed": "alltoall_bytes_uncompressed",
         }
+        return {ours: sum(layer[gauge] or 0.0 for layer in layers) for ours, gauge in names.items()}
 
 
 def configure(flags: list[Any], ranks: int) -> Config:

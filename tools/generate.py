@@ -30,7 +30,6 @@ from megatron_lsh.convert.source import VOCABULARY
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.gpt import GPTModel
-from megatron_lsh.models.transformer import moe_layers
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.initialize import initialize, shutdown
@@ -148,7 +147,7 @@ def load_model(job: Job, ctx: ParallelContext) -> GPTModel:
     cfg.moe.moe_router_force_load_balancing = False
     vocab = cfg.model.vocab_size or job.tokenizer.vocab_size
     padded = padded_vocab_size(vocab, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
-    model = GPTModel(cfg, padded, ctx, MoETelemetry(moe_layers(cfg), cfg.moe.num_experts or 0, ctx.device))
+    model = GPTModel(cfg, padded, ctx, MoETelemetry(ctx.device))
     itself = (args.load / MANIFEST).exists()
     step = args.ckpt_step
     if itself and job.folder.name.startswith("iter_"):

@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_lsh.convert.source import Source, all_pieces, padded_rows, plain, required_vocab
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.gpt import GPTModel
-from megatron_lsh.models.transformer import moe_layers
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 
@@ -85,7 +84,7 @@ def load_model(source: Source) -> GPTModel:
     """The model in fp32 on the CPU, in evaluation mode."""
     ctx = offline_context(device="cpu")
     cfg = plain(source.cfg)
-    model = GPTModel(cfg, padded_rows(cfg), ctx, MoETelemetry(moe_layers(cfg), cfg.moe.num_experts or 0, ctx.device))
+    model = GPTModel(cfg, padded_rows(cfg), ctx, MoETelemetry(ctx.device))
     state = model.state_dict()
     for rows in all_pieces(source):
         state[rows.name][rows.first : rows.first + rows.count] = source.read(rows)

@@ -72,7 +72,7 @@ from megatron_lsh.errors import CheckpointError
 from megatron_lsh.parallel.context import offline_context
 
 HF = "hf"  # folder inside a converted checkpoint for the small files that the model came with
-_COMPRESSOR = ".mlp.compressor."
+_COMPRESSOR = ".mlp.dispatcher."
 _FILE_BYTES = 2**30  # of one data file; several let ranks verify and read in parallel
 
 

@@ -146,7 +146,7 @@ def model_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     Without what a compressing dispatcher learns, see ``plain``. Raises ConfigError for settings that no model can have.
     """
     ctx = offline_context()
-    model = GPTModel(plain(cfg), padded_rows(cfg), ctx, MoETelemetry([], 0, ctx.device))
+    model = GPTModel(plain(cfg), padded_rows(cfg), ctx, MoETelemetry(ctx.device))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -53,7 +53,7 @@ def parameter_counts(cfg: Config, vocab_size: int, layout: ParallelLayout) -> Pa
 def _count(cfg: Config, vocab_size: int, layout: ParallelLayout) -> tuple[int, int]:
     """Dense and expert parameters of rank 0."""
     ctx = offline_context(layout)
-    telemetry = MoETelemetry([], 0, ctx.device)  # nothing runs
+    telemetry = MoETelemetry(ctx.device)  # nothing runs
     parameters = list(model_of(cfg)(cfg, vocab_size, ctx, telemetry).parameters())
     expert = sum(p.numel() for p in parameters if is_expert(p))
     return sum(p.numel() for p in parameters) - expert, expert

@@ -23,7 +23,7 @@ from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack, moe_layers
 from megatron_lsh.moe.layer import MoELayer
-from megatron_lsh.moe.memo import ReplayMemo
+from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 

@@ -9,7 +9,8 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,30 @@ class StackedLinear(nn.Module):
         return local(self.weight), None if self.bias is None else local(self.bias)
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+class Feed(NamedTuple):
+    """Rows for some or all of this rank's experts. (A tuple, because ``fully_shard`` finds tensors in tuples.)
+
+    Attributes:
+        rows: [R, D], sorted by local expert, in the dtype of the weights; or the token of rows under way.
+        counts: rows per expert, which sum to R; a list, or an int64 tensor on any device. One on the host avoids a wait
+            where the loop runs.
+        experts: which of the local experts; None for all.
+        arrive: called with ``rows`` when their turn comes; returns the rows.
+        then: called with the outputs [R, D] as soon as they are there, so that they can set out while others are computed.
+            Returns a tensor of their graph.
+    """
+
+    rows: Tensor
+    counts: Tensor | Sequence[int]
+    experts: range | None = None
+    arrive: Callable[[Tensor], Tensor] = _unchanged
+    then: Callable[[Tensor], Tensor] = _unchanged
+
+
 class Experts(nn.Module):
     """``y = fc2_e(activation(fc1_e(x)))`` for the rows of each local expert e.
 
@@ -92,19 +117,27 @@ class Experts(nn.Module):
         self.linear_fc1 = StackedLinear(moe_cfg.num_experts, hidden, width_fc1, bias, init, ctx)
         self.linear_fc2 = StackedLinear(moe_cfg.num_experts, width, hidden, bias, output_init(model_cfg), ctx)
 
-    def forward(self, rows_RD: Tensor, counts: Tensor | Sequence[int]) -> Tensor:
+    def forward(self, *feeds: Feed) -> Any:
         """Apply each expert to its rows.
 
         Args:
-            rows_RD: rows sorted by local expert, in the dtype of the weights.
-            counts: rows per local expert, E_l numbers that sum to R; a list, or an int64 tensor on any device. One on
-                the host avoids a wait where the loop runs.
+            feeds: the rows, in one piece or in several that cover the local experts. All in one call, also where the pieces
+                arrive one after the other: this module is a unit of ``fully_shard``, and each call of one is a round of
+                gathering parameters and reducing gradients.
 
         Returns:
-            [R, D]. Every parameter takes part in the graph, also with R = 0, so that hooks of the backward pass run on
-            every rank.
+            What each feed's ``then`` makes of its outputs [R, D]; by itself if there is one feed, else a tuple. Every
+            parameter takes part in the graph, also with R = 0, so that hooks of the backward pass run on every rank.
         """
         fc1, fc2 = self.linear_fc1.local(), self.linear_fc2.local()
+        results = [feed.then(self._run(feed, fc1, fc2)) for feed in feeds]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _run(self, feed: Feed, fc1: tuple[Tensor, Tensor | None], fc2: tuple[Tensor, Tensor | None]) -> Tensor:
+        rows_RD, counts = feed.arrive(feed.rows), feed.counts
+        if feed.experts is not None:
+            first, last = feed.experts.start, feed.experts.stop
+            fc1, fc2 = ((w[first:last], None if b is None else b[first:last]) for w, b in (fc1, fc2))
         if len(counts) != fc1[0].shape[0]:
             raise ValueError(f"{len(counts)} counts for {fc1[0].shape[0]} local experts")
         gemm = self._gemm

@@ -5,6 +5,9 @@ Shapes: T tokens, K experts per token, D features, E experts, N rows.
 Both directions are gathers, in the forward and in the backward pass: a token reads its K rows and sums them in a fixed
 order. The usual ``index_add_`` would add with atomics on a GPU, in a different order on every run.
 Nothing here waits for the device.
+
+Rows are not written to memory before somebody wants them there: until :meth:`Rows.materialise` is called a row is only a
+number, the token it copies, so that a compressor whose kernels read tokens never pays for [N, D].
 """
 
 from __future__ import annotations
@@ -75,6 +78,44 @@ def permute(
     permutation = sort_by_expert(expert_ids_TK, num_experts, num_rows)
     rows_ND = _Permute.apply(x_TD, permutation, num_rows is None)
     return rows_ND, permutation.counts_E, permutation
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows sorted by expert, or the experts' outputs for them.
+
+    Attributes:
+        source_MD: the rows [N, D] themselves; or the tokens [T, D], where row n copies token ``index_N[n]``.
+        counts_E: int64, rows per expert; sums to N.
+        permutation: how tokens and rows correspond; None for rows that came from other ranks.
+        index_N: int64, the token of each row; None where the rows are there themselves.
+    """
+
+    source_MD: Tensor
+    counts_E: Tensor
+    permutation: Permutation | None = None
+    index_N: Tensor | None = None
+
+    @staticmethod
+    def of_tokens(x_TD: Tensor, permutation: Permutation) -> Rows:
+        """The rows of routed tokens, which are not copied yet."""
+        return Rows(x_TD, permutation.counts_E, permutation, permutation.token_of_row_N)
+
+    def materialise(self) -> Tensor:
+        """The rows, [N, D]; differentiable. Call it once: each call copies."""
+        if self.index_N is None:
+            return self.source_MD
+        assert self.permutation is not None
+        return _Permute.apply(self.source_MD, self.permutation, False)
+
+    def outputs(self, rows_ND: Tensor) -> Rows:
+        """The same rows with other values: what the experts made of them."""
+        return Rows(rows_ND, self.counts_E, self.permutation)
+
+    def combine(self, probs_TK: Tensor) -> Tensor:
+        """Each token's sum of its rows, weighted by its routing weights fp32 [T, K]: [T, D]."""
+        assert self.permutation is not None, "rows of other ranks belong to no token of this one"
+        return unpermute(self.materialise(), probs_TK, self.permutation)
 
 
 def unpermute(rows_ND: Tensor, probs_TK: Tensor, permutation: Permutation) -> Tensor:

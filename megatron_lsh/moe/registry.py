@@ -1,30 +1,53 @@
 """Token dispatchers by name: what ``--moe-token-dispatcher-type`` picks from.
 
-A dispatcher is an exchange (how rows move) and a compressor (what moves). Third parties add one without touching this
-package, either as an entry point in the group ``megatron_lsh.dispatchers``, or by giving ``package.module:factory`` as the
-flag's value. A factory takes a :class:`DispatcherSpec` and returns a :class:`TokenDispatcher`.
+A factory takes a :class:`DispatcherSpec` and returns a dispatcher (dispatcher.py); schedules, exact evaluation and the like
+are put around it here. Third parties add one without touching this package, either as an entry point in the group
+``megatron_lsh.dispatchers``, or by giving ``package.module:factory`` as the flag's value. Most are one of
+
+    row_dispatcher(spec)                   every row travels
+    row_dispatcher(spec, compressor)       fewer rows travel
+    lsh_dispatcher(spec, cluster=...)      LSH with a part of another make
+
+CONTRIBUTING.md has an example.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 
+from megatron_lsh import lsh
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.moe.auto import Trial
-from megatron_lsh.moe.compressor import Compressor, LSHCompressor, NoCompressor
-from megatron_lsh.moe.exchange import AllGatherExchange, AllToAllExchange, Exchange, LocalExchange
-from megatron_lsh.moe.low_rank import LowRankResidual
-from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.moe.compressors.low_rank import LowRankResidual
+from megatron_lsh.moe.compressors.lsh import GAUGES as LSH_GAUGES
+from megatron_lsh.moe.compressors.lsh import (
+    Cluster,
+    ClusterByHash,
+    LSHCompressor,
+    Represent,
+    RestoreRows,
+    WithResidual,
+    as_sent,
+    interpolated,
+    send_means,
+    send_members,
+)
+from megatron_lsh.moe.compressors.tokens import TokenLSHCompressor
+from megatron_lsh.moe.dispatcher import GAUGES as DISPATCHER_GAUGES
+from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, Shortcut, ThroughExperts
+from megatron_lsh.moe.schedule import EXACT, LOSSLESS, Scheduled, Trial
+from megatron_lsh.moe.transport import AllGatherTransport, AllToAllTransport, LocalTransport, Transport
 from megatron_lsh.moe.wire import make_codec
 from megatron_lsh.parallel.context import ParallelContext
 
 ENTRY_POINT_GROUP = "megatron_lsh.dispatchers"
+
+#: What the dispatchers of this package measure; a run's outputs have these figures whichever of them runs.
+GAUGES = (*DISPATCHER_GAUGES, *LSH_GAUGES)
 
 
 @dataclass(frozen=True)
@@ -43,53 +66,119 @@ class DispatcherSpec:
     hidden: int
     num_experts: int
     layer: int
-    telemetry: MoETelemetry
+
+    def transport(self, kind: type[Transport] = AllToAllTransport) -> Transport:
+        """What moves rows, in the numbers of ``--lsh-wire-dtype``; with one expert-parallel rank nothing moves."""
+        kind = LocalTransport if self.ctx.ep.size == 1 else kind
+        wire = self.lsh.lsh_wire_dtype
+        return kind(self.ctx.ep, self.num_experts, None if wire is None else make_codec(wire))
 
 
-@dataclass(frozen=True)
-class TokenDispatcher:
-    """How the rows of one MoE layer reach their experts. A compressor with buffers should be an ``nn.Module``."""
-
-    exchange: Exchange
-    compressor: Compressor
-    trial: Trial | None = None
-    """decides whether the compressor is used; None: always"""
+DispatcherFactory = Callable[[DispatcherSpec], Dispatcher]
 
 
-DispatcherFactory = Callable[[DispatcherSpec], TokenDispatcher]
+def row_dispatcher(
+    spec: DispatcherSpec, compressor: Compressor | None = None, transport: Transport | None = None
+) -> RowDispatcher:
+    """Rows to their experts and back, compressed or not.
+
+    Args:
+        transport: by default :meth:`DispatcherSpec.transport`.
+    """
+    transport = transport or spec.transport()
+    path: ThroughExperts | Compressed = ThroughExperts(transport)
+    if compressor is not None:
+        # The probe compares with rows that travelled in the model's numbers.
+        exact = ThroughExperts(type(transport)(spec.ctx.ep, spec.num_experts))
+        path = Compressed(path, compressor, exact, spec.lsh.lsh_probe_interval)
+    return RowDispatcher(path, spec.num_experts, spec.ctx.ep)
 
 
-def _exchange(spec: DispatcherSpec, kind: type[Exchange]) -> Exchange:
-    kind = LocalExchange if spec.ctx.ep.size == 1 else kind
-    return kind(spec.ctx.ep, spec.num_experts, spec.layer, spec.telemetry, make_codec(spec.lsh.lsh_wire_dtype))
+def lsh_dispatcher(
+    spec: DispatcherSpec,
+    *,
+    cluster: Cluster | None = None,
+    represent: Represent | None = None,
+    restore: RestoreRows | None = None,
+    transport: Transport | None = None,
+) -> RowDispatcher:
+    """LSH as the flags say, but for the parts that are given."""
+    compressor = lsh_compressor(spec, cluster=cluster, represent=represent, restore=restore)
+    return row_dispatcher(spec, compressor, transport)
 
 
-def _alltoall(spec: DispatcherSpec) -> TokenDispatcher:
-    return TokenDispatcher(_exchange(spec, AllToAllExchange), NoCompressor())
+def lsh_compressor(
+    spec: DispatcherSpec,
+    *,
+    cluster: Cluster | None = None,
+    represent: Represent | None = None,
+    restore: RestoreRows | None = None,
+) -> LSHCompressor:
+    """What clusters, represents and restores rows; parts that are not given are those that the flags name."""
+    cfg = spec.lsh
+    straight_through = cfg.lsh_gradient == "straight-through"
+    keeps_residual = cfg.lsh_residual in ("identity", "lowrank") or straight_through
+    on_tokens = cluster is represent is restore is None and not cfg.sends_members()
+    on_tokens = on_tokens and cfg.lsh_residual in ("identity", "none")
+    if cluster is None:
+        rotation_DQW = lsh.make_rotation(
+            spec.hidden, *cfg.hash_shape(), seed=cfg.lsh_seed, stream=spec.layer, device=spec.ctx.device
+        )
+        cluster = ClusterByHash(cfg, rotation_DQW)
+    represent = represent or (send_members if cfg.sends_members() else send_means)(keeps_residual)
+    restore = restore or _restoration(spec)
+    sent_rows = getattr(cluster, "sent_rows", lambda counts_E: None)
+    if on_tokens:
+        adds = cfg.lsh_residual == "identity"
+        return TokenLSHCompressor(
+            cluster, represent, restore, sent_rows, adds_residual=adds, keeps_tokens=adds or straight_through
+        )
+    return LSHCompressor(cluster, represent, restore, sent_rows)
 
 
-def _allgather(spec: DispatcherSpec) -> TokenDispatcher:
-    return TokenDispatcher(_exchange(spec, AllGatherExchange), NoCompressor())
+def _restoration(spec: DispatcherSpec) -> RestoreRows:
+    cfg = spec.lsh
+    if cfg.lsh_residual == "interpolate":
+        return interpolated(cfg.lsh_interpolation_block)
+    if cfg.lsh_residual == "none":
+        return as_sent(cfg.lsh_gradient == "straight-through")
+    if cfg.lsh_residual == "identity":
+        return WithResidual()
+    return WithResidual(LowRankResidual(spec.num_experts, spec.hidden, cfg.lsh_residual_rank, spec.ctx))
 
 
-def _lsh(spec: DispatcherSpec) -> TokenDispatcher:
-    low_rank = None
-    if spec.lsh.lsh_residual == "lowrank":
-        low_rank = LowRankResidual(spec.num_experts, spec.hidden, spec.lsh.lsh_residual_rank, spec.ctx)
-    compressor = LSHCompressor(spec.lsh, spec.hidden, spec.layer, spec.telemetry, spec.ctx.device, low_rank)
-    return TokenDispatcher(_exchange(spec, AllToAllExchange), compressor)
-
-
-def _auto(spec: DispatcherSpec) -> TokenDispatcher:
-    if spec.ctx.ep.size == 1 or spec.layer < spec.lsh.lsh_start_layer:  # no row travels, or none may be compressed
-        return _alltoall(spec)
-    trial = Trial(spec.layer, spec.lsh.lsh_auto_iters, spec.ctx.device)
-    return dataclasses.replace(_lsh(spec), trial=trial)
+def _allgather(spec: DispatcherSpec) -> RowDispatcher:
+    return row_dispatcher(spec, transport=spec.transport(AllGatherTransport))
 
 
 def builtin_dispatchers() -> dict[str, DispatcherFactory]:
-    """The dispatchers of this package. With one expert-parallel rank each uses the local exchange."""
-    return {"alltoall": _alltoall, "allgather": _allgather, "lsh": _lsh, "auto": _auto}
+    """The dispatchers of this package. With one expert-parallel rank each uses the local transport."""
+    return {"alltoall": row_dispatcher, "allgather": _allgather, "lsh": lsh_dispatcher, "auto": lsh_dispatcher}
+
+
+def build_dispatcher(spec: DispatcherSpec) -> Scheduled:
+    """The dispatcher of a layer, with what runs in its place now and then.
+
+    Raises:
+        ConfigError: as :func:`resolve_dispatcher`.
+    """
+    name = spec.moe.moe_token_dispatcher_type
+    factory = resolve_dispatcher(name)
+    sends_all = name in ("alltoall", "allgather")
+    exact_factory = factory if sends_all else row_dispatcher
+    as_is = replace(spec, lsh=replace(spec.lsh, lsh_wire_dtype=None))
+    alternatives: dict[str, Dispatcher] = {EXACT: exact_factory(spec), LOSSLESS: exact_factory(as_is)}
+    chosen, trial = EXACT, None
+    # No row travels with one rank, and none may be compressed in the first layers: nothing to try there.
+    settled = name == "auto" and (spec.ctx.ep.size == 1 or spec.layer < spec.lsh.lsh_start_layer)
+    if not sends_all and not settled:
+        chosen = "lsh" if name in ("lsh", "auto") else "plugin"
+        alternatives[chosen] = factory(spec)
+    if name == "auto" and not settled:
+        trial = Trial(spec.layer, (EXACT, chosen), spec.lsh.lsh_auto_iters, spec.ctx.device)
+    if spec.moe.moe_gradient_shortcut:
+        alternatives = {key: Shortcut(dispatcher) for key, dispatcher in alternatives.items()}
+    return Scheduled(alternatives, chosen, spec.lsh, spec.layer, trial)
 
 
 def resolve_dispatcher(name: str) -> DispatcherFactory:

@@ -17,7 +17,7 @@ from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.balancing import LoadShare, count_experts, load_balancing_loss, load_share, sum_over, z_loss
 from megatron_lsh.moe.capacity import expert_capacity, within_capacity
-from megatron_lsh.moe.memo import ReplayMemo
+from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init, local, parameter
 
@@ -121,14 +121,14 @@ class TopKRouter(nn.Module):
             memo: required under activation recomputation, so that the replay repeats every choice and counts nothing
                 a second time.
         """
-        memo = memo or ReplayMemo()
+        memo = ReplayMemo() if memo is None else memo
         # Random numbers are drawn in a replay too: the generator must advance as it did the first time.
         random = self._draw(x_TD.shape[0], x_TD.device) if self._cfg.moe_router_force_load_balancing else None
         logits_TE = self._logits(x_TD)
         learning = self.training and torch.is_grad_enabled()
-        selection = memo.recall(
-            "router", lambda: self._select(logits_TE.detach(), token_mask_T, batch_size, random, learning)
-        )
+        if self not in memo:
+            memo[self] = self._select(logits_TE.detach(), token_mask_T, batch_size, random, learning)
+        selection: _Selection = memo[self]
 
         ids_TK, keep_TK = selection.chosen_TK, selection.keep_TK
         probs_TK = self._weights(logits_TE, ids_TK).to(torch.promote_types(torch.float32, x_TD.dtype))

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from megatron_lsh.config import Config
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.transformer import moe_layers
-from megatron_lsh.moe.layer import exact_dispatch
-from megatron_lsh.moe.telemetry import LSH_STAGES
+from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
+from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.training.run import Run, Task, set_up
 
@@ -113,16 +113,20 @@ def measure(cfg: Config, task: Task, ctx: ParallelContext, steps: int, settle: i
 
 def _collect(run: Run, step_ms: float) -> dict[str, float]:
     layers = run.telemetry.collect(run.ctx, iterations=1)
+
+    def total(name: str) -> float:
+        return sum(layer[name] or 0.0 for layer in layers)
+
     sample = {
         "step_ms": step_ms,
-        "alltoall_ms": sum(layer.alltoall_time_ms for layer in layers),
-        "experts_ms": sum(layer.experts_time_ms for layer in layers),
-        "lsh_ms": sum(layer.lsh_total_time_ms or 0.0 for layer in layers),
-        "wire_ms": sum(layer.wire_time_ms for layer in layers),
-        "bytes": sum(layer.alltoall_bytes for layer in layers) / run.ctx.world.size,
+        "alltoall_ms": total("alltoall_time_ms"),
+        "experts_ms": total("experts_time_ms"),
+        "lsh_ms": total("lsh_time_ms"),
+        "wire_ms": total("wire_time_ms"),
+        "bytes": total("alltoall_bytes") / run.ctx.world.size,
     }
     sample["rest_ms"] = step_ms - sum(sample[part] for part in PARTS if part != "rest_ms")
-    stages = {stage: sum(layer.lsh_time_ms.get(stage, 0.0) for layer in layers) for stage in LSH_STAGES}
+    stages = {stage: total(f"lsh_{stage}_time_ms") for stage in LSH_STAGES}
     return sample | {f"stage {stage}": ms for stage, ms in stages.items()}
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lsh.models.cache import KVCache
-from megatron_lsh.moe.layer import exact_dispatch
+from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import reshard
 

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from operator import attrgetter
 from typing import Any
 
-from megatron_lsh.moe.telemetry import LSH_STAGES, LayerReport
+from megatron_lsh.moe.gauges import Gauge
+from megatron_lsh.moe.layer import GAUGES
+from megatron_lsh.moe.telemetry import LayerReport
 from megatron_lsh.training.log_line import LogLine
-
-
-def _stage_time_ms(stage: str, layer: LayerReport) -> float | None:
-    return layer.lsh_time_ms.get(stage)
-
-
-#: Per-layer quantities that --moe-per-layer-logging writes: name -> value of a LayerReport, None where there is none.
-PER_LAYER: dict[str, Callable[[LayerReport], float | None]] = {
-    "load_balancing_loss": attrgetter("load_balancing_loss"),
-    "z_loss": attrgetter("z_loss"),
-    "load_max_over_mean": attrgetter("load_max_over_mean"),
-    "load_p50": attrgetter("load_p50"),
-    "load_p95": attrgetter("load_p95"),
-    "alltoall_bytes": attrgetter("alltoall_bytes"),
-    "alltoall_bytes_uncompressed": attrgetter("alltoall_bytes_uncompressed"),
-    "alltoall_bytes_out_max": attrgetter("alltoall_bytes_out_max"),
-    "alltoall_bytes_in_max": attrgetter("alltoall_bytes_in_max"),
-    "alltoall_time_ms": attrgetter("alltoall_time_ms"),
-    "wire_time_ms": attrgetter("wire_time_ms"),
-    "experts_time_ms": attrgetter("experts_time_ms"),
-    "lsh_time_ms": attrgetter("lsh_total_time_ms"),
-    "lsh_compression_rate": attrgetter("lsh_compression_rate"),
-    "lsh_residual_energy": attrgetter("lsh_residual_energy"),
-    "lsh_restored_error": attrgetter("restored_error"),
-    **{f"lsh_{stage}_time_ms": partial(_stage_time_ms, stage) for stage in LSH_STAGES},
-}
 
 
 @dataclass(frozen=True)
@@ -69,36 +43,24 @@ class IntervalMetrics:
     params_norm: float | None = None
     peak_memory_gb: float | None = None
 
-    def mean(self, name: str) -> float | None:
-        """Mean of a layer quantity over the MoE layers that have it; None if none has."""
-        values = [value for layer in self.layers if (value := getattr(layer, name)) is not None]
-        return sum(values) / len(values) if values else None
-
-    def total(self, name: str) -> float:
-        """Sum of a layer quantity over the MoE layers."""
-        return sum(getattr(layer, name) for layer in self.layers)
-
-    def moe_totals(self) -> dict[str, float | None]:
-        """Bytes and times over the MoE layers, and what LSH sent and lost on average; None for LSH where it did not run.
+    def moe_figures(self) -> dict[str, float | None]:
+        """What the gauges of the MoE layers say of the whole model; None where nobody measured it.
 
         Layers run one after the other, so their times add up and can be compared with the iteration's.
         """
-        stages = [layer.lsh_time_ms for layer in self.layers if layer.lsh_time_ms]
-        stage_times = {stage: sum(times[stage] for times in stages) if stages else None for stage in LSH_STAGES}
-        alltoall = self.total("alltoall_time_ms")
-        return {
-            "alltoall_bytes": self.total("alltoall_bytes"),
-            "alltoall_bytes_uncompressed": self.total("alltoall_bytes_uncompressed"),
-            "alltoall_time_ms": alltoall,
-            "alltoall_share": alltoall / self.iteration_time_ms,
-            "wire_time_ms": self.total("wire_time_ms"),
-            "experts_time_ms": self.total("experts_time_ms"),
-            "lsh_time_ms": sum(sum(times.values()) for times in stages) if stages else None,
-            **{f"lsh_{stage}_time_ms": time for stage, time in stage_times.items()},
-            "lsh_compression_rate": self.mean("lsh_compression_rate"),
-            "lsh_residual_energy": self.mean("lsh_residual_energy"),
-            "lsh_restored_error": self.mean("restored_error"),
-        }
+        found: dict[str, float | None] = {}
+        for gauge in self._gauges():
+            if gauge.layers is not None:
+                values = [value for layer in self.layers if (value := layer[gauge.name]) is not None]
+                nothing = None if gauge.optional or gauge.layers == "mean" else 0.0
+                total = sum(values) / (len(values) if gauge.layers == "mean" else 1) if values else nothing
+                found[gauge.model_name or gauge.name] = total
+        found["alltoall_share"] = (found["alltoall_time_ms"] or 0.0) / self.iteration_time_ms
+        return found
+
+    def _gauges(self) -> Iterable[Gauge]:
+        """A model without experts has the figures of one with them, and nothing to say of them."""
+        return self.layers[0].gauges.values() if self.layers else GAUGES
 
     def record(self, per_layer: bool) -> dict[str, Any]:
         """The JSONL object. What does not exist in this run (no experts, no LSH) or is not finite is null."""
@@ -107,16 +69,13 @@ class IntervalMetrics:
             "consumed_samples": self.consumed_samples,
             "lm_loss": self.lm_loss,
             **{name.replace(" ", "_"): loss for name, loss in self.further_losses.items()},
-            "load_balancing_loss": self.mean("load_balancing_loss"),
-            "z_loss": self.mean("z_loss"),
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             "iteration_time_ms": self.iteration_time_ms,
             "tokens_per_second": self.tokens_per_second,
             "tflops_per_gpu": self.tflops,
             "mfu": self.mfu,
-            **self.moe_totals(),
-            "expert_load_max_over_mean": self.mean("load_max_over_mean"),
+            **self.moe_figures(),
             "skipped_iterations": self.skipped,
             "nan_iterations": self.nan,
         }
@@ -126,7 +85,7 @@ class IntervalMetrics:
             record["peak_memory_gb"] = self.peak_memory_gb
         if per_layer and self.layers:
             record["moe_layers"] = [layer.layer for layer in self.layers]
-            record |= {f"{name}_per_layer": [get(layer) for layer in self.layers] for name, get in PER_LAYER.items()}
+            record |= {f"{g.name}_per_layer": [layer[g.name] for layer in self.layers] for g in self._gauges()}
         return {key: finite(value) for key, value in record.items()}
 
     def scalars(self, per_layer: bool) -> dict[str, float]:
@@ -139,20 +98,20 @@ class IntervalMetrics:
             "params-norm": self.params_norm,
         }
         if self.layers:
+            # Megatron's own tags, and ours apart from them.
             points |= {
-                "load_balancing_loss": self.mean("load_balancing_loss"),
-                "z_loss": self.mean("z_loss"),
-                **{f"moe/{name}": value for name, value in self.moe_totals().items()},
-                "moe/expert_load_max_over_mean": self.mean("load_max_over_mean"),
+                name if name in ("load_balancing_loss", "z_loss") else f"moe/{name}": value
+                for name, value in self.moe_figures().items()
             }
         for layer in self.layers if per_layer else ():
-            points |= {f"moe/{name}_layer_{layer.layer}": get(layer) for name, get in PER_LAYER.items()}
+            points |= {f"moe/{name}_layer_{layer.layer}": value for name, value in layer.figures.items()}
         return {tag: value for tag, value in points.items() if value is not None}
 
     def log_line(self, with_throughput: bool) -> LogLine:
         losses = {"lm loss": self.lm_loss or 0.0, **self.further_losses}
         if self.layers:
-            losses |= {name: self.mean(name) or 0.0 for name in ("load_balancing_loss", "z_loss")}
+            found = self.moe_figures()
+            losses |= {name: found[name] or 0.0 for name in ("load_balancing_loss", "z_loss")}
         return LogLine(
             iteration=self.iteration,
             train_iters=self.train_iters,
@@ -178,7 +137,8 @@ class IntervalMetrics:
         ]
         if self.mfu is not None:
             parts.append(f"MFU {100.0 * self.mfu:.1f}%")
-        rate, energy = self.mean("lsh_compression_rate"), self.mean("lsh_residual_energy")
+        found = self.moe_figures()
+        rate, energy = found["lsh_compression_rate"], found["lsh_residual_energy"]
         if rate is not None and energy is not None:
             parts.append(f"LSH sends {100.0 * rate:.1f}% of the rows, residual energy {energy:.3f}")
         parts.append(f"ETA {duration(seconds_left)}")

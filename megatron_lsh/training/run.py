@@ -15,8 +15,7 @@ from megatron_lsh.config import Config, padded_vocab_size, to_dict
 from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import DataError
-from megatron_lsh.models.stacks import moe_layers
-from megatron_lsh.moe.auto import restore_decisions, save_decisions, trials
+from megatron_lsh.moe.schedule import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import shard_model
@@ -132,7 +131,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
     planned = required(cfg.training.train_iters) * batch
     datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, planned)))
 
-    telemetry = MoETelemetry(moe_layers(cfg), cfg.moe.num_experts or 0, ctx.device)
+    telemetry = MoETelemetry(ctx.device)
     model = together(ctx, lambda: task.build_model(cfg, padded, ctx, telemetry))
     shard_model(model, ctx, cfg.precision)
     describe_model(model, vocab_size, padded, ctx)

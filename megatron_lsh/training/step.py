@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_lsh.moe.auto import decide, trials
+from megatron_lsh.moe.schedule import decide, trials
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, finalize_gradients
 from megatron_lsh.training.schedule import Schedule

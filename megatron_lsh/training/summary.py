@@ -23,8 +23,9 @@ class Payload:
 
     def add(self, metrics: IntervalMetrics) -> None:
         """Count one log interval."""
-        self.sent += metrics.total("alltoall_bytes") * metrics.iterations
-        self.uncompressed += metrics.total("alltoall_bytes_uncompressed") * metrics.iterations
+        figures = metrics.moe_figures()
+        self.sent += (figures["alltoall_bytes"] or 0.0) * metrics.iterations
+        self.uncompressed += (figures["alltoall_bytes_uncompressed"] or 0.0) * metrics.iterations
         self.iterations += metrics.iterations
         self.layers = metrics.layers
 
@@ -54,9 +55,9 @@ def _payload_line(cfg: Config, payload: Payload) -> str:
 
 def _layer_line(layers: Sequence[LayerReport]) -> str:
     parts = [
-        f"layer {layer.layer}: {100.0 * layer.lsh_compression_rate:.1f}%, {layer.lsh_residual_energy:.3f}"
+        f"layer {layer.layer}: {100.0 * rate:.1f}%, {energy:.3f}"
         for layer in layers
-        if layer.lsh_compression_rate is not None and layer.lsh_residual_energy is not None
+        if (rate := layer["lsh_compression_rate"]) is not None and (energy := layer["lsh_residual_energy"]) is not None
     ]
     if not parts:
         return "LSH compression: off, every row was sent as it is"
@@ -66,7 +67,7 @@ def _layer_line(layers: Sequence[LayerReport]) -> str:
 def _advice(cfg: Config, layers: Sequence[LayerReport], uncompressed: float) -> str:
     if uncompressed == 0:
         return "next: spread the experts over ranks (--expert-model-parallel-size): then there is an all-to-all to compress"
-    if all(layer.lsh_compression_rate is None for layer in layers):
+    if all(layer["lsh_compression_rate"] is None for layer in layers):
         return "next: run the same with --moe-token-dispatcher-type lsh and compare loss, bytes and step time"
     control = "the exact control is --moe-token-dispatcher-type alltoall"
     if cfg.lsh.lsh_clustering == "budget":

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from megatron_lsh.config import Config
 from megatron_lsh.models.stacks import moe_layers
-from megatron_lsh.moe.layer import exact_dispatch
+from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.data_parallel import global_norm
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.evaluate import evaluate

@@ -21,7 +21,7 @@ from megatron_lsh.convert import load_native, save_hf, save_native, upcycle
 from megatron_lsh.data.tokenizers import build_tokenizer
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.gpt import GPTModel
-from megatron_lsh.moe.layer import exact_dispatch
+from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.context import offline_context
 from tests.convert.helpers import QUIET
 from tests.convert.tiny import hf_logits, load_pretrained, prompts

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.gpt import GPTModel, build_gpt
-from megatron_lsh.models.transformer import moe_layers
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 
@@ -63,7 +62,7 @@ MOE = {
 
 def make_gpt(cfg: Config, ctx: ParallelContext | None = None, vocab_size: int = VOCAB) -> GPTModel:
     ctx = ctx or offline_context(device="cpu")
-    return build_gpt(cfg, vocab_size, ctx, MoETelemetry(moe_layers(cfg), cfg.moe.num_experts or 0, ctx.device))
+    return build_gpt(cfg, vocab_size, ctx, MoETelemetry(ctx.device))
 
 
 def make_batch(batch: int = 2, length: int = 16, vocab_size: int = VOCAB, seed: int = 0) -> tuple[Tensor, Tensor]:

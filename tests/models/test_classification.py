@@ -21,7 +21,6 @@ from megatron_lsh.models.classification import (
 )
 from megatron_lsh.models.families import model_of
 from megatron_lsh.models.language_model import LanguageModel
-from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.initialize import initialize
@@ -43,7 +42,7 @@ def config_of(backbone: str, **settings: Any) -> FinetuneConfig:
 
 def build(cfg: FinetuneConfig, ctx: ParallelContext | None = None, classes: int = 3) -> LanguageModel:
     ctx = ctx or offline_context(device="cpu")
-    return build_classifier(cfg, classes, VOCAB, ctx, MoETelemetry(moe_layers(cfg), 4, ctx.device))
+    return build_classifier(cfg, classes, VOCAB, ctx, MoETelemetry(ctx.device))
 
 
 def batch_of(lengths: list[int], width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +79,7 @@ def pretraining_model(cfg: FinetuneConfig) -> LanguageModel:
     base = next(base for base in (T5Config, BertConfig, Config) if isinstance(cfg, base))
     plain = base(**{name: part for name, part in vars(cfg).items() if name not in ("finetune", "examples")})
     ctx = offline_context(device="cpu")
-    model = model_of(plain)(plain, VOCAB, ctx, MoETelemetry(moe_layers(plain), 4, ctx.device))
+    model = model_of(plain)(plain, VOCAB, ctx, MoETelemetry(ctx.device))
     initialize_parameters(model, plain.training.seed)
     return model
 
@@ -123,7 +122,7 @@ def test_scorer_is_the_language_model() -> None:
     cfg = config_of("gpt")
     ctx = offline_context(device="cpu")
     model = randomize(make_gpt(cfg))
-    scorer = GPTScorer(cfg, VOCAB, ctx, MoETelemetry(moe_layers(cfg), 4, ctx.device))
+    scorer = GPTScorer(cfg, VOCAB, ctx, MoETelemetry(ctx.device))
     scorer.load_state_dict(model.state_dict())
     tokens, _, mask = batch_of([12, 4])
     labels = tokens.roll(-1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe import experts as experts_module
-from megatron_lsh.moe.experts import Experts, why_not_grouped
+from megatron_lsh.moe.experts import Experts, Feed, why_not_grouped
 from megatron_lsh.moe.permute import permute, unpermute
 from megatron_lsh.moe.router import TopKRouter
 from megatron_lsh.parallel.context import ParallelContext, offline_context
@@ -87,7 +88,7 @@ def test_equals_formulas(gemm: str, bias: bool, activation: str) -> None:
     expected = plain(experts, rows, counts, activation)
     expected_gradients = gradients(experts, expected, rows)
     for given in (counts, torch.tensor(counts)):
-        y = experts(rows, given)
+        y = experts(Feed(rows, given))
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         for a, b in zip(gradients(experts, y, rows), expected_gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -101,7 +102,7 @@ def test_grouped_equals_loop(dtype: torch.dtype, bias: bool) -> None:
     grouped = make_experts(gemm="grouped", hidden=64, width=96, swiglu=True, add_bias_linear=bias).to(dtype)
     for counts in ([40, 0, 17, 7], [0, 0, 64, 0], [64, 0, 0, 0], [0, 0, 0, 64]):
         rows = torch.randn(64, 64).to(dtype).requires_grad_()
-        a, b = loop(rows, counts), grouped(rows, counts)
+        a, b = loop(Feed(rows, counts)), grouped(Feed(rows, counts))
         assert_same(a, b)
         for x, y in zip(gradients(loop, a, rows), gradients(grouped, b, rows), strict=True):
             assert_same(x, y)
@@ -111,7 +112,7 @@ def test_grouped_takes_expanded_gradients() -> None:
     """sum() hands back a gradient of stride 0, which grouped_mm alone refuses."""
     experts = make_experts(gemm="grouped", swiglu=True)
     rows = torch.randn(8, D, requires_grad=True)
-    experts(rows, [2, 2, 2, 2]).sum().backward()
+    experts(Feed(rows, [2, 2, 2, 2])).sum().backward()
     assert rows.grad is not None and rows.grad.any()
 
 
@@ -120,11 +121,41 @@ def test_no_rows(gemm: str | None) -> None:
     """Every parameter still gets a (zero) gradient: hooks and collectives of the backward pass must run."""
     experts = make_experts(gemm=gemm, swiglu=True)
     rows = torch.zeros(0, D, requires_grad=True)
-    y = experts(rows, torch.zeros(E, dtype=torch.int64))
+    y = experts(Feed(rows, torch.zeros(E, dtype=torch.int64)))
     assert y.shape == (0, D) and y.requires_grad
     y.sum().backward()
     for p in (rows, *experts.parameters()):
         assert p.grad is not None and not p.grad.any()
+
+
+def test_experts_fed_in_pieces_are_those_fed_at_once() -> None:
+    """One call, pieces that arrive one after the other; each one's outputs set out before the next piece is touched."""
+    experts, counts, order = make_experts(swiglu=True), [3, 0, 2, 1], []
+    rows = torch.randn(6, D, requires_grad=True)
+    whole = experts(Feed(rows, counts))
+    first, second = rows[:3], rows[3:]
+
+    def arrive(name: str, piece: Tensor) -> Tensor:
+        order.append(f"{name} arrives")
+        return piece
+
+    def leave(name: str, y: Tensor) -> Tensor:
+        order.append(f"{name} leaves")
+        return y
+
+    pieces = experts(
+        *(
+            Feed(piece, part, which, partial(arrive, name), partial(leave, name))
+            for name, piece, part, which in (
+                ("first", first, counts[:2], range(2)),
+                ("second", second, counts[2:], range(2, 4)),
+            )
+        )
+    )
+    assert order == ["first arrives", "first leaves", "second arrives", "second leaves"]
+    assert torch.equal(torch.cat(pieces), whole)
+    for ours, theirs in zip(gradients(experts, torch.cat(pieces), rows), gradients(experts, whole, rows), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("activation", "bias"), itertools.product(ACTIVATIONS, [False, True]))
@@ -134,7 +165,7 @@ def test_gradcheck(activation: str, bias: bool) -> None:
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
 
     def run(rows: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(experts, dict(zip(names, values, strict=True)), (rows, [2, 0, 1, 2]))
+        return torch.func.functional_call(experts, dict(zip(names, values, strict=True)), (Feed(rows, [2, 0, 1, 2]),))
 
     assert torch.autograd.gradcheck(run, (rows, *(v.detach().requires_grad_() for v in values)))
 
@@ -161,7 +192,7 @@ def test_equals_mixtral() -> None:
     x = torch.randn(2, 10, D)
     routing = router(x.flatten(0, 1))
     rows, counts, permutation = permute(x.flatten(0, 1), routing.expert_ids_TK, E, routing.num_rows())
-    ours = unpermute(experts(rows, counts), routing.probs_TK, permutation)
+    ours = unpermute(experts(Feed(rows, counts)), routing.probs_TK, permutation)
     torch.testing.assert_close(ours, theirs(x).flatten(0, 1), rtol=1e-5, atol=1e-6)
 
 
@@ -188,9 +219,9 @@ def test_expert_parallel_slices() -> None:
 def test_errors() -> None:
     experts = make_experts()
     with pytest.raises(ValueError, match="3 counts for 4 local experts"):
-        experts(torch.zeros(3, D), [1, 1, 1])
+        experts(Feed(torch.zeros(3, D), [1, 1, 1]))
     with pytest.raises(ValueError, match="counts sum to 4, but there are 3 rows"):
-        experts(torch.zeros(3, D), [1, 1, 1, 1])
+        experts(Feed(torch.zeros(3, D), [1, 1, 1, 1]))
     with pytest.raises(ValueError, match="gemm 'magic'"):
         make_experts(gemm="magic")
     with pytest.raises(ConfigError, match="--moe-ffn-hidden-size"):
@@ -201,7 +232,7 @@ def test_fallback_says_why_once(caplog: pytest.LogCaptureFixture, monkeypatch: p
     experts_module._announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="megatron_lsh.moe.experts"):
         for _ in range(2):
-            make_experts()(torch.randn(4, D), [1, 1, 1, 1])
+            make_experts()(Feed(torch.randn(4, D), [1, 1, 1, 1]))
     assert len(caplog.records) == 1 and "no kernel for cpu" in caplog.text
 
     gpu = torch.device("cuda", 0)
@@ -223,11 +254,11 @@ def _one_rank_without_rows() -> None:
     rows = torch.randn(6, D, generator=generator)[: sum(counts)].requires_grad_()
     sharded = make_experts(ctx, swiglu=True)
     fully_shard(sharded, mesh=ctx.expert_mesh["edp_replicate", "edp_shard"])
-    sharded(rows, counts).square().sum().backward()
+    sharded(Feed(rows, counts)).square().sum().backward()
 
     alone = make_experts(swiglu=True)
     all_rows = torch.randn(6, D, generator=generator.manual_seed(0))
-    alone(all_rows, [3, 0, 2, 1]).square().sum().backward()
+    alone(Feed(all_rows, [3, 0, 2, 1])).square().sum().backward()
     for ours, theirs in zip(sharded.parameters(), alone.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         grad = ours.grad.full_tensor()  # type: ignore[attr-defined]
@@ -248,7 +279,7 @@ def test_gpu_default_equals_loop(dtype: torch.dtype, bias: bool) -> None:
     default, loop = make_experts(ctx, **kwargs).to(dtype), make_experts(ctx, gemm="loop", **kwargs).to(dtype)
     for counts in ([100, 0, 27, 1], [0, 0, 128, 0]):
         rows = torch.randn(sum(counts), 128, device="cuda", dtype=dtype, requires_grad=True)
-        a, b = default(rows, torch.tensor(counts)), loop(rows, counts)
+        a, b = default(Feed(rows, torch.tensor(counts))), loop(Feed(rows, counts))
         assert_same(a, b)
         for x, y in zip(gradients(default, a, rows), gradients(loop, b, rows), strict=True):
             assert_same(x, y)

@@ -14,7 +14,7 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.moe.memo import ReplayMemo
+from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.permute import permute, unpermute
 from megatron_lsh.moe.router import Routing, TopKRouter, balanced_ids, top_ids, update_expert_biases
 from megatron_lsh.parallel.context import ParallelContext, offline_context

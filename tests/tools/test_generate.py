@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def without_cache(model: GPTModel, prompt: list[int], count: int) -> list[int]:
     """The definition: the most probable token after all tokens so far."""
-    from megatron_lsh.moe.layer import exact_dispatch
+    from megatron_lsh.moe.schedule import exact_dispatch
 
     tokens = list(prompt)
     with exact_dispatch(model):

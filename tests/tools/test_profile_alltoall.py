@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.moe.telemetry import LSH_STAGES
+from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.alltoall_profile import (
     Steps,

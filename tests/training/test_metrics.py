@@ -7,7 +7,9 @@ import pytest
 
 from megatron_lsh.config import LoggingConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.moe.telemetry import LSH_STAGES, LayerReport
+from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
+from megatron_lsh.moe.layer import GAUGES
+from megatron_lsh.moe.telemetry import LayerReport
 from megatron_lsh.training.metrics import IntervalMetrics, duration
 from megatron_lsh.training.plot import plot_losses
 from megatron_lsh.training.summary import Payload, byte_count, closing_lines
@@ -24,22 +26,24 @@ REQUIRED = {
 
 
 def layer(number: int, rate: float | None = 0.2, sent: float = 2e6) -> LayerReport:
-    return LayerReport(
-        layer=number,
-        load_balancing_loss=1.0 + number,
-        z_loss=2.0,
-        load_max_over_mean=1.1,
-        load_p50=10.0,
-        load_p95=20.0,
-        alltoall_bytes=sent,
-        alltoall_bytes_uncompressed=1e7 if sent else 0.0,
-        alltoall_time_ms=3.0,
-        lsh_compression_rate=rate,
-        lsh_residual_energy=None if rate is None else 0.3,
-        experts_time_ms=20.0,
-        lsh_time_ms={} if rate is None else dict.fromkeys(LSH_STAGES, 0.5),
-        restored_error=None if rate is None else 0.1 * rate,
-    )
+    lsh = rate is not None
+    figures = {gauge.name: None if gauge.optional else 0.0 for gauge in GAUGES} | {
+        "load_balancing_loss": 1.0 + number,
+        "z_loss": 2.0,
+        "load_max_over_mean": 1.1,
+        "load_p50": 10.0,
+        "load_p95": 20.0,
+        "alltoall_bytes": sent,
+        "alltoall_bytes_uncompressed": 1e7 if sent else 0.0,
+        "alltoall_time_ms": 3.0,
+        "lsh_compression_rate": rate,
+        "lsh_residual_energy": 0.3 if lsh else None,
+        "experts_time_ms": 20.0,
+        "lsh_time_ms": 0.5 * len(LSH_STAGES) if lsh else None,
+        **{f"lsh_{stage}_time_ms": 0.5 if lsh else None for stage in LSH_STAGES},
+        "lsh_restored_error": 0.1 * rate if lsh else None,
+    }
+    return LayerReport(number, {gauge.name: gauge for gauge in GAUGES}, figures)
 
 
 def metrics(layers: list[LayerReport], **changes: object) -> IntervalMetrics:

@@ -23,7 +23,7 @@ def test_biases_norms_and_vectors_do_not_decay() -> None:
     cfg.model.add_bias_linear = True
     cfg.model.normalization = "LayerNorm"
     device = torch.device("cpu")
-    model = build_gpt(cfg, 64, offline_context(device=device), MoETelemetry([1], 4, device))
+    model = build_gpt(cfg, 64, offline_context(device=device), MoETelemetry(device))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {group["decay"]: sorted(names[id(p)] for p in group["params"]) for group in parameter_groups(model)}
     assert sum(len(group) for group in groups.values()) == len(names)

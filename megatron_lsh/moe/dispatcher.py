@@ -1,0 +1,213 @@
+"""The seam: how tokens reach their experts and come back as outputs.
+
+    Dispatcher   (x_TD, routing, experts, p) -> y_TD      tokens in, tokens out
+    RowPath      (rows, experts, p)          -> rows      rows in, their experts' outputs out; paths nest
+    Compressor   (rows, p)                   -> fewer rows, and what restores the others
+    Transport    start, wait                              rows to other ranks and back (transport.py)
+
+A MoE layer knows a dispatcher and nothing below it. :class:`RowDispatcher` turns tokens into rows and rows into tokens;
+between the two its path sends them to the experts (:class:`ThroughExperts`), or fewer of them (:class:`Compressed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lsh.lsh import straight_through
+from megatron_lsh.moe.experts import Experts, Feed
+from megatron_lsh.moe.gauges import Gauge, averaged, ratio, summed
+from megatron_lsh.moe.layer_pass import LayerPass
+from megatron_lsh.moe.permute import Rows, sort_by_expert
+from megatron_lsh.moe.router import Routing
+from megatron_lsh.moe.transport import GAUGES as TRANSPORT_GAUGES
+from megatron_lsh.moe.transport import Plan, Transport
+from megatron_lsh.parallel.context import Group
+
+GAUGES = (
+    *TRANSPORT_GAUGES,
+    Gauge("alltoall_bytes_uncompressed", "bytes", "bytes of exact rows", summed("alltoall_bytes_uncompressed"),
+          "what exact rows in the model's numbers would have been"),
+    Gauge("experts_time_ms", "ms", "experts, ms per step", averaged("experts_time_ms"),
+          "the experts, forward and backward"),
+    Gauge("lsh_restored_error", "share", "error of restored outputs", ratio("probe_error_energy", "probe_output_energy"),
+          "sum of (y - y')² over sum of y'² for restored outputs y and exact ones y', on one micro-batch every "
+          "`--lsh-probe-interval` iterations", layers="mean", optional=True),
+)  # fmt: skip
+
+#: Waits for the other ranks' counts; see ``Transport.plan``.
+PendingPlan = Callable[[], Plan]
+
+
+class Dispatcher(Protocol):
+    """Runs each token through its experts. An ``nn.Module`` where it has parameters or buffers.
+
+    May have ``gauges`` (an iterable of :class:`Gauge`): what it measures beside the gauges of this module.
+    """
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
+        """
+        Args:
+            x_TD: this rank's tokens.
+            routing: the experts of each token, and their weights.
+            experts: this rank's; to be called once, also with no rows.
+            p: see layer_pass.py.
+
+        Returns:
+            y_TD in x's dtype.
+        """
+        ...
+
+
+class RowPath(Protocol):
+    """Gives every row its expert's output, or something near it."""
+
+    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
+        """Tell the other ranks how many rows per expert this one is going to bring, as early as that is known."""
+        ...
+
+    def __call__(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
+        """``plan``: of these rows, if :meth:`plan` was called already."""
+        ...
+
+
+#: Restores every row's output from those of what was sent; its second half, called when they are back.
+Restore = Callable[[Tensor], Rows]
+
+
+class Compressor(Protocol):
+    """Sends fewer rows. May have ``gauges``, and be an ``nn.Module``."""
+
+    def sent_rows(self, counts_E: Tensor) -> Tensor | None:
+        """Rows per expert that will be sent for ``counts_E`` rows, int64 [E], if that follows from the counts alone: then
+        the other ranks are told before anything is computed. Else None."""
+        ...
+
+    def compress(self, rows: Rows, p: LayerPass) -> tuple[Tensor, Tensor, Callable[[], Restore]]:
+        """
+        Returns:
+            what is sent [C, D], sorted by expert; int64 counts [E] of it; and a function that prepares the restoration as
+            far as that needs no expert's output (it runs while rows travel) and returns the rest of it.
+        """
+        ...
+
+
+class ThroughExperts(nn.Module):
+    """Rows travel to the ranks of their experts, the experts run, the outputs travel back."""
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__()
+        self.transport = transport
+
+    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
+        return self.transport.plan(counts_E, p)
+
+    def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
+        transport = self.transport
+        if self not in p.decided:
+            p.decided[self] = (plan or transport.plan(rows.counts_E, p))()
+        agreed: Plan = p.decided[self]
+        flight = transport.start(rows.materialise(), agreed, p)
+        p.run_deferred()
+        received_RD = flight.wait()
+        out_RD = p.time("experts_time_ms", _run, received_RD, agreed.counts_L, experts)
+        return rows.outputs(transport.start_back(out_RD, agreed, p).wait())
+
+
+def _run(rows_RD: Tensor, counts_L: Tensor, experts: Experts) -> Tensor:
+    return experts(Feed(rows_RD, counts_L))  # type: ignore[no-any-return]
+
+
+class Compressed(nn.Module):
+    """Around another path: fewer rows take it, and all rows' outputs are restored from theirs."""
+
+    def __init__(
+        self, path: RowPath, compressor: Compressor, exact: RowPath | None = None, probe_interval: int | None = None
+    ) -> None:
+        """
+        Args:
+            path: what the compressed rows take.
+            exact: what all rows take for the probe, which measures what compression does to the outputs.
+            probe_interval: iterations from one probe to the next; None for no probe.
+        """
+        super().__init__()
+        self.path, self.compressor, self.exact = path, compressor, exact
+        self._probe_interval = probe_interval
+        self._probe_due = False
+        self.gauges = tuple(getattr(compressor, "gauges", ()))
+
+    def set_iteration(self, iteration: int, total: int | None = None) -> None:
+        self._probe_due = self._probe_interval is not None and iteration % self._probe_interval == 0
+
+    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
+        sent_E = self.compressor.sent_rows(counts_E)
+        if sent_E is None:
+            raise ValueError("these counts follow from the rows' values only: plan later")
+        return self.path.plan(sent_E, p)
+
+    def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
+        probe = self._probe_due and self.training and not p.replay
+        if plan is None and not p.replay:
+            sent_E = self.compressor.sent_rows(rows.counts_E)
+            plan = None if sent_E is None else self.path.plan(sent_E, p)
+        wire_CD, counts_E, prepare = self.compressor.compress(rows, p)
+        restore = p.defer(prepare)
+        out = self.path(Rows(wire_CD, counts_E), experts, p, plan)
+        restored = restore()(out.materialise())
+        if probe:
+            self._probe(rows, restored, experts, p)
+        return restored
+
+    @torch.no_grad()
+    def _probe(self, rows: Rows, restored: Rows, experts: Experts, p: LayerPass) -> None:
+        """Run all rows through their experts once more, and compare."""
+        self._probe_due = False  # one micro-batch of the iteration
+        assert self.exact is not None
+        exact_ND = self.exact(Rows(rows.materialise(), rows.counts_E), experts, p.silent()).materialise()
+        error, total = (t.float().square().sum() for t in (restored.materialise() - exact_ND, exact_ND))
+        p.add(probe_error_energy=error, probe_output_energy=total)
+
+
+class RowDispatcher(nn.Module):
+    """Copies every token once per expert, sends these rows down a path, and sums up what comes back."""
+
+    def __init__(self, path: RowPath, num_experts: int, group: Group) -> None:
+        """``group``: the expert-parallel group."""
+        super().__init__()
+        self.path = path
+        self.gauges = tuple(getattr(path, "gauges", ()))
+        self._num_experts, self._group = num_experts, group
+
+    def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
+        permutation = sort_by_expert(routing.expert_ids_TK, self._num_experts, routing.num_rows())
+        rows = Rows.of_tokens(x_TD, permutation)
+        self._count_exact_bytes(rows, p)
+        # Weights are applied at the source: what is sent may stand for rows with different weights.
+        return self.path(rows, experts, p).combine(routing.probs_TK)
+
+    def _count_exact_bytes(self, rows: Rows, p: LayerPass) -> None:
+        """What an exact all-to-all would send: each row there and back, in this pass and (unless that ran) in backward."""
+        if self._group.size == 1:
+            return
+        local = rows.counts_E.view(self._group.size, -1).sum(1)
+        remote = local.sum() - local[self._group.rank]
+        x = rows.source_MD
+        backward = x.requires_grad and torch.is_grad_enabled() and not p.replay
+        p.add(alltoall_bytes_uncompressed=remote * (x.shape[1] * x.element_size() * (4 if backward else 2)))
+
+
+class Shortcut(nn.Module):
+    """``--moe-gradient-shortcut``: the gradient of the identity beside every expert's, and nothing of its value."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.dispatcher = dispatcher
+        self.gauges = tuple(getattr(dispatcher, "gauges", ()))
+
+    def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
+        y_TD = self.dispatcher(x_TD, routing, experts, p)
+        weight_T1 = routing.probs_TK.detach().sum(1, keepdim=True).to(x_TD.dtype)
+        return straight_through(y_TD, x_TD * weight_T1)

@@ -1,0 +1,393 @@
+"""Transports: how rows reach the ranks of their experts and come back.
+
+    plan = transport.plan(counts_E, p)             all ranks tell each other how many rows they will send
+    flight = transport.start(rows_CD, plan, p)     rows set out for the ranks of their experts
+    received_RD = flight.wait()                    ... and are there, sorted by expert
+    flight = transport.start_back(out_RD, plan, p)
+    back_CD = flight.wait()                        in the order in which they left
+
+What is computed between a start and its wait runs while rows travel. The backward pass is the mirror image: the gradient
+sets out where ``wait`` was and arrives where ``start`` was, so that what was computed in between has its backward pass in
+between too. The rows themselves are kept by nobody: a flight that has arrived holds splits and an order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lsh.moe.gauges import Gauge, averaged, busiest, summed
+from megatron_lsh.moe.layer_pass import LayerPass
+from megatron_lsh.moe.wire import WireCodec
+from megatron_lsh.parallel.context import Group
+
+GAUGES = (
+    Gauge("alltoall_bytes", "bytes", "bytes sent per step, all ranks", summed("alltoall_bytes"),
+          "payload that ranks send to other ranks, both ways, forward and backward"),
+    Gauge("alltoall_bytes_out_max", "bytes", "bytes sent by the busiest rank", busiest("alltoall_bytes"),
+          "payload that the busiest rank sends to others", layers=None),
+    Gauge("alltoall_bytes_in_max", "bytes", "bytes received by the busiest rank", busiest("alltoall_bytes_in"),
+          "payload that the busiest rank receives from others", layers=None),
+    Gauge("alltoall_time_ms", "ms", "all-to-all, ms per step", averaged("alltoall_time_ms"),
+          "time that all-to-alls take of a rank, with the wait for slower ranks"),
+    Gauge("wire_time_ms", "ms", "wire encoding, ms per step", averaged("wire_time_ms"),
+          "encoding and decoding of `--lsh-wire-dtype`"),
+)  # fmt: skip
+
+#: Waits until a payload is there and returns it, one row each, in the order in which it is wanted.
+Landing = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one dispatch move; the way back and both backward passes reuse it.
+
+    Attributes:
+        counts_L: int64 on the host, rows that arrive for each expert of this rank; sums to R.
+        send_splits: rows this rank sends to each rank of the group.
+        recv_splits: rows it receives from each rank.
+        sort_R: int64, position in arrival order (by source rank) of each row in expert order; None if they agree.
+        unsort_R: the inverse permutation.
+    """
+
+    counts_L: Tensor
+    send_splits: list[int]
+    recv_splits: list[int]
+    sort_R: Tensor | None
+    unsort_R: Tensor | None
+
+
+class Transport(ABC):
+    """Moves rows between the ranks of an expert-parallel group.
+
+    A transport of another kind implements :meth:`move`, which knows neither autograd nor codecs, and :meth:`make_plan` and
+    :meth:`order` if it needs others.
+    """
+
+    def __init__(self, group: Group, num_experts: int, codec: WireCodec | None = None) -> None:
+        """
+        Args:
+            group: the expert-parallel group; rank r holds experts [r E/EP, (r+1) E/EP).
+            num_experts: E.
+            codec: the numbers in which rows travel; None for those they have.
+        """
+        self.group = group
+        self.local_experts = num_experts // group.size
+        self.codec = codec
+
+    def plan(self, counts_E: Tensor, p: LayerPass) -> Callable[[], Plan]:
+        """Start telling all ranks how many rows this one sends to each expert.
+
+        Args:
+            counts_E: int64, rows per expert; sums to C.
+
+        Returns:
+            A function that waits for the other ranks' counts and returns the plan; call it once. It is the only place of
+            a dispatch where the host waits for the device.
+        """
+        size = self.group.size
+        gathered = counts_E.new_empty(size * counts_E.shape[0])
+
+        def exchange(counts_E: Tensor) -> Any:
+            return _all_gather(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
+
+        work = p.time("alltoall_time_ms", exchange, counts_E)
+
+        def arrive() -> Plan:
+            p.time("alltoall_time_ms", work.wait)
+            return self.make_plan(gathered.cpu().view(size, -1), counts_E.device)
+
+        return arrive
+
+    def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
+        """Send each row to the rank that holds its expert.
+
+        Args:
+            rows_CD: rows sorted by expert; differentiable.
+            plan: made of this rank's and all others' counts of these rows.
+            columns: more of each row, [C, ...] each, that travels beside it in the numbers it has: ids, weights. Floating
+                columns are differentiable.
+
+        Returns:
+            A flight; ``wait`` gives the rows [R, D] sorted by local expert (within an expert by source rank, then in the
+            source's order), and the columns after them if there are any.
+        """
+        return Flight.start(self, plan, p, True, rows_CD, columns)
+
+    def start_back(self, rows_RD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
+        """Return rows to where :meth:`start` took them from: [C, D] in the original order."""
+        return Flight.start(self, plan, p, False, rows_RD, columns)
+
+    def encode(self, rows: Tensor, p: LayerPass, gradient: bool = False) -> Tensor:
+        """Rows as they travel, [C, ...]. Gradients may be rounded stochastically."""
+        if self.codec is None:
+            return rows.contiguous()
+        noise = p.noise.generator(rows.device) if gradient else None
+        return p.time("wire_time_ms", self.codec.encode, rows.detach(), noise)
+
+    def decode(self, payload: Tensor, width: int, dtype: torch.dtype, p: LayerPass) -> Tensor:
+        """Rows [C, width] of ``dtype`` as they were before :meth:`encode`."""
+        if self.codec is None:
+            return payload
+        return p.time("wire_time_ms", self.codec.decode, payload, payload.new_empty(0, width, dtype=dtype))
+
+    def make_plan(self, counts_PE: Tensor, device: torch.device) -> Plan:
+        """The plan, given all ranks' counts on the host."""
+        rank, local = self.group.rank, self.local_experts
+        arriving_PL = counts_PE[:, rank * local : (rank + 1) * local]
+        sort_R, unsort_R = expert_order(arriving_PL, device)
+        sent_P = counts_PE[rank].view(self.group.size, local).sum(1)
+        return Plan(arriving_PL.sum(0), sent_P.tolist(), arriving_PL.sum(1).tolist(), sort_R, unsort_R)
+
+    def order(self, rows: Tensor, plan: Plan, outward: bool) -> Tensor:
+        """Rows in the order in which they leave."""
+        return rows
+
+    @abstractmethod
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
+        """Send rows towards the experts or back.
+
+        Returns:
+            What waits for the other ranks' rows, and the rows that this rank sends to others and receives from them.
+        """
+
+
+class LocalTransport(Transport):
+    """EP = 1: every expert is here and nothing moves."""
+
+    def plan(self, counts_E: Tensor, p: LayerPass) -> Callable[[], Plan]:
+        def arrive() -> Plan:
+            counts = counts_E.cpu()
+            rows = int(counts.sum())
+            return Plan(counts, [rows], [rows], None, None)
+
+        return arrive
+
+    def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
+        return Arrived(rows_CD, columns)
+
+    def start_back(self, rows_RD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
+        return Arrived(rows_RD, columns)
+
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
+        return lambda: payload, 0, 0
+
+
+class AllToAllTransport(Transport):
+    """One all-to-all with uneven splits each way; a row travels only to the rank of its expert."""
+
+    def order(self, rows: Tensor, plan: Plan, outward: bool) -> Tensor:
+        return rows if outward or plan.unsort_R is None else rows.index_select(0, plan.unsort_R)
+
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
+        leaving, arriving = plan.send_splits, plan.recv_splits
+        if not outward:
+            leaving, arriving = arriving, leaving
+        received = payload.new_empty(sum(arriving), payload.shape[1])
+        work = dist.all_to_all_single(
+            received, payload, arriving, leaving, group=self.group.process_group, async_op=True
+        )
+
+        def land() -> Tensor:
+            work.wait()
+            return received.index_select(0, plan.sort_R) if outward and plan.sort_R is not None else received
+
+        rank = self.group.rank
+        return land, sum(leaving) - leaving[rank], sum(arriving) - arriving[rank]
+
+
+class AllGatherTransport(Transport):
+    """Every rank receives every row and keeps those of its experts; a reduce-scatter brings the outputs back.
+
+    Sends EP - 1 times the rows of each rank, whatever the routing. It exists for small EP groups on networks where
+    all-to-all is slow or missing, and as an independent check of :class:`AllToAllTransport`. Collectives want equal
+    sizes, so blocks are padded to the largest rank's rows.
+    """
+
+    def make_plan(self, counts_PE: Tensor, device: torch.device) -> Plan:
+        size, local, rank = self.group.size, self.local_experts, self.group.rank
+        rows_P = counts_PE.sum(1)
+        block = int(rows_P.max())
+        # Rows of this rank's experts lie contiguously within each source's block.
+        first_P = counts_PE[:, : rank * local].sum(1) + torch.arange(size) * block
+        mine_PL = counts_PE[:, rank * local : (rank + 1) * local]
+        arrival_R = torch.cat(
+            [torch.arange(first, first + n) for first, n in zip(first_P, mine_PL.sum(1), strict=True)]
+        )
+        sort_R, _ = expert_order(mine_PL, torch.device("cpu"))
+        sort_R = arrival_R if sort_R is None else arrival_R[sort_R]
+        return Plan(mine_PL.sum(0), [int(rows_P[rank])], [block] * size, sort_R.to(device), None)
+
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
+        block, size, group = plan.recv_splits[0], self.group.size, self.group.process_group
+        everything = payload.new_zeros(size * block, payload.shape[1])
+        sort_R = plan.sort_R
+        assert sort_R is not None
+        if outward:
+            padded = payload.new_zeros(block, payload.shape[1])
+            padded[: payload.shape[0]] = payload
+            work = _all_gather(everything, padded, group=group, async_op=True)
+        else:
+            # Each row has one expert, hence one non-zero contribution: the sum is exact, of encoded bytes too.
+            everything.index_copy_(0, sort_R, payload)
+            returned = payload.new_empty(block, payload.shape[1])
+            work = _reduce_scatter(returned, everything, group=group, async_op=True)
+
+        def land() -> Tensor:
+            work.wait()
+            return everything.index_select(0, sort_R) if outward else returned[: plan.send_splits[0]]
+
+        return land, (size - 1) * block, (size - 1) * block
+
+
+class Flight:
+    """Rows under way.
+
+    Attributes:
+        token: a tensor of the rows' shape and dtype without memory of its own. It stands for them in autograd's graph:
+            hand it to what must see that a gradient will come this way (``fully_shard`` looks at a module's arguments).
+    """
+
+    def __init__(self, transport: Transport, plan: Plan, p: LayerPass, outward: bool) -> None:
+        self.token: Tensor
+        self._transport, self._plan, self._pass, self._outward = transport, plan, p, outward
+        self._landing: Callable[[], list[Tensor]] | None = None
+
+    @staticmethod
+    def start(
+        transport: Transport, plan: Plan, p: LayerPass, outward: bool, rows: Tensor, columns: tuple[Tensor, ...]
+    ) -> Flight:
+        flight = Flight(transport, plan, p, outward)
+        flight.token = _Start.apply(flight, rows, *columns)
+        return flight
+
+    def wait(self, token: Tensor | None = None) -> Any:
+        """The rows, and the columns after them in a tuple if there are any.
+
+        Args:
+            token: :attr:`token`, if it went through something that autograd must see.
+        """
+        rows, *columns = _Wait.apply(self, self.token if token is None else token)
+        return (rows, *columns) if columns else rows
+
+    def launch(self, outward: bool, tensors: tuple[Tensor, ...], gradient: bool) -> None:
+        """Send rows and columns in one movement."""
+        transport, plan, p = self._transport, self._plan, self._pass
+        ordered = [transport.order(tensor, plan, outward) for tensor in tensors]
+        rows, *columns = ordered
+        payload = transport.encode(rows, p, gradient)
+        own_width, own_dtype, shapes = payload.shape[1], payload.dtype, [(c.shape[1:], c.dtype) for c in columns]
+        if columns:
+            payload = torch.cat([_as_bytes(t) for t in (payload, *columns)], 1)
+        land, sent, received = p.time("alltoall_time_ms", transport.move, payload, plan, outward)
+        row_bytes = payload.shape[1] * payload.element_size()
+        p.add(alltoall_bytes=sent * row_bytes, alltoall_bytes_in=received * row_bytes)
+        width, dtype = rows.shape[1], rows.dtype
+
+        def landing() -> list[Tensor]:
+            arrived, found = p.time("alltoall_time_ms", land), []
+            if shapes:
+                parts = [(torch.Size([own_width]), own_dtype), *shapes]
+                arrived, *found = _from_bytes(arrived, parts)
+            return [transport.decode(arrived, width, dtype, p), *found]
+
+        self._landing = landing
+
+    def land(self) -> list[Tensor]:
+        """Wait, and forget what travelled."""
+        landing, self._landing = self._landing, None
+        assert landing is not None, "a flight arrives once"
+        return landing()
+
+    def __del__(self) -> None:
+        # Recomputation stops as soon as it has what backward needs, perhaps between start and wait. Buffers must not go
+        # while other ranks write to them.
+        if self._landing is not None:
+            self.land()
+
+
+class Arrived(Flight):
+    """Rows that had no way to go."""
+
+    def __init__(self, rows: Tensor, columns: tuple[Tensor, ...]) -> None:
+        self.token, self._columns, self._landing = rows, columns, None
+
+    def wait(self, token: Tensor | None = None) -> Any:
+        rows = self.token if token is None else token
+        return (rows, *self._columns) if self._columns else rows
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, rows: Tensor, *columns: Tensor) -> Tensor:
+        ctx.flight, ctx.floating = flight, [column.is_floating_point() for column in columns]
+        flight.launch(flight._outward, (rows, *columns), gradient=False)
+        return rows.new_zeros(()).expand(rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows, *of_columns = ctx.flight.land()
+        found = iter(of_columns)
+        return None, grad_rows, *(next(found) if floating else None for floating in ctx.floating)
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight, ctx.token_shape = flight, token.shape
+        rows, *columns = flight.land()
+        ctx.mark_non_differentiable(*(c for c in columns if not c.is_floating_point()))
+        return rows, *columns
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        rows, *columns = (grad.contiguous() for grad in grads)
+        ctx.flight.launch(
+            not ctx.flight._outward, (rows, *(c for c in columns if c.is_floating_point())), gradient=True
+        )
+        return None, rows.new_zeros(()).expand(ctx.token_shape)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 [C, bytes of a row]."""
+    return tensor.contiguous().flatten(1).view(torch.uint8) if tensor.ndim > 1 else _as_bytes(tensor.unsqueeze(1))
+
+
+def _from_bytes(payload: Tensor, parts: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+    """The tensors, of these shapes of a row, whose :func:`_as_bytes` lie side by side."""
+    widths = [shape.numel() * dtype.itemsize for shape, dtype in parts]
+    return [
+        columns.clone(memory_format=torch.contiguous_format).view(dtype).view(payload.shape[0], *shape)
+        for columns, (shape, dtype) in zip(payload.split(widths, 1), parts, strict=True)
+    ]
+
+
+# torch 2.13 renamed two collectives and warns about the old names; torch 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Permutations between arrival order (source rank, then expert) and expert order (expert, then source rank).
+
+    Args:
+        arriving_PL: int64 on the host, rows from source rank p for local expert l.
+
+    Returns:
+        (sort, unsort) int64 [R] on ``device``, or (None, None) when both orders are the same.
+    """
+    sources, local = arriving_PL.shape
+    if sources == 1 or local == 1:
+        return None, None
+    # Blocks (p, l) arrive p-major and are wanted l-major; within a block the order stays.
+    expert_R = torch.arange(local).repeat(sources).repeat_interleave(arriving_PL.flatten())
+    sort_R = torch.argsort(expert_R, stable=True)
+    unsort_R = torch.empty_like(sort_R)
+    unsort_R[sort_R] = torch.arange(sort_R.shape[0])
+    return sort_R.to(device, non_blocking=True), unsort_R.to(device, non_blocking=True)
