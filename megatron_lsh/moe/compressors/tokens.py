@@ -2,8 +2,7 @@
 
 For means and the residuals that need no row by itself (``--lsh-residual identity`` and ``none``): rows are hashed, summed
 and restored through their tokens' numbers, and the restored rows exist only in registers on their way into each token's
-weighted sum. Values and gradients are those of :class:`LSHCompressor`, which does the work for rows that are no tokens of this
-rank.
+weighted sum. Values and gradients are those of :class:`LSHCompressor`, which does the work for rows of other ranks.
 """
 
 from __future__ import annotations
