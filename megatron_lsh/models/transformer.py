@@ -180,18 +180,21 @@ class TransformerBlock(nn.Module):
         super().__init__()
         cfg, num_layers = stack.cfg, stack.num_layers
         self.plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, num_layers)
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                cfg,
-                ctx,
-                stack.first_layer + layer,
-                moe=moe,
-                telemetry=telemetry,
-                recompute=RecomputePlan() if layer < self.plan.full_layers else self.plan,
-                causal=stack.causal,
-                cross_attention=stack.memory_length > 0,
-            )
-            for layer, moe in enumerate(stack.moe_pattern())
+        # By number, so that a block that holds some of the layers only has the same names for them.
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): TransformerLayer(
+                    cfg,
+                    ctx,
+                    stack.first_layer + layer,
+                    moe=moe,
+                    telemetry=telemetry,
+                    recompute=RecomputePlan() if layer < self.plan.full_layers else self.plan,
+                    causal=stack.causal,
+                    cross_attention=stack.memory_length > 0,
+                )
+                for layer, moe in enumerate(stack.moe_pattern())
+            }
         )
         self.final_layernorm = build_norm(cfg.model, ModelShape.from_config(cfg.model).hidden, ctx)
 
@@ -207,7 +210,7 @@ class TransformerBlock(nn.Module):
         def run(x: Tensor, layers: range, memos: dict[int, ReplayMemo]) -> tuple[Tensor, Tensor]:
             total = x.new_zeros((), dtype=torch.float32)
             for layer in layers:
-                x, aux_loss = self.layers[layer](
+                x, aux_loss = self.layers[str(layer)](
                     x, side, memo=memos.get(layer), cache=None if cache is None else cache.layers[layer]
                 )
                 total = total + aux_loss

@@ -89,7 +89,7 @@ def test_a_fresh_model_knows_nothing(settings: dict[str, Any]) -> None:
 def test_initial_weights() -> None:
     """Megatron's: normal with --init-method-std, divided by sqrt(2 layers) for what writes to the residual stream."""
     model = make_gpt(make_config(hidden_size=128, num_layers=8, init_method_std=0.1))
-    layer = model.decoder.layers[3]
+    layer = model.decoder.layers["3"]
     for weight, std in (
         (model.embedding.word_embeddings.weight, 0.1),
         (layer.self_attention.linear_qkv.weight, 0.1),
@@ -102,7 +102,7 @@ def test_initial_weights() -> None:
     again = make_gpt(make_config(hidden_size=128, num_layers=8, init_method_std=0.1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     other = make_gpt(make_config(hidden_size=128, num_layers=8, init_method_std=0.1, seed=5))
-    assert not torch.equal(other.decoder.layers[3].mlp.linear_fc1.weight, layer.mlp.linear_fc1.weight)
+    assert not torch.equal(other.decoder.layers["3"].mlp.linear_fc1.weight, layer.mlp.linear_fc1.weight)
 
 
 def test_logits_and_loss_agree() -> None:
