@@ -84,8 +84,8 @@ class BertOutputLayer(nn.Module):
         hidden = ModelShape.from_config(cfg).hidden
         self.weight: nn.Parameter | None = None
         if cfg.untie_embeddings_and_output_weights:
-            self.weight = parameter((vocab_size, hidden), ctx, init=Init("normal", cfg.init_method_std), tp_dim=0)
-        self.bias = parameter((vocab_size,), ctx, init=Init("zeros"), tp_dim=0)
+            self.weight = parameter((vocab_size, hidden), ctx, init=Init("normal", cfg.init_method_std), cut={"tp": 0})
+        self.bias = parameter((vocab_size,), ctx, init=Init("zeros"), cut={"tp": 0})
 
 
 class BertModel(LanguageModel):

@@ -77,7 +77,7 @@ class FullWidthRMSNorm(nn.Module):
         self.width = width
         self.eps = eps
         self.tp = ctx.tp
-        self.weight = parameter((width,), ctx, init=Init("ones"), tp_dim=0)
+        self.weight = parameter((width,), ctx, init=Init("ones"), cut={"tp": 0})
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"

@@ -31,7 +31,7 @@ class RelativePositionBias(nn.Module):
         self.buckets = settings.relative_attention_num_buckets
         self.max_distance = settings.relative_attention_max_distance
         self.bidirectional = bidirectional
-        self.weight = parameter((self.buckets, heads), ctx, init=init, tp_dim=1)
+        self.weight = parameter((self.buckets, heads), ctx, init=init, cut={"tp": 1})
 
     def forward(self, length: int) -> Tensor:
         """What is added to the scaled scores of `length` positions among themselves: [1, H, length, length]."""

@@ -55,8 +55,8 @@ class StackedLinear(nn.Module):
 
     def __init__(self, num_experts: int, width_in: int, width_out: int, bias: bool, init: Init, ctx: ParallelContext):
         super().__init__()
-        self.weight = parameter((num_experts, width_out, width_in), ctx, init=init, expert=True)
-        self.bias = parameter((num_experts, width_out), ctx, init=Init("zeros"), expert=True) if bias else None
+        self.weight = parameter((num_experts, width_out, width_in), ctx, init=init, cut={"ep": 0})
+        self.bias = parameter((num_experts, width_out), ctx, init=Init("zeros"), cut={"ep": 0}) if bias else None
 
     def local(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of this rank's experts."""

@@ -7,8 +7,9 @@ fully_shard and torch.distributed.checkpoint know the global shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,20 +21,20 @@ from megatron_lsh.parallel.context import EP, TP, ParallelContext
 from megatron_lsh.parallel.random import derive_seed
 
 # What ``parameter`` notes on a parameter besides its value; fully_shard makes new objects and these are copied over.
-NOTES = ("init_spec", "is_expert", "global_shape", "shard_index")
+NOTES = ("init_spec", "cut", "global_shape", "shard_index")
+UNCUT: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts: "normal" (mean 0, `std`), "zeros", "ones", or "constant" (`value`)."""
+    """How a parameter starts: "normal" (mean 0, `std`), "zeros" or "ones"."""
 
     kind: str
     std: float = 0.0
-    value: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("normal", "zeros", "ones", "constant"):
-            raise ValueError(f"Init.kind is {self.kind!r}; it must be normal, zeros, ones or constant")
+        if self.kind not in ("normal", "zeros", "ones"):
+            raise ValueError(f"Init.kind ({self.kind}) must be normal, zeros or ones")
 
 
 def parameter(
@@ -41,39 +42,49 @@ def parameter(
     ctx: ParallelContext,
     *,
     init: Init,
-    tp_dim: int | None = None,
-    expert: bool = False,
+    cut: Mapping[str, int] = UNCUT,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Parameter:
     """An uninitialised parameter of global shape `shape`, of which this rank holds its shard.
 
-    Dense: split along `tp_dim` over the tensor parallel group, replicated there if None. Expert: dimension 0 counts
-    the experts and is split over the expert parallel group; `tp_dim` must be None. Raises ConfigError if the dimension
-    does not divide. Fill it with ``initialize_parameters``.
+    `cut` names the dimension that each kind of parallelism splits: ``{"tp": d}`` for a dense parameter split along
+    dimension d, ``{}`` for one that tensor parallel ranks hold alike, ``{"ep": 0}`` for an expert parameter, whose
+    dimension 0 counts the experts. Data parallelism and pipeline stages are not its business. Raises ConfigError if the
+    dimension does not divide, ValueError for another cut. Fill it with ``initialize_parameters``.
     """
     shape = torch.Size(shape)
-    if expert and tp_dim is not None:
-        raise ValueError("an expert parameter is sharded over expert parallel ranks only (expert tensor parallel is 1)")
-    group, mesh, dim_name = (ctx.ep, ctx.expert_mesh, EP) if expert else (ctx.tp, ctx.dense_mesh, TP)
-    dim = 0 if expert else tp_dim
+    if set(cut) - {TP} and dict(cut) != {EP: 0}:
+        raise ValueError(f"cut ({dict(cut)}) must be {{}}, {{'tp': dimension}} or {{'ep': 0}}")
+    group, mesh, name = (ctx.ep, ctx.expert_mesh, EP) if EP in cut else (ctx.tp, ctx.dense_mesh, TP)
+    dim = cut.get(name)
     local_shape = list(shape)
     if dim is not None:
         if shape[dim] % group.size:
-            flag = "expert_model_parallel_size" if expert else "tensor_model_parallel_size"
-            what = "number of experts" if expert else f"dimension {dim} of a {list(shape)} weight"
-            raise ConfigError(f"{what} is {shape[dim]}; it must be divisible by {flag}, which is {group.size}")
+            raise ConfigError(_indivisible(shape, dim, name, group.size))
         local_shape[dim] //= group.size
     data = torch.empty(local_shape, dtype=dtype, device=ctx.device)
     if mesh is not None and group.size > 1:
         placement = Replicate() if dim is None else Shard(dim)
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        data = DTensor.from_local(data, mesh[dim_name], [placement], run_check=False, shape=shape, stride=stride)
+        data = DTensor.from_local(data, mesh[name], [placement], run_check=False, shape=shape, stride=stride)
     result = nn.Parameter(data)
     result.init_spec = init  # type: ignore[attr-defined]
-    result.is_expert = expert  # type: ignore[attr-defined]
+    result.cut = dict(cut)  # type: ignore[attr-defined]
     result.global_shape = shape  # type: ignore[attr-defined]
     result.shard_index = 0 if dim is None else group.rank  # type: ignore[attr-defined]
     return result
+
+
+def _indivisible(shape: torch.Size, dim: int, name: str, size: int) -> str:
+    if name == EP:
+        return (
+            f"moe.num_experts ({shape[dim]}) must be divisible by parallel.expert_model_parallel_size ({size}): "
+            "change --num-experts or --expert-model-parallel-size"
+        )
+    return (
+        f"dimension {dim} of a {list(shape)} weight ({shape[dim]}) must be divisible by "
+        f"parallel.tensor_model_parallel_size ({size}): change the model's sizes or --tensor-model-parallel-size"
+    )
 
 
 def local(param: Tensor, partial_grad: bool = False) -> Tensor:
@@ -88,8 +99,8 @@ def local(param: Tensor, partial_grad: bool = False) -> Tensor:
 
 
 def is_expert(param: Tensor) -> bool:
-    """Whether `param` was made with ``expert=True``."""
-    return bool(getattr(param, "is_expert", False))
+    """Whether `param` is cut over expert parallel ranks, so that each of them holds the values of other experts."""
+    return EP in getattr(param, "cut", UNCUT)
 
 
 @torch.no_grad()
@@ -110,14 +121,19 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
         if target.is_meta:
             continue
         if spec.kind != "normal":
-            target.fill_({"zeros": 0.0, "ones": 1.0, "constant": spec.value}[spec.kind])
+            target.fill_({"zeros": 0.0, "ones": 1.0}[spec.kind])
         elif is_expert(param):
             first = _note(param, "shard_index") * target.shape[0]
             for index, expert in enumerate(target):
                 expert.copy_(_normal(expert.shape, spec.std, derive_seed(seed, name, first + index)))
         else:
-            full = _normal(_note(param, "global_shape"), spec.std, derive_seed(seed, name))
-            target.copy_(_own_slice(full, target.shape, _note(param, "shard_index")))
+            full, dim = (
+                _normal(_note(param, "global_shape"), spec.std, derive_seed(seed, name)),
+                _note(param, "cut").get(TP),
+            )
+            if dim is not None:
+                full = full.narrow(dim, _note(param, "shard_index") * target.shape[dim], target.shape[dim])
+            target.copy_(full)
 
 
 def _note(param: Tensor, name: str) -> Any:
@@ -126,11 +142,3 @@ def _note(param: Tensor, name: str) -> Any:
 
 def _normal(shape: Iterable[int], std: float, seed: int) -> Tensor:
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
-
-
-def _own_slice(full: Tensor, shape: torch.Size, index: int) -> Tensor:
-    """Shard number `index` of `full`; the split dimension is the one that is shorter in `shape`."""
-    for dim, (whole, part) in enumerate(zip(full.shape, shape, strict=True)):
-        if whole != part:
-            return full.narrow(dim, index * part, part)
-    return full

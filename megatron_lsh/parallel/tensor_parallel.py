@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_lsh.ops import accumulator
 from megatron_lsh.parallel.collectives import (
     all_gather_sequence,
+    all_reduce_,
     copy_to_tensor_parallel,
     reduce_from_tensor_parallel,
     reduce_scatter_sequence,
@@ -61,9 +62,10 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.ctx = ctx
         self.gated = gated
-        halves, tp_dim = ((2,), 1) if gated else ((), 0)
-        self.weight = parameter((*halves, out_features, in_features), ctx, init=init, tp_dim=tp_dim)
-        self.bias = parameter((*halves, out_features), ctx, init=ZEROS, tp_dim=tp_dim) if bias else None
+        halves = (2,) if gated else ()
+        cut = {"tp": len(halves)}
+        self.weight = parameter((*halves, out_features, in_features), ctx, init=init, cut=cut)
+        self.bias = parameter((*halves, out_features), ctx, init=ZEROS, cut=cut) if bias else None
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         weight = local(self.weight)
@@ -87,7 +89,7 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.ctx = ctx
-        self.weight = parameter((out_features, in_features), ctx, init=init, tp_dim=1)
+        self.weight = parameter((out_features, in_features), ctx, init=init, cut={"tp": 1})
         self.bias = parameter((out_features,), ctx, init=ZEROS) if bias else None
 
     def forward(self, x_SBF: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, ctx: ParallelContext, *, init: Init) -> None:
         super().__init__()
         self.ctx = ctx
-        self.weight = parameter((vocab_size, hidden_size), ctx, init=init, tp_dim=0)
+        self.weight = parameter((vocab_size, hidden_size), ctx, init=init, cut={"tp": 0})
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         tokens_SB, weight_VD = tokens_BS.t(), local(self.weight)
@@ -154,14 +156,14 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
         wide = logits.to(accumulator(logits.dtype))
         largest = wide.amax(dim=-1)
-        _reduce_(largest, group, dist.ReduceOp.MAX)
+        all_reduce_(largest, group, dist.ReduceOp.MAX)
         # Shift in place where `wide` is already our own copy; the shift keeps exp() from overflowing.
         shifted = wide.sub_(largest.unsqueeze(-1)) if wide is not logits else wide - largest.unsqueeze(-1)
         index, here = _local_targets(targets, logits.shape[-1], group)
         at_target = shifted.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0.0)
         total = shifted.exp_().sum(dim=-1)
         sums = torch.stack([total, at_target])  # both in one all-reduce
-        _reduce_(sums, group, dist.ReduceOp.SUM)
+        all_reduce_(sums, group)
         log_total = sums[0].log()
         ctx.save_for_backward(logits, largest + log_total, index, here, targets >= 0)
         return (log_total - sums[1]).masked_fill(targets < 0, 0.0)
@@ -175,11 +177,6 @@ class _CrossEntropy(torch.autograd.Function):
         at_target = torch.where(here.unsqueeze(-1), -grad, torch.zeros_like(grad))
         grad_logits.scatter_add_(-1, index.unsqueeze(-1), at_target)
         return grad_logits.to(logits.dtype), None, None
-
-
-def _reduce_(x: Tensor, group: Group, op: Any) -> None:
-    if group.size > 1:
-        dist.all_reduce(x, op, group=group.process_group)
 
 
 def _local_targets(targets: Tensor, width: int, group: Group) -> tuple[Tensor, Tensor]:

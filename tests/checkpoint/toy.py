@@ -27,7 +27,7 @@ class Model(ToyModel):
 
     def __init__(self, ctx: ParallelContext, column: int = COLUMN) -> None:
         super().__init__(ctx)
-        self.column = parameter((column,), ctx, init=NORMAL, tp_dim=0)
+        self.column = parameter((column,), ctx, init=NORMAL, cut={"tp": 0})
         self.odd = parameter((ODD, 3), ctx, init=NORMAL)
         self.register_buffer("expert_bias", torch.zeros(4))
 

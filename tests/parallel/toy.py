@@ -31,8 +31,8 @@ class ToyExperts(nn.Module):
     def __init__(self, ctx: ParallelContext) -> None:
         super().__init__()
         self.ctx = ctx
-        self.up = parameter((EXPERTS, HIDDEN, WIDE), ctx, init=NORMAL, expert=True)
-        self.down = parameter((EXPERTS, WIDE, HIDDEN), ctx, init=NORMAL, expert=True)
+        self.up = parameter((EXPERTS, HIDDEN, WIDE), ctx, init=NORMAL, cut={"ep": 0})
+        self.down = parameter((EXPERTS, WIDE, HIDDEN), ctx, init=NORMAL, cut={"ep": 0})
 
     def forward(self, x_TD: Tensor, expert_T: Tensor) -> Tensor:
         x = all_gather_sequence(x_TD, self.ctx.ep)
