@@ -11,6 +11,7 @@ import sys
 
 from megatron_lsh.config import assumed_world_size, validate
 from megatron_lsh.config.finetune import FinetuneConfig, parse_finetune_args
+from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.training.dry_run import dry_run
 from megatron_lsh.training.faults import launch
 from megatron_lsh.training.finetune import Prepared, finetune_task, with_data
@@ -33,7 +34,7 @@ def run(prepared: tuple[FinetuneConfig, Prepared | None]) -> None:
     """Describe the run, or do it."""
     cfg, data = prepared
     if data is None:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if place_of(os.environ).rank == 0:
             print(dry_run(cfg))
         return
     train(cfg, finetune_task(cfg, data))

@@ -18,6 +18,7 @@ from megatron_lsh.data.loader import Datasets, build_bert_datasets
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.models.bert import build_bert
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.training.dry_run import dry_run
 from megatron_lsh.training.faults import launch
 from megatron_lsh.training.loss import masked_mean
@@ -35,7 +36,7 @@ def build_data(
         cfg,
         tokenizer,
         num_samples,
-        is_builder=int(os.environ.get("LOCAL_RANK", "0")) == 0,
+        is_builder=ctx.local_rank == 0,
         barrier=partial(dist.barrier, group=ctx.world.process_group),
     )
 
@@ -67,7 +68,7 @@ def configure() -> BertConfig:
 def run(cfg: BertConfig) -> None:
     """Describe the run, or do it."""
     if cfg.training.dry_run:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if place_of(os.environ).rank == 0:
             print(dry_run(cfg))
         return
     train(cfg, Task(build_bert, build_data, forward_step))

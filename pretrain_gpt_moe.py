@@ -18,6 +18,7 @@ from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.models.attention import document_attention_mask
 from megatron_lsh.models.gpt import build_gpt
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.training.dry_run import dry_run
 from megatron_lsh.training.faults import launch
 from megatron_lsh.training.loss import masked_mean
@@ -35,7 +36,7 @@ def build_data(cfg: Config, tokenizer: Tokenizer, ctx: ParallelContext, num_samp
         cfg.training.seed,
         num_samples,
         tokenizer,
-        is_builder=int(os.environ.get("LOCAL_RANK", "0")) == 0,
+        is_builder=ctx.local_rank == 0,
         barrier=partial(dist.barrier, group=ctx.world.process_group),
     )
 
@@ -62,7 +63,7 @@ def configure() -> Config:
 def run(cfg: Config) -> None:
     """Describe the run, or do it."""
     if cfg.training.dry_run:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if place_of(os.environ).rank == 0:
             print(dry_run(cfg))
         return
     train(cfg, Task(build_gpt, build_data, partial(forward_step, cfg)))

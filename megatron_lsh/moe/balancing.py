@@ -25,9 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import Group
 
 
@@ -57,15 +57,11 @@ def count_experts(expert_ids_TK: Tensor, num_experts: int, groups: int = 1) -> T
 
 def sum_over(tensor: Tensor, group: Group) -> Tensor:
     """Sum over a process group, without autograd. Returns the tensor itself where there is nothing to add."""
-    if group.process_group is None or group.size == 1:
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor, group=group.process_group)
-    return tensor
+    return tensor if group.size == 1 else all_reduce_(tensor.clone(), group)
 
 
 def load_share(
-    expert_ids_TK: Tensor, num_experts: int, kind: str, batch_size: int, tp: Group, dp: Group, running_E: Tensor
+    expert_ids_TK: Tensor, num_experts: int, kind: str, batch_size: int, tokens: Group, dp: Group, running_E: Tensor
 ) -> LoadShare:
     """Count the routed rows that load-balancing loss ``kind`` compares with the scores.
 
@@ -73,15 +69,15 @@ def load_share(
         expert_ids_TK: chosen experts of this rank's tokens, -1 for masked tokens.
         kind: aux_loss, seq_aux_loss or global_aux_loss; anything else counts as aux_loss does.
         batch_size: B.
-        tp: ranks that share the micro-batch's tokens.
+        tokens: ranks that share the micro-batch's tokens, ``ctx.tokens``.
         dp: ranks with other micro-batches (for global_aux_loss).
         running_E: int64 [E], for global_aux_loss: rows of this step's earlier micro-batches; this one is added to it.
 
-    Every rank of ``tp`` (for global_aux_loss also of ``dp``) must call this.
+    Every rank of ``tokens`` (for global_aux_loss also of ``dp``) must call this.
     """
     topk = expert_ids_TK.shape[1]
     groups = batch_size if kind == "seq_aux_loss" else 1
-    counts_GE = sum_over(count_experts(expert_ids_TK, num_experts, groups), tp)
+    counts_GE = sum_over(count_experts(expert_ids_TK, num_experts, groups), tokens)
     # Every unmasked token has K choices, so rows / K counts tokens.
     micro_batch_tokens = counts_GE.sum() / topk
     if kind == "global_aux_loss":

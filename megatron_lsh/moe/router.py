@@ -90,7 +90,8 @@ class TopKRouter(nn.Module):
     def __init__(self, model_cfg: ModelConfig, moe_cfg: MoEConfig, ctx: ParallelContext) -> None:
         super().__init__()
         self._cfg = moe_cfg
-        self._tp, self._dp = ctx.tp, ctx.dp
+        self._tokens, self._dp = ctx.tokens, ctx.dp
+        self._split_tokens = ctx.sequence_parallel
         self._num_experts, hidden = _checked_sizes(model_cfg, moe_cfg)
         if ctx.tp.process_group is not None and ctx.tp.size > 1 and not ctx.sequence_parallel:
             raise ValueError("a router on several tensor-parallel ranks needs sequence parallelism")
@@ -166,7 +167,7 @@ class TopKRouter(nn.Module):
             # In the router's precision: bf16 has only a handful of values within 1 +- 0.01.
             x_TD = x_TD.to(dtype)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
-        return _RouterLinear.apply(x_TD, local(self.weight, partial_grad=self._tp.size > 1), dtype)
+        return _RouterLinear.apply(x_TD, local(self.weight, partial_grad=self._split_tokens), dtype)
 
     def _draw(self, num_tokens: int, device: torch.device) -> Tensor:
         return torch.rand(num_tokens + self._num_experts, device=device)
@@ -201,7 +202,7 @@ class TopKRouter(nn.Module):
                 # As in Megatron the loss judges the choice without bias and groups.
                 kind = cfg.moe_router_load_balancing_type
                 share = load_share(
-                    preferred_TK, num_experts, kind, batch_size, self._tp, self._dp, self._global_counts_E
+                    preferred_TK, num_experts, kind, batch_size, self._tokens, self._dp, self._global_counts_E
                 )
         if cfg.moe_expert_capacity_factor is not None:
             tokens = logits_TE.shape[0] if token_mask_T is None else token_mask_T.sum()

@@ -31,7 +31,7 @@ class SharedExperts(nn.Module):
             raise ConfigError("a shared expert needs --hidden-size and --moe-shared-expert-intermediate-size")
         init, bias = Init("normal", model_cfg.init_method_std), model_cfg.add_bias_linear
         self._model_cfg = model_cfg
-        self._split_tokens = ctx.tp.size > 1 and ctx.sequence_parallel
+        self._split_tokens = ctx.sequence_parallel
         self.linear_fc1 = ColumnParallelLinear(hidden, width, ctx, init=init, bias=bias, gated=model_cfg.swiglu)
         self.linear_fc2 = RowParallelLinear(width, hidden, ctx, init=output_init(model_cfg), bias=bias)
         self.gate_weight = parameter((1, hidden), ctx, init=init) if moe_cfg.moe_shared_expert_gate else None

@@ -41,28 +41,33 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
+def all_reduce_(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """`x`, summed (or what `op` says) over the group in place, without autograd. One rank alone leaves it as it is."""
+    if group.size > 1 and group.process_group is not None:
+        dist.all_reduce(x, op, group=group.process_group)
+    return x
+
+
 # torch 2.13 renamed two collectives and warns about the old names; torch 2.11 has only those.
-_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     gathered = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    _all_gather_single(gathered, x.contiguous(), group=group.process_group)
+    all_gather_single(gathered, x.contiguous(), group=group.process_group)
     return gathered
 
 
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     _check_divisible(x, group)
     scattered = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    _reduce_scatter_single(scattered, x.contiguous(), group=group.process_group)
+    reduce_scatter_single(scattered, x.contiguous(), group=group.process_group)
     return scattered
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
-    reduced = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(reduced, group=group.process_group)
-    return reduced
+    return all_reduce_(x.clone(memory_format=torch.contiguous_format), group)
 
 
 def _own_slice(x: Tensor, group: Group) -> Tensor:

@@ -33,20 +33,49 @@ class ParallelContext:
     dense_mesh has dimensions ("dp_replicate", "dp_shard", "tp"), expert_mesh ("edp_replicate", "edp_shard", "ep").
     With a sharded optimizer the shard dimension has the data parallel size and replicate is 1, else the reverse.
     Both are None offline.
+
+    Attributes:
+        local_rank: number of this rank among those of its machine, as its launcher counts; chooses the GPU, and who of a
+            machine writes shared files.
+        node_of_rank: number of the node of each rank of the world, counted from 0 in order of appearance.
+        dp_cp: ranks that hold the same slice of the dense parameters; ``dp`` are those of them with the same part of
+            each sequence.
+        ep_node, ep_local: the expert parallel group cut in two: ranks of equal place in all its nodes, and ranks of one
+            node. See ``ParallelLayout.on_nodes`` for nodes that do not fit.
+        tokens: ranks that share the tokens of one micro-batch, each holding others of them. What is counted or averaged
+            over a micro-batch (loads of experts, their losses) is summed over this group.
     """
 
     layout: ParallelLayout
     rank: int
+    local_rank: int
     device: torch.device
+    node_of_rank: tuple[int, ...]
     world: Group
-    tp: Group
+    pp: Group
     dp: Group
-    ep: Group
+    cp: Group
+    tp: Group
+    dp_cp: Group
     edp: Group
+    ep: Group
+    ep_node: Group
+    ep_local: Group
+    tokens: Group
     dense_mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     sequence_parallel: bool = False
     shard_optimizer: bool = False
+
+
+def group_dimensions(sequence_parallel: bool) -> dict[str, tuple[str, ...]]:
+    """For each group of a context but the world, the dimensions of the layout in which its ranks differ.
+
+    Where sequence parallelism is off, the ranks of a tensor parallel group hold the same tokens.
+    """
+    single = ("pp", "dp", "cp", "tp", "edp", "ep", "ep_node", "ep_local")
+    tokens = ("cp", "tp") if sequence_parallel else ("cp",)
+    return {name: (name,) for name in single} | {"dp_cp": ("dp", "cp"), "tokens": tokens}
 
 
 def offline_context(
@@ -56,33 +85,35 @@ def offline_context(
     *,
     sequence_parallel: bool = False,
     shard_optimizer: bool = False,
+    ranks_per_node: int | None = None,
 ) -> ParallelContext:
     """A context without torch.distributed: for --dry-run (any layout, no communication possible) and for modules
     used on one rank (the default layout). Parameters made with it are plain tensors of this rank's shape.
+
+    Without `ranks_per_node` all ranks are on one node.
     """
     layout = layout or ParallelLayout(1)
+    node_size = ranks_per_node or layout.world_size
+    node_of_rank = tuple(other // node_size for other in range(layout.world_size))
+    layout = layout.on_nodes(node_of_rank)
+    sequence_parallel = sequence_parallel and layout.tp > 1
+    dimensions = group_dimensions(sequence_parallel).items()
+    groups = {name: offline_group(layout.group_of(rank, *names), rank) for name, names in dimensions}
     return ParallelContext(
         layout=layout,
         rank=rank,
+        local_rank=rank % node_size,
         device=torch.device(device),
-        world=_offline_group([list(range(layout.world_size))], rank),
-        tp=_offline_group(layout.tp_groups(), rank),
-        dp=_offline_group(layout.dp_groups(), rank),
-        ep=_offline_group(layout.ep_groups(), rank),
-        edp=_offline_group(layout.edp_groups(), rank),
-        sequence_parallel=sequence_parallel and layout.tp > 1,
+        node_of_rank=node_of_rank,
+        world=offline_group(tuple(range(layout.world_size)), rank),
+        dense_mesh=None,
+        expert_mesh=None,
+        sequence_parallel=sequence_parallel,
         shard_optimizer=shard_optimizer,
+        **groups,
     )
 
 
-def _offline_group(groups: list[list[int]], rank: int) -> Group:
-    ranks = find_ranks(groups, rank)
+def offline_group(ranks: tuple[int, ...], rank: int) -> Group:
+    """The group of `ranks` as `rank` sees it, without means to communicate."""
     return Group(None, len(ranks), ranks.index(rank), ranks)
-
-
-def find_ranks(groups: list[list[int]], rank: int) -> tuple[int, ...]:
-    """The member of `groups` that contains `rank`. Raises ValueError if none does."""
-    for ranks in groups:
-        if rank in ranks:
-            return tuple(ranks)
-    raise ValueError(f"rank {rank} is outside every group of {groups}")

@@ -13,13 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_lsh.config.parallel import PrecisionConfig
+from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import DENSE_DATA, EXPERT_DATA, ParallelContext
 from megatron_lsh.parallel.parameters import NOTES, is_expert
 
@@ -132,9 +132,7 @@ def global_norm(tensors: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
     total = torch.zeros((), dtype=torch.float32, device=ctx.device)
     for copies, parts in sorted(by_copies.items()):
         total += torch.nn.utils.get_total_norm(parts).float().square() / copies
-    if ctx.world.size > 1 and ctx.world.process_group is not None:
-        dist.all_reduce(total, group=ctx.world.process_group)
-    return total.sqrt()
+    return all_reduce_(total, ctx.world).sqrt()
 
 
 @torch.no_grad()
@@ -150,11 +148,6 @@ def clip_grad_norm(model: nn.Module, max_norm: float, ctx: ParallelContext) -> T
         for grad in grads:
             _local(grad).mul_(coefficient)
     return norm
-
-
-def grads_are_finite(norm: Tensor) -> bool:
-    """Whether every gradient on every rank is finite, read off the result of ``clip_grad_norm`` (same on all ranks)."""
-    return bool(torch.isfinite(norm))
 
 
 def num_parameters(model: nn.Module) -> int:

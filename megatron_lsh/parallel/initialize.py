@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -13,29 +14,59 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.parallel.context import DENSE_DATA, EP, EXPERT_DATA, TP, Group, ParallelContext, find_ranks
+from megatron_lsh.parallel.context import (
+    DENSE_DATA,
+    EP,
+    EXPERT_DATA,
+    TP,
+    Group,
+    ParallelContext,
+    group_dimensions,
+    offline_group,
+)
+from megatron_lsh.parallel.launcher import Place, check_complete, place_of
 from megatron_lsh.parallel.layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
 
+# Groups of one purpose share a communicator where they have the same ranks. Groups of different purposes never do:
+# collectives of one communicator run in order, and a move of rows must not wait for a reduction of gradients.
+PURPOSES = MappingProxyType(
+    {
+        "pp": "stages",
+        "cp": "sequences",
+        "tp": "activations",
+        "tokens": "activations",
+        "dp": "gradients",
+        "dp_cp": "gradients",
+        "edp": "gradients",
+        "ep": "rows",
+        "ep_node": "rows",
+        "ep_local": "rows",
+    }
+)
 
-def initialize(config: ParallelConfig, moe: bool = True) -> ParallelContext:
-    """Initialise torch.distributed from torchrun's environment (one process without it) and cut the world into groups.
+
+def initialize(config: ParallelConfig, moe: bool = True, ranks_per_node: int | None = None) -> ParallelContext:
+    """Initialise torch.distributed from the launcher's environment (one process without it) and cut the world into groups.
 
     All groups are created here, eagerly, with the user's time-out. `moe` says whether the model has experts: then
-    tensor parallelism turns sequence parallelism on. Raises ConfigError, on every rank and before any connection is
-    made, for sizes or devices that do not fit.
+    tensor parallelism turns sequence parallelism on. Nodes are those of the launcher, or, with `ranks_per_node`, so many
+    ranks each in rank order. Raises ConfigError, on every rank and before any connection is made, for sizes or devices
+    that do not fit.
     """
-    rank, local_rank, world_size = _environment(os.environ)
-    layout = ParallelLayout.from_config(config, world_size)
-    device = _device(config, local_rank)
+    check_complete(os.environ)
+    place = place_of(os.environ)
+    layout = ParallelLayout.from_config(config, place.world_size)
+    if ranks_per_node is not None and ranks_per_node < 1:
+        raise ConfigError(f"ranks per node ({ranks_per_node}) must be at least 1: 1 makes every rank a node")
+    device = _device(config, place.local_rank)
     backend = _backend(config, device)
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _init_process_group(backend, rank, world_size, timeout, device)
-    return _make_context(config, layout, rank, device, backend, timeout, moe)
+        _init_process_group(backend, place, _timeout(config), device)
+    return make_context(config, layout, place, device, moe=moe, ranks_per_node=ranks_per_node)
 
 
 def shutdown(context: ParallelContext) -> None:
@@ -44,26 +75,17 @@ def shutdown(context: ParallelContext) -> None:
         dist.destroy_process_group()
 
 
-def _environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) when started without it."""
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return 0, 0, 1
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if missing:
-        raise ConfigError(f"environment variables {missing} are not set but other torchrun variables are: use torchrun")
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return rank, int(environment.get("LOCAL_RANK", rank)), world_size
-
-
 def _device(config: ParallelConfig, local_rank: int) -> torch.device:
     wanted = config.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda'; this machine or this build of torch has no GPU: use --device cpu")
+        raise ConfigError(
+            "parallel.device (cuda) must be cpu, because this machine or this build of torch has no GPU: use --device cpu"
+        )
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own; this node has {torch.cuda.device_count()}: "
+            f"local rank ({local_rank}) must be less than the number of GPUs of this node ({torch.cuda.device_count()}): "
             "start one rank per GPU (torchrun --nproc-per-node) or use --device cpu"
         )
     return torch.device("cuda", local_rank)
@@ -73,13 +95,17 @@ def _backend(config: ParallelConfig, device: torch.device) -> str:
     needed = "nccl" if device.type == "cuda" else "gloo"
     if config.distributed_backend not in ("auto", needed):
         raise ConfigError(
-            f"distributed_backend is {config.distributed_backend!r}; on device {device.type!r} it must be {needed!r}: "
+            f"parallel.distributed_backend ({config.distributed_backend}) must be {needed} on device {device.type}: "
             f"use --distributed-backend {needed}, or another --device"
         )
     return needed
 
 
-def _init_process_group(backend: str, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> None:
+def _timeout(config: ParallelConfig) -> timedelta:
+    return timedelta(minutes=config.distributed_timeout_minutes)
+
+
+def _init_process_group(backend: str, place: Place, timeout: timedelta, device: torch.device) -> None:
     # On GPUs the world can also move CPU tensors: asynchronous checkpoints coordinate over gloo.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     device_id = device if backend == "nccl" else None  # binds the rank to its GPU; communicators are made eagerly
@@ -87,57 +113,75 @@ def _init_process_group(backend: str, rank: int, world_size: int, timeout: timed
         dist.init_process_group(backends, timeout=timeout, device_id=device_id)
     else:
         store = dist.HashStore()
-        dist.init_process_group(
-            backends, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
-        )
+        dist.init_process_group(backends, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
 
 
-def _make_context(
+def make_context(
     config: ParallelConfig,
     layout: ParallelLayout,
-    rank: int,
+    place: Place,
     device: torch.device,
-    backend: str,
-    timeout: timedelta,
-    moe: bool,
+    *,
+    moe: bool = True,
+    ranks_per_node: int | None = None,
 ) -> ParallelContext:
-    def group(groups: list[list[int]]) -> Group:
-        # Each rank makes only its own group of each kind. All ranks do so in the same order, hence no deadlock and a
-        # number of rendezvous that does not grow with the world.
-        ranks = find_ranks(groups, rank)
-        process_group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-        return Group(process_group, len(ranks), ranks.index(rank), ranks)
+    """All groups and meshes of `layout`, seen from this rank. Collective; torch.distributed must be initialised."""
+    node_of_rank = _node_of_rank(place, ranks_per_node)
+    layout = layout.on_nodes(node_of_rank)
+    sequence_parallel = _sequence_parallel(config, layout, place.rank, moe)
+    dimensions = group_dimensions(sequence_parallel).items()
+    ranks_of = {name: layout.group_of(place.rank, *names) for name, names in dimensions}
+    groups = _make_groups(ranks_of, place.rank, _backend(config, device), _timeout(config))
+    alone, shard = groups.pop("alone"), config.use_distributed_optimizer
 
-    world_ranks = tuple(range(layout.world_size))
-    world = Group(dist.group.WORLD, layout.world_size, rank, world_ranks)
-    tp, dp = group(layout.tp_groups()), group(layout.dp_groups())
-    ep, edp = group(layout.ep_groups()), group(layout.edp_groups())
-    alone = group([[r] for r in world_ranks])
-    shard = config.use_distributed_optimizer
+    def mesh(data: str, model: str, *dimensions: str) -> DeviceMesh:
+        """Over the ranks of this pipeline stage. The data parallel group is the shard or the replicate dimension."""
+        replicate_group, shard_group = (alone, groups[data]) if shard else (groups[data], alone)
+        parts = (replicate_group, shard_group, groups[model])
+        ranks = torch.tensor(layout.group_of(place.rank, *dimensions)).view([part.size for part in parts])
+        names = (*DENSE_DATA, TP) if model == TP else (*EXPERT_DATA, EP)
+        process_groups = [part.process_group for part in parts]
+        return DeviceMesh.from_group(process_groups, device.type, mesh=ranks, mesh_dim_names=names)  # type: ignore[arg-type]
+
     return ParallelContext(
         layout=layout,
-        rank=rank,
+        rank=place.rank,
+        local_rank=place.local_rank,
         device=device,
-        world=world,
-        tp=tp,
-        dp=dp,
-        ep=ep,
-        edp=edp,
-        dense_mesh=_mesh(dp, tp, alone, shard, device, (*DENSE_DATA, TP)),
-        expert_mesh=_mesh(edp, ep, alone, shard, device, (*EXPERT_DATA, EP)),
-        sequence_parallel=_sequence_parallel(config, layout, rank, moe),
+        node_of_rank=node_of_rank,
+        world=replace(offline_group(tuple(range(layout.world_size)), place.rank), process_group=dist.group.WORLD),
+        dense_mesh=mesh("dp_cp", TP, "dp", "cp", "tp"),
+        expert_mesh=mesh("edp", EP, "edp", "ep"),
+        sequence_parallel=sequence_parallel,
         shard_optimizer=shard,
+        **groups,
     )
 
 
-def _mesh(
-    data: Group, model: Group, alone: Group, shard: bool, device: torch.device, names: tuple[str, ...]
-) -> DeviceMesh:
-    """(replicate, shard, tp or ep) mesh over the world; the data parallel group is the shard or replicate dimension."""
-    replicate_group, shard_group = (alone, data) if shard else (data, alone)
-    groups = [group.process_group for group in (replicate_group, shard_group, model)]
-    ranks = torch.arange(data.size * model.size).view(replicate_group.size, shard_group.size, model.size)
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)  # type: ignore[arg-type]
+def _node_of_rank(place: Place, ranks_per_node: int | None) -> tuple[int, ...]:
+    if ranks_per_node is not None:
+        return tuple(rank // ranks_per_node for rank in range(place.world_size))
+    nodes: list[str] = [place.node] * place.world_size
+    dist.all_gather_object(nodes, place.node)
+    numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
+    return tuple(numbers[node] for node in nodes)
+
+
+def _make_groups(ranks_of: dict[str, tuple[int, ...]], rank: int, backend: str, timeout: timedelta) -> dict[str, Group]:
+    """A group for each name, and one of this rank alone, "alone", which is what every group of one rank is.
+
+    Each rank makes only its own group of each kind. All ranks do so in the same order, hence no deadlock and a number
+    of rendezvous that does not grow with the world.
+    """
+    made: dict[tuple[str, tuple[int, ...]], Group] = {}
+    groups = {}
+    for name, ranks in ({"alone": (rank,)} | ranks_of).items():
+        key = (PURPOSES[name] if len(ranks) > 1 else "alone", ranks)
+        if key not in made:
+            process_group = dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)
+            made[key] = replace(offline_group(ranks, rank), process_group=process_group)
+        groups[name] = made[key]
+    return groups
 
 
 def _sequence_parallel(config: ParallelConfig, layout: ParallelLayout, rank: int, moe: bool) -> bool:

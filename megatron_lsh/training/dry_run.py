@@ -55,14 +55,14 @@ def _vocabulary(cfg: Config) -> tuple[int, str]:
 def _layout_lines(cfg: Config, layout: ParallelLayout) -> list[str]:
     lines = [
         f"Layout of {layout.world_size} ranks (rank = dp * {layout.tp} + tp = edp * {layout.ep} + ep)",
-        _group_line("tensor parallel", layout.tp_groups()),
-        _group_line("data parallel", layout.dp_groups()),
+        _group_line("tensor parallel", layout.groups("tp")),
+        _group_line("data parallel", layout.groups("dp")),
     ]
     if cfg.moe.num_experts is not None:
         per_rank = cfg.moe.num_experts // layout.ep
         lines += [
-            _group_line("expert parallel", layout.ep_groups()),
-            _group_line("expert data parallel", layout.edp_groups()),
+            _group_line("expert parallel", layout.groups("ep")),
+            _group_line("expert data parallel", layout.groups("edp")),
             f"  experts: {cfg.moe.num_experts} in each of {len(moe_layers(cfg))} of {_num_layers(cfg)} layers, "
             f"{per_rank} per rank; ep rank r holds experts [{per_rank} r, {per_rank} r + {per_rank})",
             f"  token dispatcher: {cfg.moe.moe_token_dispatcher_type}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import torch
@@ -10,23 +11,28 @@ import torch.distributed as dist
 
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.parallel.context import Group, ParallelContext
-from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.parallel.context import Group, ParallelContext, group_dimensions
+from megatron_lsh.parallel.initialize import initialize, make_context, shutdown
+from megatron_lsh.parallel.launcher import place_of
+from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.testing import run_distributed_test
 from tests.parallel.toy import config
 
 
 def check_groups(ctx: ParallelContext) -> None:
-    layout = ctx.layout
-    here = layout.coordinates(ctx.rank)
-    for kind in ("tp", "dp", "ep", "edp"):
-        group: Group = getattr(ctx, kind)
-        assert list(group.ranks) in getattr(layout, f"{kind}_groups")()
-        assert group.ranks[group.rank] == ctx.rank and group.rank == getattr(here, kind)
+    dimensions = group_dimensions(ctx.sequence_parallel)
+    for name, names in dimensions.items():
+        group: Group = getattr(ctx, name)
+        assert group.ranks == ctx.layout.group_of(ctx.rank, *names)
+        assert group.ranks[group.rank] == ctx.rank and group.size == len(group.ranks)
         assert dist.get_process_group_ranks(group.process_group) == list(group.ranks)
         total = torch.tensor([ctx.rank])  # the group communicates, and among exactly these ranks
         dist.all_reduce(total, group=group.process_group)
         assert total.item() == sum(group.ranks)
+    # Rows and gradients never wait for each other, also where the ranks are the same.
+    purposes = [ctx.world, ctx.tp, ctx.dp, ctx.ep]
+    apart = [group.process_group for group in purposes if group.size > 1]
+    assert len(set(apart)) == len(apart)
 
 
 def check_meshes(ctx: ParallelContext, shard: bool) -> None:
@@ -55,8 +61,45 @@ def many_layouts(world_size: int, sizes: list[tuple[int, int]]) -> None:
     assert initialize(config(1, sequence_parallel=True), moe=False).sequence_parallel is False
 
 
+def layouts_to_come() -> None:
+    """Pipeline stages and context parallelism are refused as flags, but their groups and meshes are right already."""
+    settings = config()
+    initialize(settings)
+    for layout in (ParallelLayout(4, tp=2, ep=2, pp=2), ParallelLayout(4, cp=2, ep=2), ParallelLayout(4, pp=2, cp=2)):
+        ctx = make_context(settings, layout, place_of(os.environ), torch.device("cpu"))
+        check_groups(ctx)
+        for mesh, names in ((ctx.dense_mesh, ("dp", "cp", "tp")), (ctx.expert_mesh, ("edp", "ep"))):
+            assert mesh is not None and tuple(mesh.mesh.flatten().tolist()) == layout.group_of(ctx.rank, *names)
+        assert ctx.tokens.size == layout.cp * layout.tp
+
+
+def nodes() -> None:
+    rank = int(os.environ["RANK"])
+    whole = initialize(config(ep=4))
+    assert (whole.node_of_rank, whole.local_rank) == ((0, 0, 0, 0), rank)
+    assert whole.ep_local is whole.ep and whole.ep_node.size == 1
+    halves = initialize(config(ep=4), ranks_per_node=2)
+    assert halves.node_of_rank == (0, 0, 1, 1) and halves.layout.ep_local == 2
+    check_groups(halves)
+    each = initialize(config(ep=4), ranks_per_node=1)
+    assert each.ep_node is each.ep and each.ep_local.size == 1
+    # As two torchruns of two ranks each would say it.
+    os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
+    told = initialize(config(ep=4))
+    assert (told.node_of_rank, told.local_rank) == ((0, 0, 1, 1), rank % 2)
+    assert (told.ep_local.ranks, told.ep_node.ranks) == (halves.ep_local.ranks, halves.ep_node.ranks)
+    with pytest.raises(ConfigError, match=r"ranks per node \(0\) must be at least 1"):
+        initialize(config(ep=4), ranks_per_node=0)
+
+
+def four_ranks() -> None:
+    many_layouts(4, [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2)])
+    layouts_to_come()
+    nodes()
+
+
 def test_four_ranks() -> None:
-    run_distributed_test(many_layouts, 4, 4, [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2)])
+    run_distributed_test(four_ranks, 4)
 
 
 def test_six_ranks_where_ep_does_not_divide_dp() -> None:
@@ -65,7 +108,7 @@ def test_six_ranks_where_ep_does_not_divide_dp() -> None:
 
 def the_users_timeout() -> None:
     ctx = initialize(config(2, 2))
-    for group in (ctx.world, ctx.tp, ctx.dp, ctx.ep, ctx.edp):
+    for group in (ctx.world, ctx.tp, ctx.dp, ctx.ep, ctx.edp, ctx.pp, ctx.tokens):
         backend = group.process_group._get_backend(torch.device("cpu"))
         assert backend.options._timeout.total_seconds() == 60.0
     shutdown(ctx)
@@ -77,8 +120,6 @@ def test_every_group_has_the_users_timeout_and_shutdown_ends_all() -> None:
 
 
 def without_torchrun() -> None:
-    import os
-
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     ctx = initialize(config(shard=True))
@@ -111,9 +152,9 @@ def test_turning_sequence_parallel_on_is_announced_once() -> None:
     ("environment", "changes", "message"),
     [
         ({"RANK": "0", "WORLD_SIZE": "4"}, {}, "MASTER_ADDR"),
-        ({}, {"tensor_model_parallel_size": 2}, "tensor_model_parallel_size is 2"),
-        ({}, {"device": "cpu", "distributed_backend": "nccl"}, "distributed_backend is 'nccl'"),
-        ({}, {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size is 2"),
+        ({}, {"tensor_model_parallel_size": 2}, r"tensor_model_parallel_size \(2\)"),
+        ({}, {"device": "cpu", "distributed_backend": "nccl"}, r"parallel.distributed_backend \(nccl\) must be gloo"),
+        ({}, {"pipeline_model_parallel_size": 2}, r"pipeline_model_parallel_size \(2\)"),
     ],
 )
 def test_mistakes_are_refused_before_connecting(
