@@ -27,6 +27,10 @@ class CheckpointError(MegatronLSHError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint of which something cannot be read as it was written; an earlier one may do."""
+
+
 def exit_status(work: Callable[[], None], interrupted: str = "nothing was written") -> int:
     """Do the work of a tool and return its exit status: 0, 1 after an error, 130 if stopped.
 

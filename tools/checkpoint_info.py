@@ -19,6 +19,7 @@ from typing import Any
 from megatron_lsh.checkpoint.folders import read_tracker
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect, inspect_folder
 from megatron_lsh.checkpoint.manifest import MANIFEST, ManifestError, read_manifest
+from megatron_lsh.checkpoint.metadata import read_metadata
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,10 +91,9 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
 
 def tensors(folder: Path) -> dict[str, str]:
     """Name -> shape and type of every tensor."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries = read_metadata(folder).state_dict_metadata
     return {
         key: f"{list(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}"
         for key, entry in sorted(entries.items())

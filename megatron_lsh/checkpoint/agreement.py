@@ -8,17 +8,30 @@ on every rank, and no rank waits for one that has already given up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_lsh.errors import CheckpointError, MegatronLSHError
+from megatron_lsh.errors import CheckpointError, DamagedCheckpoint, MegatronLSHError
 from megatron_lsh.parallel.context import ParallelContext
 
 T = TypeVar("T")
 _FAILURES = (Exception, CheckpointException)  # DCP's own is a BaseException
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one rank tells the others of its exception: one line, and whether the checkpoint is to blame."""
+
+    text: str
+    damage: bool
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int) -> Problem:
+        return cls(describe(error, rank), isinstance(error, DamagedCheckpoint))
 
 
 class Ranks:
@@ -48,51 +61,51 @@ class Ranks:
     def each(self, what: str, function: Callable[[], T]) -> T:
         """Run `function` on every rank; return this rank's result. Collective.
 
-        Raises CheckpointError, the same on all ranks, naming the first rank on which `function` raised.
-        `function` must not communicate outside DCP, whose own collectives already agree on failure.
+        Raises CheckpointError, the same on all ranks, naming the first rank on which `function` raised; a
+        DamagedCheckpoint if that is what it raised. `function` must not communicate outside DCP, whose own collectives
+        already agree on failure.
         """
-        problem: str | None = None
+        problem: Problem | None = None
         try:
             value = function()
         except _FAILURES as error:
-            problem = describe(error, self.rank)
+            problem = Problem.of(error, self.rank)
         self._raise_first(what, self._gather(problem))
         return value
 
     def collect(self, what: str, function: Callable[[], T]) -> list[T]:
         """As `each`, but return every rank's result, in rank order. Results are pickled."""
         value: T | None = None
-        problem: str | None = None
+        problem: Problem | None = None
         try:
             value = function()
         except _FAILURES as error:
-            problem = describe(error, self.rank)
+            problem = Problem.of(error, self.rank)
         outcomes = self._gather((problem, value))
         self._raise_first(what, [problem for problem, _ in outcomes])
         return [value for _, value in outcomes]
 
     def coordinator(self, what: str, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank. Collective. Raises as `each` does."""
-        outcome: tuple[str | None, Any] = (None, None)
+        outcome: tuple[Problem | None, Any] = (None, None)
         if self.is_coordinator:
             try:
                 outcome = (None, function())
             except _FAILURES as error:
-                outcome = (describe(error, self.rank), None)
+                outcome = (Problem.of(error, self.rank), None)
         if self.group is not None:
             box = [outcome]
             dist.broadcast_object_list(box, src=0, group=self.group)
             outcome = box[0]
         problem, value = outcome
-        if problem is not None:
-            raise CheckpointError(f"{what}: {problem}")
+        self._raise_first(what, [problem])
         return value
 
     @staticmethod
-    def _raise_first(what: str, problems: list[str | None]) -> None:
+    def _raise_first(what: str, problems: list[Problem | None]) -> None:
         for problem in problems:
             if problem is not None:
-                raise CheckpointError(f"{what}: {problem}")
+                raise (DamagedCheckpoint if problem.damage else CheckpointError)(f"{what}: {problem.text}")
 
     def _gather(self, item: Any) -> list[Any]:
         if self.group is None:

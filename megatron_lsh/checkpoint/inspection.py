@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.manifest import Manifest, ManifestError, check_file, read_manifest
-from megatron_lsh.checkpoint.writer import CONFIG, STATE
+from megatron_lsh.checkpoint.metadata import incomplete
+from megatron_lsh.checkpoint.saved import read_config, read_state
+from megatron_lsh.errors import DamagedCheckpoint
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,16 @@ def inspect_folder(folder: Path, iteration: int, *, tracked: bool = False, hashe
     except ManifestError as error:
         return CheckpointInfo(folder, iteration, str(error), tracked, hashes)
     problems = (check_file(folder, entry, hashes=hashes) for entry in manifest.files)
-    problem = next((text for text in problems if text is not None), None)
-    common: dict[str, Any] = {}
+    problem = next((text for text in problems if text is not None), None) or incomplete(folder, manifest) or None
+    progress: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     config: dict[str, Any] = {}
     try:
-        common = json.loads((folder / STATE).read_bytes())
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        problem = problem or f"{folder} has no readable {STATE} and {CONFIG}: {error}"
+        config = read_config(folder)
+        saved = read_state(folder)
+        progress, extra = saved.progress, saved.extra
+    except DamagedCheckpoint as error:
+        problem = problem or str(error)
     return CheckpointInfo(
         folder,
         iteration,
@@ -79,7 +82,7 @@ def inspect_folder(folder: Path, iteration: int, *, tracked: bool = False, hashe
         tracked,
         hashes,
         manifest,
-        common.get("progress", {}),
-        common.get("extra", {}),
+        progress,
+        extra,
         config,
     )

@@ -12,12 +12,11 @@ import torch
 
 from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.agreement import Ranks
-from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
-from megatron_lsh.checkpoint.reader import Found, LoadOptions, find_checkpoint, load_checkpoint
+from megatron_lsh.checkpoint.reader import LoadOptions, find_checkpoint, load_checkpoint
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 from megatron_lsh.checkpoint.writer import Snapshot, append_progress, layout_of, take_snapshot, write_checkpoint
 from megatron_lsh.config.run import CheckpointConfig
-from megatron_lsh.errors import CheckpointError
+from megatron_lsh.errors import CheckpointError, DamagedCheckpoint
 from megatron_lsh.parallel.context import ParallelContext
 
 
@@ -103,39 +102,44 @@ class CheckpointManager:
         """
         self.wait()
         cfg = self._cfg
-        found: Found | None = None
-        weights_only = new_function = cfg.finetune
+        result = None
         if cfg.load is not None:
-            found = find_checkpoint(Path(cfg.load), cfg.ckpt_step, self._ranks, self._notify)
-        if found is None and cfg.pretrained_checkpoint is not None:
-            weights_only = new_function = True
-            found = find_checkpoint(Path(cfg.pretrained_checkpoint), None, self._ranks, self._notify)
-            if found is None:
+            result = self._load_newest(Path(cfg.load), cfg.ckpt_step, state, weights_only=cfg.finetune)
+        if result is None and cfg.pretrained_checkpoint is not None:
+            result = self._load_newest(Path(cfg.pretrained_checkpoint), None, state, weights_only=True)
+            if result is None:
                 raise CheckpointError(f"--pretrained-checkpoint {cfg.pretrained_checkpoint} has no checkpoint in it")
-        if found is None:
-            if cfg.load is not None and cfg.exit_on_missing_checkpoint:
+        if result is None and cfg.load is not None:
+            if cfg.exit_on_missing_checkpoint:
                 raise CheckpointError(
                     f"--load {cfg.load} has no checkpoint in it, and --exit-on-missing-checkpoint is set"
                 )
-            if cfg.load is not None:
-                self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
-            return None
-        weights_only = weights_only or found.folder.name == folders.RELEASE
-        options = LoadOptions(
-            optimizer=cfg.load_optim and not weights_only,
-            rng=cfg.load_rng and not weights_only,
-            weights_only=weights_only,
-            new_function=new_function,
-        )
-        start = time.monotonic()
-        result = load_checkpoint(found, state, self._layout, options, self._ranks, self._notify)
-        kind = "weights of checkpoint" if weights_only else "checkpoint"
-        self._notify(f"loaded {kind} {found.folder} in {time.monotonic() - start:.2f} s")
+            self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
         return result
 
-    def inspect(self, folder: str | Path, *, hashes: bool = False) -> list[CheckpointInfo]:
-        """`megatron_lsh.checkpoint.inspection.inspect`: what is in `folder`. Not collective."""
-        return inspect(folder, hashes=hashes)
+    def _load_newest(self, root: Path, step: int | None, state: TrainingState, weights_only: bool) -> LoadResult | None:
+        """Load the newest checkpoint that can be read to its end; None if there is none at all."""
+        unreadable: dict[Path, str] = {}
+        while True:
+            found = find_checkpoint(root, step, self._ranks, self._notify, unreadable)
+            if found is None:
+                return None
+            start = time.monotonic()
+            no_more = weights_only or found.folder.name == folders.RELEASE
+            options = LoadOptions(
+                optimizer=self._cfg.load_optim and not no_more,
+                rng=self._cfg.load_rng and not no_more,
+                weights_only=no_more,
+                new_function=weights_only,
+            )
+            try:
+                result = load_checkpoint(found, state, self._layout, options, self._ranks, self._notify)
+            except DamagedCheckpoint as error:  # the same on all ranks
+                unreadable[found.folder] = str(error)
+                continue
+            kind = "weights of checkpoint" if no_more else "checkpoint"
+            self._notify(f"loaded {kind} {found.folder} in {time.monotonic() - start:.2f} s")
+            return result
 
     def _write_in_background(self, root: Path, snapshot: Snapshot, start: float) -> None:
         try:

@@ -9,13 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+from megatron_lsh.errors import DamagedCheckpoint
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_TYPES = MappingProxyType(
+    {
+        "iteration": int,
+        "layout": dict,
+        "config_sha256": str,
+        "torch_version": str,
+        "package_version": str,
+        "created": str,
+    }
+    | {"has_optimizer": bool, "has_rng": bool, "format": int}
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class Manifest:
         return sum(entry.size for entry in self.files)
 
 
-class ManifestError(Exception):
+class ManifestError(DamagedCheckpoint):
     """A manifest that is missing or damaged."""
 
 
@@ -73,6 +89,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest itself (not the files it lists). Raises ManifestError."""
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise ManifestError(f"{path} is not a file")
         text = path.read_bytes()
     except FileNotFoundError:
         raise ManifestError(f"{path} is missing: the checkpoint is incomplete") from None
@@ -84,13 +102,41 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(files=files, **body)
         # Comparing the whole text, not only the parsed values, catches a flipped bit in white space as well.
         intact = text == _serialise(manifest, hashlib.sha256(_serialise(manifest, "")).hexdigest())
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise ManifestError(f"{path} is damaged (its own checksum does not match)")
-    if manifest.format > FORMAT:
+    if isinstance(manifest.format, int) and manifest.format > FORMAT:
         raise ManifestError(f"{path} has format {manifest.format}; this version reads up to {FORMAT}")
+    # The checksum is no signature: whoever means harm can write one that matches.
+    if (problem := _wrong_value(manifest)) is not None:
+        raise ManifestError(f"{path} is not one that was written by this framework: {problem}")
     return manifest
+
+
+def _wrong_value(manifest: Manifest) -> str | None:
+    """The first value of a type or a kind that no save writes."""
+    for name, kind in _TYPES.items():
+        if type(getattr(manifest, name)) is not kind:
+            return f"{name} ({getattr(manifest, name)!r}) must be of type {kind.__name__}"
+    if manifest.iteration < 0:
+        return f"iteration ({manifest.iteration}) must be at least 0"
+    names = set()
+    for entry in manifest.files:
+        if not is_plain_name(entry.name) or entry.name in names:
+            return f"the file name {entry.name!r} must be one inside of the folder, listed once"
+        if type(entry.size) is not int or entry.size < 0 or not re.fullmatch("[0-9a-f]{64}", str(entry.sha256)):
+            return f"{entry.name} must have a size and a SHA-256, not {entry.size!r} and {entry.sha256!r}"
+        names.add(entry.name)
+    return None
+
+
+def is_plain_name(name: object) -> TypeGuard[str]:
+    """Whether `name` is a relative path in its simplest spelling, which cannot lead out of a folder (links apart)."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -105,16 +151,24 @@ def hash_file(path: Path) -> FileEntry:
 
 
 def check_file(folder: Path, entry: FileEntry, *, hashes: bool = True) -> str | None:
-    """None if the file is as the manifest says, else one sentence naming the file. Sizes only if not `hashes`."""
+    """None if the file is as the manifest says, else one sentence naming the file. Sizes only if not `hashes`.
+
+    A link that leads out of the folder is a fault: what it leads to is not this checkpoint's, and changes without it.
+    """
     path = folder / entry.name
     try:
-        size = path.stat().st_size
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{path} is a link that leads out of the checkpoint, to {path.resolve()}"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path} is not a file"
+        size = status.st_size
         if size != entry.size:
             return f"{path} has {size} bytes instead of {entry.size}"
         if hashes and hash_file(path).sha256 != entry.sha256:
             return f"{path} is damaged (SHA-256 does not match the manifest)"
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror or error}"
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle (Python < 3.13)
+        return f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
     return None
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lsh.checkpoint import folders
-from megatron_lsh.checkpoint.agreement import Ranks
+from megatron_lsh.checkpoint.agreement import Ranks, describe
 from megatron_lsh.checkpoint.compare import (
     different_function,
     different_settings,
@@ -28,6 +30,9 @@ from megatron_lsh.checkpoint.compare import (
     unused_keys,
 )
 from megatron_lsh.checkpoint.manifest import MANIFEST, Manifest, ManifestError, check_file, read_manifest, share
+from megatron_lsh.checkpoint.metadata import Reader, incomplete
+from megatron_lsh.checkpoint.renames import RENAMED, Renamed
+from megatron_lsh.checkpoint.saved import CONFIG, STATE, SavedState, read_config, read_state
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 from megatron_lsh.checkpoint.tensors import (
     PaddedLoadPlanner,
@@ -36,8 +41,8 @@ from megatron_lsh.checkpoint.tensors import (
     parameter_names,
     restore_optimizer,
 )
-from megatron_lsh.checkpoint.writer import CONFIG, STATE, rng_file
-from megatron_lsh.errors import CheckpointError
+from megatron_lsh.checkpoint.writer import rng_file
+from megatron_lsh.errors import CheckpointError, DamagedCheckpoint, MegatronLSHError
 
 Notify = Callable[[str], None]
 
@@ -58,13 +63,19 @@ class LoadOptions:
     rng: bool
     weights_only: bool
     new_function: bool
+    renamed: Renamed = RENAMED
 
 
-def find_checkpoint(root: Path, step: int | None, ranks: Ranks, notify: Notify) -> Found | None:
+def find_checkpoint(
+    root: Path, step: int | None, ranks: Ranks, notify: Notify, unreadable: Mapping[Path, str] = MappingProxyType({})
+) -> Found | None:
     """The checkpoint of iteration `step`, or the newest valid one; verified, the hashing shared among all ranks.
 
     Collective; all ranks get the same answer. None if there is no checkpoint in `root`. Raises CheckpointError if there
     are some but none is valid, or if `step` is missing or damaged.
+
+    Args:
+        unreadable: folders that were found valid before, but could not be read, and why: these are passed over.
     """
     candidates, tracker = ranks.coordinator(f"{root} could not be listed", lambda: _list(root, step))
     if tracker is not None and tracker.problem is not None:
@@ -74,7 +85,10 @@ def find_checkpoint(root: Path, step: int | None, ranks: Ranks, notify: Notify) 
         damage.append(f"{root / folders.TRACKER} says iteration {tracker.iteration}, which is not there")
         notify(f"WARNING: {damage[0]}")
     for _, folder in candidates:
-        manifest, problem = ranks.coordinator(f"{folder} could not be read", partial(_read, folder))
+        if folder in unreadable:
+            manifest, problem = None, unreadable[folder]
+        else:
+            manifest, problem = ranks.coordinator(f"{folder} could not be read", partial(_read, folder))
         if manifest is not None:
             problem = _verify(folder, manifest, ranks)
             if problem == "":
@@ -127,7 +141,9 @@ def _verify(folder: Path, manifest: Manifest, ranks: Ranks) -> str:
 
     per_rank = ranks.collect(f"{folder} could not be verified", check)
     problems = [problem for found in per_rank for problem in found]
-    return summary(problems)
+    return summary(problems) or ranks.coordinator(
+        f"{folder} could not be verified", lambda: incomplete(folder, manifest)
+    )
 
 
 def _announce(
@@ -155,10 +171,11 @@ def _announce(
 class _Plan:
     """What one rank reads: the tensors to fill, which of them are padded differently, and the JSON parts."""
 
+    reader: Reader
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     padded: set[str]
-    common: dict[str, Any]
+    saved: SavedState
     config: dict[str, Any]
     notices: list[str]
     heads: str
@@ -168,17 +185,20 @@ class _Plan:
 def load_checkpoint(
     found: Found, state: TrainingState, layout: dict[str, Any], options: LoadOptions, ranks: Ranks, notify: Notify
 ) -> LoadResult:
-    """Read a verified checkpoint into `state`, in place. Collective. Raises CheckpointError, the same on all ranks."""
+    """Read a verified checkpoint into `state`, in place. Collective.
+
+    Raises CheckpointError, the same on all ranks; a DamagedCheckpoint if an earlier checkpoint may do.
+    """
     what = f"checkpoint {found.folder} could not be loaded"
     plan = ranks.each(what, lambda: _prepare(found, state, options))
-    ranks.each(what, lambda: _read_tensors(found.folder, plan, ranks))
-    ranks.each(what, lambda: _restore(state, plan, options))
-    rng = ranks.each(what, lambda: _read_rng(found, plan.common["layout"], layout, options, ranks.rank))
+    ranks.each(what, lambda: _read_tensors(plan, ranks))
+    ranks.each(what, lambda: _restore(found, state, plan, options))
+    rng = ranks.each(what, lambda: _read_rng(found, plan.saved.layout, layout, options, ranks.rank))
     absent = ranks.collect(what, lambda: rng is None)
-    same_layout = all(plan.common["layout"].get(key) == layout[key] for key in ("world_size", "tp", "ep"))
+    same_layout = all(plan.saved.layout.get(key) == layout[key] for key in ("world_size", "tp", "ep"))
     if not same_layout and not options.weights_only:
         plan.notices.append(
-            f"the checkpoint was saved by another layout ({_layout_text(plan.common['layout'])}) than this one "
+            f"the checkpoint was saved by another layout ({_layout_text(plan.saved.layout)}) than this one "
             f"({_layout_text(layout)}): the run goes on, but not to the last bit as it would have"
         )
     if options.rng and any(absent):
@@ -191,9 +211,9 @@ def load_checkpoint(
     return LoadResult(
         folder=found.folder,
         iteration=0 if options.weights_only else found.manifest.iteration,
-        progress={} if options.weights_only else plan.common["progress"],
+        progress={} if options.weights_only else plan.saved.progress,
         config=plan.config,
-        extra=plan.common["extra"],
+        extra=plan.saved.extra,
         rng=rng,
         weights_only=options.weights_only,
         optimizer_loaded=bool(plan.optimizer),
@@ -204,10 +224,10 @@ def load_checkpoint(
 
 def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     """Compare the checkpoint with the model before anything is read. No communication."""
-    common = json.loads((found.folder / STATE).read_bytes())
-    config = json.loads((found.folder / CONFIG).read_bytes())
-    metadata = dcp.FileSystemReader(found.folder).read_metadata()
-    if options.optimizer and state.optimizer is not None and common["optimizer"] is None:
+    saved, config = read_state(found.folder, options.renamed), read_config(found.folder)
+    reader = Reader(found.folder, options.renamed)
+    metadata = reader.metadata
+    if options.optimizer and state.optimizer is not None and saved.optimizer is None:
         raise CheckpointError("it holds no optimizer state; use --no-load-optim or --finetune to go on without")
     if options.rng and not found.manifest.has_rng:
         raise CheckpointError("it holds no random states; use --no-load-rng or --finetune to go on without")
@@ -219,9 +239,9 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     if options.new_function:
         fresh, unused = fresh_keys(metadata, model, state.fresh), unused_keys(metadata, model, state.unused)
     read = {key: tensor for key, tensor in model.items() if key not in fresh}
-    padded = padded_keys(metadata, read | optimizer, state.padded_rows, common["padded_rows"])
-    notices = _compare(metadata, read | optimizer, padded, fresh | unused, common, config, state, options)
-    return _Plan(read, optimizer, padded, common, config, notices, _heads(fresh, unused))
+    padded = padded_keys(metadata, read | optimizer, state.padded_rows, saved.padded_rows)
+    notices = _compare(metadata, read | optimizer, padded, fresh | unused, saved, config, state, options)
+    return _Plan(reader, read, optimizer, padded, saved, config, notices, _heads(fresh, unused))
 
 
 def _heads(fresh: set[str], unused: set[str]) -> str:
@@ -235,7 +255,7 @@ def _compare(
     tensors: dict[str, Tensor],
     padded: set[str],
     heads: set[str],
-    common: dict[str, Any],
+    saved: SavedState,
     config: dict[str, Any],
     state: TrainingState,
     options: LoadOptions,
@@ -244,7 +264,7 @@ def _compare(
     settings = different_settings(config, state.config)
     rows = [
         f"{name} has {old} meaningful rows (vocabulary) in the checkpoint and {state.padded_rows[name]} now"
-        for name, old in common["padded_rows"].items()
+        for name, old in saved.padded_rows.items()
         if state.padded_rows.get(name, old) != old
     ]
     problems = different_tensors(metadata, tensors, padded, heads)
@@ -262,28 +282,47 @@ def _compare(
     return notices
 
 
-def _read_tensors(folder: Path, plan: _Plan, ranks: Ranks) -> None:
+def _read_tensors(plan: _Plan, ranks: Ranks) -> None:
     with warnings.catch_warnings():
         if ranks.group is None:  # DCP warns that there is no process group, which is the point of an offline context
             warnings.simplefilter("ignore")
-        dcp.load(
-            {**plan.model, **plan.optimizer},
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=PaddedLoadPlanner(plan.padded),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
-        )
+        try:
+            dcp.load(
+                {**plan.model, **plan.optimizer},
+                storage_reader=plan.reader,
+                planner=PaddedLoadPlanner(plan.padded),
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except (Exception, CheckpointException) as error:
+            raise DamagedCheckpoint(f"its tensors cannot be read: {describe(error, ranks.rank)}") from error
 
 
-def _restore(state: TrainingState, plan: _Plan, options: LoadOptions) -> None:
+def _restore(found: Found, state: TrainingState, plan: _Plan, options: LoadOptions) -> None:
     """Hand the optimizer and the schedule what was read. Weights are already in place."""
     if not options.optimizer:
         return
-    if state.optimizer is not None:
+    saved, path = plan.saved, found.folder / STATE
+    if state.optimizer is not None and saved.optimizer is not None:
         names = parameter_names(state.model)
-        plan.notices += restore_optimizer(state.optimizer, names, plan.optimizer, plan.common["optimizer"])
-    if state.schedule is not None and plan.common["schedule"] is not None:
-        state.schedule.load_state_dict(plan.common["schedule"])
+        with _taken_from(f"{path}: optimizer"):
+            plan.notices += restore_optimizer(state.optimizer, names, plan.optimizer, saved.optimizer)
+    if state.schedule is not None and saved.schedule is not None:
+        with _taken_from(f"{path}: schedule"):
+            state.schedule.load_state_dict(saved.schedule)
+
+
+@contextmanager
+def _taken_from(place: str) -> Iterator[None]:
+    """What a saved value makes go wrong here is damage, unless our own error says otherwise."""
+    try:
+        yield
+    except MegatronLSHError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise DamagedCheckpoint(f"{place} cannot be taken over: {type(error).__name__}: {error}") from error
 
 
 def _read_rng(
@@ -296,10 +335,16 @@ def _read_rng(
     """
     path = found.folder / rng_file(rank)
     fits = all(saved.get(key) == layout[key] for key in ("tp", "sequence_parallel"))
-    if not options.rng or not fits or not path.exists():
+    if not options.rng or not fits or path.name not in {entry.name for entry in found.manifest.files}:
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is not one of its files
+        raise DamagedCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path} must hold a table of random states, not a {type(state).__name__}")
+    return state
 
 
 def _layout_text(layout: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={layout[key]}" for key in ("world_size", "tp", "ep", "dp"))
+    return ", ".join(f"{key}={layout.get(key)}" for key in ("world_size", "tp", "ep", "dp"))

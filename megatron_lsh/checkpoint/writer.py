@@ -22,6 +22,8 @@ import megatron_lsh
 from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.agreement import Ranks
 from megatron_lsh.checkpoint.manifest import FileEntry, Manifest, hash_file, sync_folder, write_manifest
+from megatron_lsh.checkpoint.metadata import METADATA, incomplete
+from megatron_lsh.checkpoint.saved import CONFIG, STATE
 from megatron_lsh.checkpoint.state import TrainingState
 from megatron_lsh.checkpoint.tensors import (
     SnapshotPlanner,
@@ -31,10 +33,6 @@ from megatron_lsh.checkpoint.tensors import (
     parameter_names,
 )
 from megatron_lsh.errors import CheckpointError
-
-STATE = "state.json"
-CONFIG = "config.json"
-DCP_METADATA = ".metadata"
 
 
 @dataclass
@@ -152,7 +150,7 @@ def _write_own_files(folder: Path, snapshot: Snapshot, ranks: Ranks) -> list[Fil
             os.fsync(stream.fileno())
     mine = sorted(path for path in folder.iterdir() if path.name.startswith(f"__{ranks.rank}_"))
     if ranks.is_coordinator:
-        mine.append(folder / DCP_METADATA)
+        mine.append(folder / METADATA)
     return [hash_file(path) for path in mine + [folder / name for name in files]]
 
 
@@ -174,6 +172,8 @@ def _finish(root: Path, folder: Path, snapshot: Snapshot, files: list[FileEntry]
         has_optimizer=snapshot.has_optimizer,
         has_rng=snapshot.rng is not None,
     )
+    if missing := incomplete(folder, manifest):
+        raise CheckpointError(f"{missing}: something else removes files from --save while they are written")
     sync_folder(folder)  # all files have names that survive a crash before the manifest vouches for them
     write_manifest(folder, manifest)
     return folders.commit(root, snapshot.iteration), manifest

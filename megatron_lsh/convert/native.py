@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -51,8 +51,10 @@ from megatron_lsh.checkpoint.manifest import (
     write_atomically,
     write_manifest,
 )
+from megatron_lsh.checkpoint.metadata import METADATA, Reader, incomplete
+from megatron_lsh.checkpoint.saved import CONFIG, STATE
 from megatron_lsh.checkpoint.tensors import MODEL
-from megatron_lsh.checkpoint.writer import CONFIG, DCP_METADATA, STATE, layout_of
+from megatron_lsh.checkpoint.writer import layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
 from megatron_lsh.convert.hf import vocabulary_pieces
 from megatron_lsh.convert.source import (
@@ -93,8 +95,8 @@ class NativeSource:
         _verify_manifest(self.folder, verify)
         common = _read_json(self.folder / STATE)
         self.cfg = read_config(self.folder)
-        self._reader = FileSystemReader(self.folder)
-        metadata = self._reader.read_metadata()
+        self._reader = Reader(self.folder)
+        metadata = self._reader.metadata
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored: dict[str, TensorStorageMetadata] = {
             key[len(MODEL) :]: entry
@@ -199,6 +201,8 @@ def _verify_manifest(folder: Path, hashes: bool) -> None:
     for entry in manifest.files:
         if (problem := check_file(folder, entry, hashes=hashes)) is not None:
             raise CheckpointError(f"{problem}: {again}")
+    if problem := incomplete(folder, manifest):
+        raise CheckpointError(f"{problem}: {again}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -294,7 +298,7 @@ class NativeWriter:
             if path.is_file():
                 entry = hash_file(path)
                 files.append(FileEntry(str(path.relative_to(self._folder)), entry.size, entry.sha256))
-        assert any(entry.name == DCP_METADATA for entry in files)
+        assert any(entry.name == METADATA for entry in files)
         return Manifest(
             iteration=0,
             files=tuple(sorted(files, key=lambda entry: entry.name)),
