@@ -11,7 +11,7 @@ from functools import partial
 
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lsh.config import BertConfig, assumed_world_size, parse_args, validate
 from megatron_lsh.data.loader import Datasets, build_bert_datasets
@@ -21,7 +21,7 @@ from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.training.dry_run import dry_run
 from megatron_lsh.training.faults import launch
-from megatron_lsh.training.loss import masked_mean
+from megatron_lsh.training.losses import Losses, Mean
 from megatron_lsh.training.run import Task
 from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.step import Batch
@@ -41,8 +41,8 @@ def build_data(
     )
 
 
-def forward_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch: cross-entropy of the masked tokens, which is what the log calls lm loss.
+def forward_step(model: nn.Module, batch: Batch) -> Losses:
+    """Losses of one micro-batch: cross-entropy of the masked tokens, which is what the log calls lm loss.
 
     What is minimized besides it: the routers' auxiliary losses, and the cross-entropy of the sentence order (unless
     --bert-no-binary-head), Megatron-LM's sop loss.
@@ -52,8 +52,9 @@ def forward_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[s
     further = {}
     if order_B2 is not None:
         order_loss_B = F.cross_entropy(order_B2.float(), batch["is_random"], reduction="none")
-        further["sop loss"] = masked_mean(order_loss_B, real_BS[:, 0])
-    return masked_mean(loss_BS, batch["loss_mask"]), aux_loss, further
+        further["sop loss"] = Mean.of(order_loss_B, real_BS[:, 0])
+    loss = Mean.of(loss_BS, batch["loss_mask"])
+    return Losses(loss, Mean(aux_loss, loss.count), further)
 
 
 def configure() -> BertConfig:

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lsh.config import Config, assumed_world_size, parse_args, validate
 from megatron_lsh.data.loader import Datasets, build_train_valid_test
@@ -21,7 +21,7 @@ from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.training.dry_run import dry_run
 from megatron_lsh.training.faults import launch
-from megatron_lsh.training.loss import masked_mean
+from megatron_lsh.training.losses import Losses, Mean
 from megatron_lsh.training.run import Task, required
 from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.step import Batch
@@ -41,14 +41,14 @@ def build_data(cfg: Config, tokenizer: Tokenizer, ctx: ParallelContext, num_samp
     )
 
 
-def forward_step(cfg: Config, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss of one micro-batch: next-token cross-entropy where the loss mask is 1, and the routers' auxiliary losses."""
+def forward_step(cfg: Config, model: nn.Module, batch: Batch) -> Losses:
+    """Losses of one micro-batch: next-token cross-entropy where the loss mask is 1, and the routers' auxiliary losses."""
     position_ids_BS = batch["position_ids"] if cfg.data.reset_position_ids else None
     mask_B1SS = None
     if cfg.data.reset_attention_mask:
         mask_B1SS = document_attention_mask(batch["document_ids"])
     loss_BS, aux_loss = model(batch["tokens"], batch["labels"], position_ids_BS, mask_B1SS)
-    return masked_mean(loss_BS, batch["loss_mask"]), aux_loss
+    return Losses(Mean.of(loss_BS, batch["loss_mask"]), Mean(aux_loss, loss_BS.numel()))
 
 
 def configure() -> Config:

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lsh.config import T5Config, assumed_world_size, parse_args, validate
 from megatron_lsh.data.loader import Datasets, build_t5_datasets
@@ -20,7 +20,7 @@ from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.training.dry_run import dry_run
 from megatron_lsh.training.faults import launch
-from megatron_lsh.training.loss import masked_mean
+from megatron_lsh.training.losses import Losses, Mean
 from megatron_lsh.training.run import Task
 from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.step import Batch
@@ -40,8 +40,8 @@ def build_data(
     )
 
 
-def forward_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss of one micro-batch: cross-entropy of the spans and their sentinels, and the routers' auxiliary losses."""
+def forward_step(model: nn.Module, batch: Batch) -> Losses:
+    """Losses of one micro-batch: cross-entropy of the spans and their sentinels, and the routers' auxiliary losses."""
     loss_BS, aux_loss = model(
         batch["encoder_tokens"],
         batch["decoder_tokens"],
@@ -49,7 +49,8 @@ def forward_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         batch["decoder_padding_mask"],
         batch["labels"],
     )
-    return masked_mean(loss_BS, batch["loss_mask"]), aux_loss
+    loss = Mean.of(loss_BS, batch["loss_mask"])
+    return Losses(loss, Mean(aux_loss, loss.count))
 
 
 def configure() -> T5Config:

@@ -246,9 +246,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
         ),
         **_rejected("samples are always read in one shuffled order (single)", "--dataloader-type"),
         **_rejected(
-            "a loss per token is not implemented; the loss is the mean over micro-batches", "--calculate-per-token-loss"
-        ),
-        **_rejected(
             "optimizer state in less than fp32 is not implemented; shard it with --use-distributed-optimizer",
             "--use-precision-aware-optimizer --exp-avg-dtype",
         ),

@@ -17,6 +17,11 @@ class TrainingConfig:
     )
     train_iters: int | None = flag(None, "Iterations to train; or give --train-samples", at_least=1)
     train_samples: int | None = flag(None, "Sequences to train on; or give --train-iters", at_least=1)
+    calculate_per_token_loss: bool = flag(
+        False,
+        "Give every token with a loss the same weight in the gradient, over the whole global batch, instead of every "
+        "micro-batch",
+    )
     seed: int = flag(1234, "Seed of weights, data order and dropout", at_least=0)
     exit_interval: int | None = flag(None, "Save and exit when the iteration is a multiple of this", at_least=1)
     exit_duration_in_mins: float | None = flag(None, "Save and exit after this many minutes", above=0)

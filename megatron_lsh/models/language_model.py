@@ -1,4 +1,4 @@
-"""What GPT, BERT and T5 share: embedding, positions, masks, the projection onto the vocabulary, hooks of the train loop.
+"""What GPT, BERT and T5 share: embedding, positions, masks, the projection onto the vocabulary.
 
 Legend: S sequence (`s` its local share under sequence parallelism), B micro-batch, D hidden, V padded vocabulary
 (`v` the share of this tensor-parallel rank).
@@ -7,16 +7,15 @@ Legend: S sequence (`s` its local share under sequence parallelism), B micro-bat
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.attention import padding_attention_mask
 from megatron_lsh.models.embedding import LanguageModelEmbedding
+from megatron_lsh.models.model import Model
 from megatron_lsh.models.rotary import Rotary, rotary_embedding
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.transformer import SideInputs
-from megatron_lsh.moe.layer import MoELayer
-from megatron_lsh.moe.router import update_expert_biases
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.collectives import gather_sequence
 from megatron_lsh.parallel.context import ParallelContext
@@ -24,8 +23,8 @@ from megatron_lsh.parallel.parameters import Init
 from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, vocab_parallel_logits
 
 
-class LanguageModel(nn.Module):
-    """The base of all models. A subclass adds its stacks of layers and its heads.
+class LanguageModel(Model):
+    """The base of all models of language. A subclass adds its stacks of layers and its heads.
 
     Args:
         cfg: the configuration; parallel settings are not read.
@@ -38,31 +37,11 @@ class LanguageModel(nn.Module):
     def __init__(
         self, cfg: Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry, num_token_types: int = 0
     ) -> None:
-        super().__init__()
+        super().__init__(ctx, telemetry)
         self.cfg = cfg.model
-        self.ctx = ctx
-        self.telemetry = telemetry
         self.vocab_size = vocab_size
         self.shape = ModelShape.from_config(cfg.model)
         self.embedding = LanguageModelEmbedding(cfg.model, vocab_size, ctx, num_token_types)
-
-    def moe_layers(self) -> list[MoELayer]:
-        """The mixture-of-experts layers, in order."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
-
-    def set_iteration(self, iteration: int, total: int | None = None) -> None:
-        """Tell the MoE layers which iteration begins (0-based), and of how many; the LSH schedules count them."""
-        for layer in self.moe_layers():
-            layer.set_iteration(iteration, total)
-
-    def update_expert_bias(self) -> None:
-        """After an optimizer step: move the balancing biases of the routers by the load since the last call."""
-        update_expert_biases([layer.router for layer in self.moe_layers()], self.ctx)
-
-    def discard_expert_load(self) -> None:
-        """After a skipped optimizer step: forget the load of its micro-batches."""
-        for layer in self.moe_layers():
-            layer.router.discard_counts()
 
     def _build_output_layer(self) -> ColumnParallelLinear | None:
         """The projection onto the vocabulary, unless the embedding serves (tied)."""

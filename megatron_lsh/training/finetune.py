@@ -30,6 +30,7 @@ from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import initialize_parameters
 from megatron_lsh.training.classification import ClassificationEvaluator
 from megatron_lsh.training.early_stopping import EarlyStopping
+from megatron_lsh.training.losses import Losses, Mean
 from megatron_lsh.training.run import Task, required
 from megatron_lsh.training.step import Batch
 
@@ -113,6 +114,7 @@ def finetune_task(cfg: FinetuneConfig, data: Prepared) -> Task:
         build_model=lambda _, vocab, ctx, telemetry: build_classifier(cfg, count, vocab, ctx, telemetry),
         build_data=lambda cfg, _, ctx, samples: _sets(cfg, data, ctx, samples[0]),
         forward_step=classification_step,
+        loss_tokens=lambda batch: len(batch["label"]),
         evaluator=ClassificationEvaluator(count, class_scores),
         early_stopping=EarlyStopping(figure, cfg.finetune.early_stopping_patience),
         # An evaluation of a head that starts afresh would mean nothing: then the checkpoint must have it.
@@ -122,10 +124,11 @@ def finetune_task(cfg: FinetuneConfig, data: Prepared) -> Task:
     )
 
 
-def classification_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def classification_step(model: nn.Module, batch: Batch) -> Losses:
     """Mean cross-entropy of the texts of a micro-batch, and the routers' auxiliary losses."""
     logits_BC, aux_loss = model(*_inputs(model, batch))
-    return F.cross_entropy(logits_BC.float(), batch["label"]), aux_loss
+    texts = len(batch["label"])
+    return Losses(Mean(F.cross_entropy(logits_BC.float(), batch["label"]), texts), Mean(aux_loss, texts))
 
 
 def class_scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -148,7 +151,7 @@ def zero_shot_scores(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(scores, dim=1)
 
 
-def _no_training(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def _no_training(model: nn.Module, batch: Batch) -> Losses:
     raise AssertionError("zero-shot classification does not train")
 
 

@@ -15,6 +15,7 @@ from megatron_lsh.config import Config, padded_vocab_size, to_dict
 from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import DataError
+from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
@@ -28,7 +29,7 @@ from megatron_lsh.training.reporter import Reporter, RunFigures
 from megatron_lsh.training.schedule import Schedule, schedule_shape
 from megatron_lsh.training.startup import describe_model, save_config
 from megatron_lsh.training.state import TrainState
-from megatron_lsh.training.step import ForwardStep, Step
+from megatron_lsh.training.step import Batch, ForwardStep, Step
 from megatron_lsh.training.upcycling import start_from_dense
 
 #: (run, "train", "valid" or "test", whether to stop) -> figures of this set by name, "loss" first; None if told to stop.
@@ -39,11 +40,13 @@ Evaluator = Callable[["Run", str, Callable[[], bool]], "dict[str, float] | None"
 class Task:
     """What an entry script decides: the model, the data and the loss; for fine-tuning also what it is judged by."""
 
-    build_model: Callable[[Any, int, ParallelContext, MoETelemetry], nn.Module]
+    build_model: Callable[[Any, int, ParallelContext, MoETelemetry], Model]
     """(configuration, padded vocabulary, context, telemetry) -> model with its initial weights, not yet sharded"""
     build_data: Callable[[Any, Tokenizer, ParallelContext, tuple[int, int, int]], Datasets]
     """(..., wanted numbers of train, valid and test samples) -> datasets; collective"""
     forward_step: ForwardStep
+    loss_tokens: Callable[[Batch], int] = lambda batch: int(batch["loss_mask"].sum())
+    """how many tokens of a micro-batch have a loss"""
     evaluator: Evaluator | None = None
     """evaluates a whole set, in place of the mean loss over --eval-iters batches; the validations are then epochs apart"""
     early_stopping: EarlyStopping | None = None
@@ -67,7 +70,7 @@ class Run:
     """before padding"""
     datasets: Datasets
     telemetry: MoETelemetry
-    model: nn.Module
+    model: Model
     step: Step
     state: TrainState
     checkpoints: CheckpointManager
@@ -152,6 +155,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
         global_batch_size=batch,
         clip_grad=cfg.optimizer.clip_grad,
         total_iterations=required(cfg.training.train_iters),
+        loss_tokens=task.loss_tokens if cfg.training.calculate_per_token_loss else None,
     )
     timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     checkpoint = start_from_dense(cfg, ctx)

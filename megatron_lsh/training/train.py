@@ -17,7 +17,7 @@ from megatron_lsh.training.profiling import Profiling
 from megatron_lsh.training.run import Run, Task, set_up
 from megatron_lsh.training.startup import introduce, set_determinism
 from megatron_lsh.training.state import TrainState
-from megatron_lsh.training.step import StepResult, model_hook
+from megatron_lsh.training.step import StepResult
 
 
 def train(cfg: Config, task: Task) -> TrainState:
@@ -111,7 +111,7 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
     if nothing_to_do or getattr(run.datasets, split) is None:
         return
     # The model runs as in the iteration just done; a run that only evaluates has none and must be told.
-    model_hook(run.model, "set_iteration", max(run.state.iteration - 1, 0), run.step.total_iterations)
+    run.model.set_iteration(max(run.state.iteration - 1, 0), run.step.total_iterations)
     outcomes: dict[str, dict[str, float]] = {}
     for dispatch in _dispatches(run.cfg):
         exactly = exact_dispatch(run.model) if dispatch == "exact" else nullcontext()

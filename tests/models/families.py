@@ -18,7 +18,7 @@ from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.data_parallel import finalize_gradients, shard_model
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.random import seed_everything
-from megatron_lsh.training.loss import masked_mean
+from megatron_lsh.training.losses import Mean
 from tests.models.model_helpers import VOCAB, fill, full_gradients
 
 #: Padding (False) at the end of the second of two rows.
@@ -72,11 +72,11 @@ def bert_loss(model: BertModel, batch: Batch) -> tuple[Tensor, Tensor]:
     loss_BS, order_B2, aux_loss = model(  # type: ignore[misc]
         batch["tokens"], batch["token_types"], batch["padding_mask"], batch["labels"]
     )
-    loss = masked_mean(loss_BS, batch["padding_mask"])
+    loss = Mean.of(loss_BS, batch["padding_mask"]).value
     if order_B2 is not None:
         rows_B = batch["padding_mask"][:, 0]
         wrong_B = nn.functional.cross_entropy(order_B2.float(), batch["labels"][:, 0] % 2, reduction="none")
-        loss = loss + masked_mean(wrong_B, rows_B)
+        loss = loss + Mean.of(wrong_B, rows_B).value
     return loss, aux_loss
 
 
@@ -85,7 +85,7 @@ def t5_loss(model: T5Model, batch: Batch) -> tuple[Tensor, Tensor]:
         batch["encoder_tokens"], batch["decoder_tokens"], batch["encoder_padding_mask"],
         batch["decoder_padding_mask"], batch["labels"],
     )  # fmt: skip
-    return masked_mean(loss_BS, batch["decoder_padding_mask"]), aux_loss
+    return Mean.of(loss_BS, batch["decoder_padding_mask"]).value, aux_loss
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.training.losses import Losses
 from megatron_lsh.training.run import Task
 from pretrain_gpt_moe import build_data, forward_step
 
@@ -29,7 +30,7 @@ def tiny_config(flags: str = "", world_size: int = 1) -> Config:
     return validate(parse_args([*TINY.split(), *length, *flags.split()]), world_size)
 
 
-def tiny_task(cfg: Config, loss: Callable[..., tuple[Tensor, Tensor]] = forward_step) -> Task:
+def tiny_task(cfg: Config, loss: Callable[..., Losses] = forward_step) -> Task:
     """GPT on mock data; `loss` may be a saboteur that wraps the real one."""
     return Task(build_gpt, build_data, partial(loss, cfg))
 

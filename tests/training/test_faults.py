@@ -19,6 +19,7 @@ from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.faults import StopRequest, launch, together
+from megatron_lsh.training.losses import Losses
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
@@ -34,15 +35,15 @@ class NanOnRank:
     def __init__(self, rank: int, calls: set[int], gradient_only: bool = False) -> None:
         self.rank, self.calls, self.gradient_only, self.count = rank, calls, gradient_only, 0
 
-    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        loss, aux_loss = forward_step(cfg, model, batch)
+    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> Losses:
+        losses = forward_step(cfg, model, batch)
         self.count += 1
-        if self.count - 1 in self.calls and int(os.environ["RANK"]) == self.rank:
-            if self.gradient_only:  # d/dx of 0 * sqrt(x) at 0
-                zero = (loss - loss.detach()).square()
-                return loss + zero.sqrt(), aux_loss
-            return loss * float("nan"), aux_loss
-        return loss, aux_loss
+        if self.count - 1 not in self.calls or int(os.environ["RANK"]) != self.rank:
+            return losses
+        loss = losses.main.value
+        zero = (loss - loss.detach()).square()  # d/dx of 0 * sqrt(x) at 0
+        bad = loss + zero.sqrt() if self.gradient_only else loss * float("nan")
+        return replace(losses, main=replace(losses.main, value=bad))
 
 
 def skip_on_two_ranks() -> tuple[list[bool], list[float]]:
@@ -129,7 +130,7 @@ class SignalOnRank:
     def __init__(self, rank: int, iteration: int, number: int) -> None:
         self.rank, self.iteration, self.number, self.count = rank, iteration, number, 0
 
-    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> Losses:
         if model.training:
             if self.count == self.iteration and int(os.environ["RANK"]) == self.rank:
                 os.kill(os.getpid(), self.number)

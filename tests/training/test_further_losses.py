@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lsh.config import BertConfig, parse_args, validate
 from megatron_lsh.models.bert import build_bert
+from megatron_lsh.training.losses import Losses
 from megatron_lsh.training.run import Task
 from megatron_lsh.training.step import Batch, ForwardStep
 from megatron_lsh.training.train import train
@@ -49,9 +51,10 @@ def test_sentence_order_loss_of_bert(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_it_is_minimized(tmp_path: Path) -> None:
-    def added_by_hand(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, aux_loss, further = forward_step(model, batch)
-        return loss, aux_loss + further["sop loss"]
+    def added_by_hand(model: nn.Module, batch: Batch) -> Losses:
+        losses = forward_step(model, batch)
+        aux_loss = losses.auxiliary.value + losses.further["sop loss"].value
+        return Losses(losses.main, replace(losses.auxiliary, value=aux_loss))
 
     found = []
     for name, step in (("named", forward_step), ("by-hand", added_by_hand)):

@@ -17,7 +17,6 @@ from megatron_lsh.models.cache import KVCache
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.generate import Sampling, draw, generate
-from megatron_lsh.training.loss import masked_mean
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.state import TrainState
@@ -175,12 +174,6 @@ def test_generate() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         generate(Successor(), [], ctx, vocab_size=16, context_length=8)
     assert NullTokenizer(15).detokenize(stopped) == "4 5"
-
-
-def test_masked_mean() -> None:
-    loss_BS = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
-    assert masked_mean(loss_BS, torch.tensor([[1.0, 1.0], [1.0, 0.0]])) == 2.0
-    assert masked_mean(loss_BS, torch.zeros(2, 2)) == 0.0
 
 
 def test_state_keeps_count() -> None:
