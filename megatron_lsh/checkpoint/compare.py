@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,8 @@ _FUNCTION = {
     "finetune": ("classes", "pooling"),
 }
 _SECTIONS = ("model", "moe", "lsh")
+# Parameters that models of before did not have, and with which, at zero, they compute what they did: ends of names.
+_ZERO_IF_ABSENT = (".mlp.router.bias",)
 _TASKS = ("finetune",)  # whose other settings are about data and not about weights
 
 
@@ -93,6 +95,22 @@ def fresh_keys(metadata: Metadata, tensors: Mapping[str, Tensor], fresh: tuple[s
     stored = metadata.state_dict_metadata
     candidates = {key for key in tensors if _short(key).startswith(fresh)} if fresh else set()
     return {key for key in candidates if key not in stored or _shape(stored[key]) != tuple(tensors[key].shape)}
+
+
+def zero_if_absent(stored: Collection[str], wanted: Iterable[str]) -> set[str]:
+    """Parameters that a checkpoint lacks because it is older than they are (it has none of the kind), and are zero then.
+
+    Args:
+        stored: names, or keys, of the checkpoint.
+        wanted: those of the model.
+    """
+    absent = tuple(end for end in _ZERO_IF_ABSENT if not any(name.endswith(end) for name in stored))
+    return {name for name in wanted if absent and name.endswith(absent)}
+
+
+def started_at_zero(names: set[str]) -> str:
+    """What is said about `zero_if_absent`."""
+    return f"the checkpoint was written before models had {short_names(names)}: they start at zero"
 
 
 def unused_keys(metadata: Metadata, tensors: Mapping[str, Tensor], unused: tuple[str, ...]) -> set[str]:

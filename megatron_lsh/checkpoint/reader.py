@@ -26,8 +26,10 @@ from megatron_lsh.checkpoint.compare import (
     fresh_keys,
     padded_keys,
     short_names,
+    started_at_zero,
     summary,
     unused_keys,
+    zero_if_absent,
 )
 from megatron_lsh.checkpoint.manifest import MANIFEST, Manifest, ManifestError, check_file, read_manifest, share
 from megatron_lsh.checkpoint.metadata import Reader, incomplete
@@ -37,6 +39,7 @@ from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 from megatron_lsh.checkpoint.tensors import (
     PaddedLoadPlanner,
     allocate_optimizer,
+    local_tensors,
     model_tensors,
     parameter_names,
     restore_optimizer,
@@ -173,6 +176,8 @@ class _Plan:
 
     reader: Reader
     model: dict[str, Tensor]
+    zero: dict[str, Tensor]
+    """what the model has and older checkpoints have not, and that starts at zero"""
     optimizer: dict[str, Tensor]
     padded: set[str]
     saved: SavedState
@@ -238,10 +243,14 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     fresh, unused = set[str](), set[str]()
     if options.new_function:
         fresh, unused = fresh_keys(metadata, model, state.fresh), unused_keys(metadata, model, state.unused)
-    read = {key: tensor for key, tensor in model.items() if key not in fresh}
+    zero = zero_if_absent(metadata.state_dict_metadata, model) - fresh
+    read = {key: tensor for key, tensor in model.items() if key not in fresh | zero}
     padded = padded_keys(metadata, read | optimizer, state.padded_rows, saved.padded_rows)
     notices = _compare(metadata, read | optimizer, padded, fresh | unused, saved, config, state, options)
-    return _Plan(reader, read, optimizer, padded, saved, config, notices, _heads(fresh, unused))
+    if zero:
+        notices.append(started_at_zero(zero))
+    zeros = {key: model[key] for key in zero}
+    return _Plan(reader, read, zeros, optimizer, padded, saved, config, notices, _heads(fresh, unused))
 
 
 def _heads(fresh: set[str], unused: set[str]) -> str:
@@ -298,6 +307,8 @@ def _read_tensors(plan: _Plan, ranks: Ranks) -> None:
             raise
         except (Exception, CheckpointException) as error:
             raise DamagedCheckpoint(f"its tensors cannot be read: {describe(error, ranks.rank)}") from error
+    for tensor in local_tensors(plan.zero, copy=False).values():
+        tensor.zero_()
 
 
 def _restore(found: Found, state: TrainingState, plan: _Plan, options: LoadOptions) -> None:

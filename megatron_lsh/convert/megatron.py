@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.checkpoint import folders
+from megatron_lsh.checkpoint.compare import started_at_zero, zero_if_absent
 from megatron_lsh.config import padded_vocab_size
 from megatron_lsh.convert.hf import vocabulary_pieces
 from megatron_lsh.convert.megatron_args import args_of, config_of
@@ -79,6 +80,7 @@ class MegatronSource:
         self.cfg.model.vocab_size = self._vocab(vocab_size)
         self._stored: dict[str, list[list[StoredTensor]]] = {}
         self.tensors: dict[str, TensorSpec] = {}
+        self.notices: list[str] = []
         self._account()
         self.origin = Origin()
 
@@ -92,7 +94,7 @@ class MegatronSource:
         spec = self.tensors[rows.name]
         row, _ = find_row(rows.name)
         vocab = required_vocab(self.cfg)
-        if rows.name in VOCABULARY and rows.first >= vocab:
+        if rows.name not in self._stored or (rows.name in VOCABULARY and rows.first >= vocab):
             return torch.zeros(rows.count, *spec.shape[1:], dtype=spec.dtype)
         gated = row.cut == GATED and self.cfg.model.swiglu
         if row.local is not None:
@@ -122,8 +124,15 @@ class MegatronSource:
 
     def _account(self) -> None:
         problems: list[str] = []
-        for native, shape in model_shapes(self.cfg).items():
+        shapes = model_shapes(self.cfg)
+        zero = zero_if_absent(self._ranks.names(), shapes)  # megatron-core before 0.15 has no router bias
+        if zero:
+            self.notices.append(f"{self.what}: {started_at_zero(zero)}")
+        for native, shape in shapes.items():
             row, layer = find_row(native)
+            if native in zero:
+                self.tensors[native] = TensorSpec(shape, torch.float32)
+                continue
             copies = shape[0] if row.local is not None else 1
             stored = [self._ranks.find(row, layer, expert, copies) for expert in range(copies)]
             if not all(stored):
@@ -187,8 +196,12 @@ class _Ranks:
         shards = next((parts for parts in found if parts), [])
         return shards[:1] if row.cut == WHOLE else shards
 
+    def names(self) -> set[str]:
+        """Of the tensors in all files."""
+        return {name for model in self._models.values() for name in model}
+
     def unused(self) -> list[str]:
-        return sorted({name for model in self._models.values() for name in model} - self._used)
+        return sorted(self.names() - self._used)
 
     def _collect(self, name: str, ranks: list[list[tuple[int, int]]]) -> list[StoredTensor]:
         """One shard per entry of `ranks`, which lists the files that hold it alike."""

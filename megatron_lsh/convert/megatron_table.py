@@ -50,6 +50,7 @@ TABLE = (
     Row("L.mlp.linear_fc2.weight", COLUMNS),
     Row("L.mlp.linear_fc2.bias", WHOLE),
     Row("L.mlp.router.weight", WHOLE),
+    Row("L.mlp.router.bias", WHOLE),
     Row("L.mlp.router.expert_bias", WHOLE),
     Row(
         "L.mlp.experts.linear_fc1.weight", GATED,

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 import megatron_lsh
 from megatron_lsh.checkpoint import folders
+from megatron_lsh.checkpoint.compare import started_at_zero, zero_if_absent
 from megatron_lsh.checkpoint.manifest import (
     MANIFEST,
     FileEntry,
@@ -110,8 +111,15 @@ class NativeSource:
                 f"{self.what}: what the token dispatcher learned is left out; the exact model needs none of it"
             )
         shapes = model_shapes(self.cfg)
-        check_shapes(self.what, self._unpadded(), {name: self._unpadded_shape(name, s) for name, s in shapes.items()})
-        self.tensors = {name: TensorSpec(shape, self._stored[name].properties.dtype) for name, shape in shapes.items()}
+        zero = zero_if_absent(self._stored, shapes)
+        if zero:
+            self.notices.append(f"{self.what}: {started_at_zero(zero)}")
+        expected = {name: self._unpadded_shape(name, s) for name, s in shapes.items() if name not in zero}
+        check_shapes(self.what, self._unpadded(), expected)
+        self.tensors = {
+            name: TensorSpec(shape, torch.float32 if name in zero else self._stored[name].properties.dtype)
+            for name, shape in shapes.items()
+        }
         dtypes = common["extra"].get("hf_dtypes", {})
         self.origin = _origin(self.folder, self.cfg, {name: getattr(torch, kind) for name, kind in dtypes.items()})
 
@@ -123,8 +131,8 @@ class NativeSource:
         return whole(name, self.tensors[name])
 
     def read(self, rows: Rows) -> Tensor:
-        stored, spec = self._stored[rows.name], self.tensors[rows.name]
-        if rows.name in VOCABULARY and rows.first >= required_vocab(self.cfg):
+        stored, spec = self._stored.get(rows.name), self.tensors[rows.name]
+        if stored is None or (rows.name in VOCABULARY and rows.first >= required_vocab(self.cfg)):
             return torch.zeros(rows.count, *spec.shape[1:], dtype=spec.dtype)
         target = torch.empty(rows.count, *spec.shape[1:], dtype=spec.dtype)
         offsets = torch.Size([rows.first] + [0] * (target.ndim - 1))

@@ -61,7 +61,7 @@ class UpcycledSource:
 
     def read(self, rows: Rows) -> Tensor:
         spec = self.tensors[rows.name]
-        if rows.name.endswith("mlp.router.weight"):
+        if rows.name.endswith((".mlp.router.weight", ".mlp.router.bias")):
             return self._router(rows.name, spec)
         if _EXPERTS not in rows.name:
             return self._dense.read(rows)

@@ -79,10 +79,12 @@ class TopKRouter(nn.Module):
     Balancing without a loss (arXiv 2408.15664): experts are selected by s + bias, weighted by s. After each optimizer
     step :meth:`update_bias` moves every bias by a fixed rate towards balance.
 
-    State: ``weight`` [E, D]; with ``moe_router_enable_expert_bias`` the buffer ``expert_bias`` fp32 [E], saved with the
-    model. Counters are not saved; they are empty between optimizer steps.
+    State: ``weight`` [E, D]; ``bias`` [E], added to the logits, where linear layers have biases (as in megatron-core since
+    0.15); with ``moe_router_enable_expert_bias`` the buffer ``expert_bias`` fp32 [E], saved with the model. Counters are
+    not saved; they are empty between optimizer steps.
     """
 
+    bias: nn.Parameter | None
     expert_bias: Tensor | None
     _step_counts_E: Tensor
     _global_counts_E: Tensor
@@ -96,7 +98,10 @@ class TopKRouter(nn.Module):
         if ctx.tp.process_group is not None and ctx.tp.size > 1 and not ctx.sequence_parallel:
             raise ValueError("a router on several tensor-parallel ranks needs sequence parallelism")
         self._dtype = torch.float64 if moe_cfg.moe_router_dtype == "fp64" else torch.float32
-        self.weight = parameter((self._num_experts, hidden), ctx, init=Init("normal", model_cfg.init_method_std))
+        init = Init("normal", model_cfg.init_method_std)
+        self.weight = parameter((self._num_experts, hidden), ctx, init=init)
+        # Megatron-LM draws the bias like the weight instead of starting it at zero.
+        self.bias = parameter((self._num_experts,), ctx, init=init) if model_cfg.add_bias_linear else None
 
         def buffer(dtype: torch.dtype) -> Tensor:
             return torch.zeros(self._num_experts, dtype=dtype, device=ctx.device)
@@ -167,7 +172,9 @@ class TopKRouter(nn.Module):
             # In the router's precision: bf16 has only a handful of values within 1 +- 0.01.
             x_TD = x_TD.to(dtype)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
-        return _RouterLinear.apply(x_TD, local(self.weight, partial_grad=self._split_tokens), dtype)
+        partial = self._split_tokens
+        bias_E = None if self.bias is None else local(self.bias, partial_grad=partial)
+        return _RouterLinear.apply(x_TD, local(self.weight, partial_grad=partial), bias_E, dtype)
 
     def _draw(self, num_tokens: int, device: torch.device) -> Tensor:
         return torch.rand(num_tokens + self._num_experts, device=device)
@@ -372,17 +379,20 @@ def balanced_ids(
 
 
 class _RouterLinear(torch.autograd.Function):
-    """``x @ weight.T`` in the router's precision; keeps x for the backward pass in its own."""
+    """``x @ weight.T + bias`` in the router's precision; keeps x for the backward pass in its own."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        return x_TD.to(dtype) @ weight_ED.to(dtype).t()
+        ctx.bias_dtype = None if bias_E is None else bias_E.dtype
+        logits_TE = x_TD.to(dtype) @ weight_ED.to(dtype).t()
+        return logits_TE if bias_E is None else logits_TE + bias_E.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (grad_TE,) = grads
         x_TD, weight_ED = ctx.saved_tensors
         grad_x = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
         grad_weight = (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)
-        return grad_x, grad_weight, None
+        grad_bias = None if ctx.bias_dtype is None else grad_TE.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None

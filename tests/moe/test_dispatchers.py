@@ -73,7 +73,7 @@ def run(layer, x, mask=None, memo=None):
 def plain_loop(layer, x):
     """The definition of a MoE layer, one token at a time."""
     x_TD = x.flatten(0, 1)
-    logits = x_TD @ local(layer.router.weight).T
+    logits = x_TD @ local(layer.router.weight).T + local(layer.router.bias)
     fc1, fc2 = local(layer.experts.linear_fc1.weight), local(layer.experts.linear_fc2.weight)
     bias1 = getattr(layer.experts.linear_fc1, "bias", None)
     bias2 = getattr(layer.experts.linear_fc2, "bias", None)

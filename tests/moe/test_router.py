@@ -27,15 +27,22 @@ T, D, E = 16, 12, 6
 CPU = offline_context(device="cpu")
 
 
-def make_router(ctx: ParallelContext = CPU, **moe: Any) -> TopKRouter:
+def make_router(ctx: ParallelContext = CPU, bias: bool = True, **moe: Any) -> TopKRouter:
     settings: dict[str, Any] = {"num_experts": E, "moe_router_load_balancing_type": "none"} | moe
-    router = TopKRouter(ModelConfig(hidden_size=D, init_method_std=1.0), MoEConfig(**settings), ctx)
+    model = ModelConfig(hidden_size=D, init_method_std=1.0, add_bias_linear=bias)
+    router = TopKRouter(model, MoEConfig(**settings), ctx)
     initialize_parameters(router, seed=3)
     return router
 
 
 def tokens(count: int = T, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plain_logits(router: TopKRouter, x_TD: Tensor) -> Tensor:
+    """In the precision of `x_TD`."""
+    logits_TE = x_TD @ router.weight.to(x_TD.dtype).T
+    return logits_TE if router.bias is None else logits_TE + router.bias.to(x_TD.dtype)
 
 
 def expected_weights(logits: list[float], topk: int, kind: str, pre: bool, scale: float) -> tuple[list[int], Tensor]:
@@ -64,7 +71,7 @@ def test_weights(topk: int, kind: str, pre: bool, scale: float | None) -> None:
     )
     x = tokens()
     routing = router(x)
-    logits = (x.double() @ router.weight.double().T).tolist()
+    logits = plain_logits(router, x.double()).tolist()
     for t in range(T):
         ids, weights = expected_weights(logits[t], topk, kind, pre, scale or 1.0)
         assert routing.expert_ids_TK[t].tolist() == ids
@@ -85,7 +92,7 @@ def test_equals_transformers() -> None:
     mixtral = MixtralTopKRouter(transformers.MixtralConfig(num_local_experts=E, **common))
     qwen = Qwen3MoeTopKRouter(transformers.Qwen3MoeConfig(num_experts=E, norm_topk_prob=False, **common))
     for theirs, pre in ((mixtral, False), (qwen, True)):
-        ours = make_router(moe_router_pre_softmax=pre)
+        ours = make_router(bias=False, moe_router_pre_softmax=pre)
         with torch.no_grad():
             theirs.weight.copy_(ours.weight)
         _, weights, ids = theirs(tokens())
@@ -100,7 +107,7 @@ def test_arithmetic_is_wide_under_bf16() -> None:
         x = tokens(dtype=torch.bfloat16).requires_grad_()
         router.to(torch.bfloat16)
         routing = router(x)
-        logits = x.double() @ router.weight.double().T
+        logits = plain_logits(router, x.double())
         top = logits.topk(2)
         assert torch.equal(routing.expert_ids_TK, top.indices)
         torch.testing.assert_close(routing.probs_TK, top.values.softmax(-1).float(), rtol=1e-5, atol=1e-6)
@@ -108,6 +115,7 @@ def test_arithmetic_is_wide_under_bf16() -> None:
         (routing.probs_TK.square().sum() + routing.aux_loss).backward()
         assert x.grad is not None and x.grad.dtype == torch.bfloat16
         assert router.weight.grad is not None and router.weight.grad.dtype == torch.bfloat16
+        assert router.bias is not None and router.bias.grad is not None and router.bias.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -129,19 +137,21 @@ def test_gradcheck(kind: str, score: str, pre: bool) -> None:
     ).double()
     mask = torch.arange(8) != 3
 
-    def losses(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         router.discard_counts()
-        routing = torch.func.functional_call(router, {"weight": weight}, (x, mask, 2))
+        routing = torch.func.functional_call(router, {"weight": weight, "bias": bias}, (x, mask, 2))
         return routing.probs_TK, routing.aux_loss
 
     x = tokens(8, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(losses, (x, router.weight.detach().requires_grad_()))
+    assert router.bias is not None
+    weights = (router.weight.detach().requires_grad_(), router.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(losses, (x, *weights))
 
 
 def test_aux_loss_is_scaled_and_reported() -> None:
     router = make_router(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01, moe_z_loss_coeff=0.001)
     routing = router(tokens())
-    logits = tokens() @ router.weight.T
+    logits = plain_logits(router, tokens())
     fraction = routing.tokens_per_expert_E / (2 * T)
     balance, z = E * (fraction * logits.softmax(-1).mean(0)).sum(), logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(routing.load_balancing_loss, balance.detach())
@@ -155,7 +165,7 @@ def test_aux_loss_is_scaled_and_reported() -> None:
 def test_ties_go_to_the_lowest_id() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [float("nan"), 1.0, 2.0, 0.0]])
     assert top_ids(scores, 2).tolist() == [[1, 2], [0, 1], [0, 2]]
-    router = make_router(moe_router_topk=3)
+    router = make_router(bias=False, moe_router_topk=3)
     assert router(torch.zeros(4, D)).expert_ids_TK.tolist() == [[0, 1, 2]] * 4
 
 
@@ -208,7 +218,7 @@ def test_expert_bias_moves_towards_balance() -> None:
     assert torch.equal(router.expert_bias, expected) and expected.unique().numel() > 1
 
     after = router(tokens())
-    logits = tokens() @ router.weight.T
+    logits = plain_logits(router, tokens())
     s = torch.sigmoid(logits)
     assert torch.equal(after.expert_ids_TK, (s + expected).topk(2).indices)  # the bias selects ...
     chosen = s.gather(1, after.expert_ids_TK)
@@ -264,7 +274,7 @@ def test_forced_balance() -> None:
     first, second = router(x), router(x)
     assert first.tokens_per_expert_E.tolist() == [20] * E
     assert not torch.equal(first.expert_ids_TK, second.expert_ids_TK)
-    logits = (x @ router.weight.T).gather(1, first.expert_ids_TK)
+    logits = plain_logits(router, x).gather(1, first.expert_ids_TK)
     torch.testing.assert_close(first.probs_TK, logits.softmax(-1))  # the router's own weights for those experts
     first.probs_TK.square().sum().backward()
     assert router.weight.grad is not None and router.weight.grad.any()
@@ -278,7 +288,9 @@ def test_jitter_only_in_training() -> None:
     assert torch.equal(router.eval()(x).probs_TK, plain(x).probs_TK)
     logits = torch.ones(1000, D) @ torch.ones(1, D).T
     wide = TopKRouter(
-        ModelConfig(hidden_size=D), MoEConfig(num_experts=1, moe_router_topk=1, moe_input_jitter_eps=0.1), CPU
+        ModelConfig(hidden_size=D, add_bias_linear=False),
+        MoEConfig(num_experts=1, moe_router_topk=1, moe_input_jitter_eps=0.1),
+        CPU,
     )
     torch.nn.init.ones_(wide.weight)
     ratio = wide._logits(torch.ones(1000, D)) / logits
@@ -375,9 +387,14 @@ def _routed(router: TopKRouter, x: Tensor, mask: Tensor | None, batch: int) -> t
 
 
 def _weight_grad(router: TopKRouter) -> Tensor:
-    grad = router.weight.grad
-    assert grad is not None
-    return grad.full_tensor() if isinstance(grad, torch.distributed.tensor.DTensor) else grad
+    """Of the weight, and in the last column of the bias."""
+    columns = []
+    for parameter in (router.weight, router.bias):
+        assert parameter is not None and parameter.grad is not None
+        grad = parameter.grad
+        full = grad.full_tensor() if isinstance(grad, torch.distributed.tensor.DTensor) else grad
+        columns.append(full.view(E, -1))
+    return torch.cat(columns, 1)
 
 
 def _bias(router: TopKRouter) -> Tensor:
@@ -451,6 +468,13 @@ def test_tensor_parallel_layout_without_ranks() -> None:
     """A dry run builds every module without process groups."""
     router = make_router(offline_context(ParallelLayout(4, tp=2, ep=4), device="meta"))
     assert router.weight.shape == (E, D) and router.weight.is_meta
+
+
+def test_a_router_has_a_bias_where_linear_layers_have() -> None:
+    """As in megatron-core 0.15 and later, which draws it like the weight."""
+    router = make_router()
+    assert router.bias is not None and router.bias.shape == (E,) and 0.2 < router.bias.std() < 3
+    assert {name for name, _ in make_router(bias=False).named_parameters()} == {"weight"}
 
 
 @pytest.mark.gpu
