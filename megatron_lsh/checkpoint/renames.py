@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 #: (pattern of the old name, new name). A pattern must not match any name that is in use now.
-RENAMED: tuple[tuple[str, str], ...] = ()
+RENAMED: tuple[tuple[str, str], ...] = (
+    (r"\.mlp\.compressor\.low_rank\.", ".mlp.dispatcher.lsh.path.compressor.restore.low_rank."),
+)
 
 T = TypeVar("T")
 Renamed = Iterable[tuple[str, str]]

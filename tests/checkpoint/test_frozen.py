@@ -81,7 +81,9 @@ def test_a_frozen_checkpoint_goes_on_with_the_losses_of_then(
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [(line["iteration"], line["lm_loss"], line["grad_norm"]) for line in lines if "lm_loss" in line]
     if (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()) == MACHINE:
-        assert found == expected
+        assert [norm for _, _, norm in found] == [norm for _, _, norm in expected]  # every parameter has a part in it
+        # The reported loss is a mean over tokens now, and was one over micro-batches: equal in all digits of the log line.
+        assert [f"{loss:.6E}" for _, loss, _ in found] == [f"{loss:.6E}" for _, loss, _ in expected]
     for (iteration, loss, norm), (expected_iteration, expected_loss, expected_norm) in zip(
         found, expected, strict=True
     ):
