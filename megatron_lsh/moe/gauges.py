@@ -16,7 +16,7 @@ While a layer runs it adds to named *sums* (``LayerPass.add``); a gauge says whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -135,3 +135,14 @@ def max_over_mean(load_E: Tensor) -> Tensor:
 def quantile(share: float) -> Callable[[Tensor], Tensor]:
     """The percentile of the rows per expert."""
     return lambda load_E: torch.quantile(load_E, share)
+
+
+def gauge_table(gauges: Iterable[Gauge]) -> str:
+    """The table of docs/instruments.md (Markdown); ``python -m megatron_lsh.moe.instruments`` writes it there."""
+    lines = ["| key | unit | over the layers | meaning |", "|---|---|---|---|"]
+    for gauge in gauges:
+        over = {"sum": "sum", "mean": "mean", None: "per layer only"}[gauge.layers]
+        per_layer = "" if gauge.model_name is None else f" (per layer `{gauge.name}_per_layer`)"
+        name = gauge.model_name or (gauge.name if gauge.layers else f"{gauge.name}_per_layer")
+        lines.append(f"| `{name}`{per_layer} | {gauge.unit or '-'} | {over} | {gauge.meaning} |")
+    return "\n".join(lines)

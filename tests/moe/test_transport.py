@@ -195,7 +195,9 @@ def nothing_is_kept_after_arrival() -> None:
     flight = transport.start(rows_of(ctx.rank), plan, p)
     assert flight.token.stride() == (0, 0) and flight.token.shape == rows_of(ctx.rank).shape
     flight.wait()
-    kept = [value for value in vars(flight).values() if isinstance(value, Tensor) and value.untyped_storage().nbytes() > 8]
+    kept = [
+        value for value in vars(flight).values() if isinstance(value, Tensor) and value.untyped_storage().nbytes() > 8
+    ]
     assert kept == []
 
 
