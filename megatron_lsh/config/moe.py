@@ -66,6 +66,12 @@ class MoEConfig:
         "time, else alltoall), or a name registered by a plug-in "
         "(Megatron's default is allgather)",
     )
+    moe_node_deduplication: str = flag(
+        "auto",
+        "Exact dispatch over several nodes: send a token once to each node that has experts of it, instead of once per "
+        "expert; auto: where that sends fewer bytes",
+        choices=("auto", "on", "off"),
+    )
     moe_expert_capacity_factor: float | None = flag(
         None, "Rows per expert, as a multiple of the mean (absent: dropless)", above=0
     )
@@ -124,6 +130,12 @@ class LSHConfig:
         "Gradient of the restored rows: that of the formula, or (with --lsh-residual none) also the identity's, as if the "
         "residual had been added",
         choices=("exact", "straight-through"),
+    )
+    lsh_scope: str | None = flag(
+        None,
+        "Whose rows cluster together: those of all ranks of a node before they cross the network, or of each rank alone "
+        "(default: node, where expert parallelism spans nodes of several ranks)",
+        choices=("node", "rank"),
     )
     lsh_wire_dtype: str | None = flag(
         None,

@@ -21,6 +21,9 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = flag(
         None, "Ranks that share each expert; only 1 is implemented (default: 1; Megatron: the TP size)", at_least=1
     )
+    moe_node_size: int | None = flag(
+        None, "Ranks per node, in rank order; 1 makes every rank a node (default: what the launcher started)", at_least=1
+    )
     sequence_parallel: bool = flag(
         False,
         "Split activations along the sequence outside TP regions; MoE with TP > 1 turns it on (Megatron: an error)",

@@ -25,12 +25,14 @@ from megatron_lsh.moe.permute import Rows, sort_by_expert
 from megatron_lsh.moe.router import Routing
 from megatron_lsh.moe.transport import GAUGES as TRANSPORT_GAUGES
 from megatron_lsh.moe.transport import Plan, Transport
-from megatron_lsh.parallel.context import Group
 
 GAUGES = (
     *TRANSPORT_GAUGES,
     Gauge("alltoall_bytes_uncompressed", "bytes", "bytes of exact rows", summed("alltoall_bytes_uncompressed"),
           "what exact rows in the model's numbers would have been"),
+    Gauge("alltoall_bytes_network_uncompressed", "bytes", "network bytes of exact rows",
+          summed("alltoall_bytes_network_uncompressed"),
+          "what exact rows in the model's numbers, one per (token, expert), would have sent across the network"),
     Gauge("experts_time_ms", "ms", "experts, ms per step", averaged("experts_time_ms"),
           "the experts, forward and backward"),
     Gauge("lsh_restored_error", "share", "error of restored outputs", ratio("probe_error_energy", "probe_output_energy"),
@@ -174,29 +176,40 @@ class Compressed(nn.Module):
 class RowDispatcher(nn.Module):
     """Copies every token once per expert, sends these rows down a path, and sums up what comes back."""
 
-    def __init__(self, path: RowPath, num_experts: int, group: Group) -> None:
-        """``group``: the expert-parallel group."""
+    def __init__(self, path: RowPath, num_experts: int, exact: Transport | None, order_E: Tensor | None = None) -> None:
+        """
+        Args:
+            exact: what exact rows would take, to say how many bytes they would have been; None if somebody else says.
+            order_E: int64, the place of each expert's rows among the rows; None for the order of the experts.
+        """
         super().__init__()
         self.path = path
         self.gauges = tuple(getattr(path, "gauges", ()))
-        self._num_experts, self._group = num_experts, group
+        self._num_experts, self._exact, self._order_E = num_experts, exact, order_E
 
     def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
-        permutation = sort_by_expert(routing.expert_ids_TK, self._num_experts, routing.num_rows())
-        rows = Rows.of_tokens(x_TD, permutation)
-        self._count_exact_bytes(rows, p)
+        ids_TK = routing.expert_ids_TK
+        if self._order_E is not None:
+            ids_TK = torch.where(ids_TK < 0, -1, self._order_E[ids_TK.clamp(min=0)])
+        rows = Rows.of_tokens(x_TD, sort_by_expert(ids_TK, self._num_experts, routing.num_rows()))
+        if self._exact is not None:
+            count_exact_bytes(x_TD, routing.tokens_per_expert_E, self._exact, p)
         # Weights are applied at the source: what is sent may stand for rows with different weights.
         return self.path(rows, experts, p).combine(routing.probs_TK)
 
-    def _count_exact_bytes(self, rows: Rows, p: LayerPass) -> None:
-        """What an exact all-to-all would send: each row there and back, in this pass and (unless that ran) in backward."""
-        if self._group.size == 1:
-            return
-        local = rows.counts_E.view(self._group.size, -1).sum(1)
-        remote = local.sum() - local[self._group.rank]
-        x = rows.source_MD
-        backward = x.requires_grad and torch.is_grad_enabled() and not p.replay
-        p.add(alltoall_bytes_uncompressed=remote * (x.shape[1] * x.element_size() * (4 if backward else 2)))
+
+def count_exact_bytes(x_TD: Tensor, counts_E: Tensor, transport: Transport, p: LayerPass) -> None:
+    """What an exact all-to-all of ``counts_E`` rows would send: there and back, and in backward unless that ran already."""
+    if transport.group.size == 1:
+        return
+    sent_P = counts_E.view(transport.group.size, -1).sum(1)
+    far_P = torch.tensor(transport.near, device=sent_P.device).logical_not()
+    backward = x_TD.requires_grad and torch.is_grad_enabled() and not p.replay
+    row_bytes = x_TD.shape[1] * x_TD.element_size() * (4 if backward else 2)
+    p.add(
+        alltoall_bytes_uncompressed=(sent_P.sum() - sent_P[transport.group.rank]) * row_bytes,
+        alltoall_bytes_network_uncompressed=(sent_P * far_P).sum() * row_bytes,
+    )
 
 
 class Shortcut(nn.Module):

@@ -9,6 +9,7 @@ While a layer runs it adds to named *sums* (``LayerPass.add``); a gauge says whi
     summed("a")           sum over ranks and micro-batches, per iteration
     averaged("a", "b")    the same for a + b, divided by the ranks: what one rank spent
     busiest("a")          of the rank with the largest sum, per iteration
+    busiest_over_mean("a")  that over the mean of the ranks
     per_micro_batch("a")  mean over micro-batches and data-parallel ranks
     ratio("a", "b")       sum of a over sum of b; there is none where b is zero
     of_load(f)            f of the rows per expert
@@ -70,6 +71,16 @@ def averaged(*sums: str) -> Combine:
 def busiest(name: str) -> Combine:
     """The largest rank's sum, per iteration."""
     return Combine((name,), lambda found: found.largest.get(name, 0.0) / found.iterations, needs_largest=True)
+
+
+def busiest_over_mean(name: str) -> Combine:
+    """The largest rank's sum over the mean of the ranks; 1 is perfect balance."""
+
+    def figure(found: Reduced) -> float | None:
+        mean = found.sums.get(name, 0.0) / found.ranks
+        return found.largest.get(name, 0.0) / mean if mean > 0 else None
+
+    return Combine((name,), figure, needs_largest=True)
 
 
 def per_micro_batch(name: str) -> Combine:

@@ -39,7 +39,9 @@ from megatron_lsh.moe.compressors.lsh import (
 from megatron_lsh.moe.compressors.tokens import TokenLSHCompressor
 from megatron_lsh.moe.dispatcher import GAUGES as DISPATCHER_GAUGES
 from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, Shortcut, ThroughExperts
-from megatron_lsh.moe.schedule import EXACT, LOSSLESS, Scheduled, Trial
+from megatron_lsh.moe.nodes import GAUGES as NODE_GAUGES
+from megatron_lsh.moe.nodes import DeduplicatedDispatcher, ExceptOwnNode, InsideNode, node_order
+from megatron_lsh.moe.schedule import DEDUPLICATED, EXACT, LOSSLESS, Scheduled, Trial
 from megatron_lsh.moe.transport import AllGatherTransport, AllToAllTransport, LocalTransport, Transport
 from megatron_lsh.moe.wire import make_codec
 from megatron_lsh.parallel.context import ParallelContext
@@ -47,7 +49,7 @@ from megatron_lsh.parallel.context import ParallelContext
 ENTRY_POINT_GROUP = "megatron_lsh.dispatchers"
 
 #: What the dispatchers of this package measure; a run's outputs have these figures whichever of them runs.
-GAUGES = (*DISPATCHER_GAUGES, *LSH_GAUGES)
+GAUGES = (*DISPATCHER_GAUGES, *LSH_GAUGES, *NODE_GAUGES)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class DispatcherSpec:
         """What moves rows, in the numbers of ``--lsh-wire-dtype``; with one expert-parallel rank nothing moves."""
         kind = LocalTransport if self.ctx.ep.size == 1 else kind
         wire = self.lsh.lsh_wire_dtype
-        return kind(self.ctx.ep, self.num_experts, None if wire is None else make_codec(wire))
+        codec = None if wire is None else make_codec(wire)
+        return kind(self.ctx.ep, self.num_experts, codec, self.ctx.node_of_rank)
 
 
 DispatcherFactory = Callable[[DispatcherSpec], Dispatcher]
@@ -89,9 +92,9 @@ def row_dispatcher(
     path: ThroughExperts | Compressed = ThroughExperts(transport)
     if compressor is not None:
         # The probe compares with rows that travelled in the model's numbers.
-        exact = ThroughExperts(type(transport)(spec.ctx.ep, spec.num_experts))
+        exact = ThroughExperts(type(transport)(spec.ctx.ep, spec.num_experts, None, spec.ctx.node_of_rank))
         path = Compressed(path, compressor, exact, spec.lsh.lsh_probe_interval)
-    return RowDispatcher(path, spec.num_experts, spec.ctx.ep)
+    return RowDispatcher(path, spec.num_experts, transport)
 
 
 def lsh_dispatcher(
@@ -105,6 +108,97 @@ def lsh_dispatcher(
     """LSH as the flags say, but for the parts that are given."""
     compressor = lsh_compressor(spec, cluster=cluster, represent=represent, restore=restore)
     return row_dispatcher(spec, compressor, transport)
+
+
+def node_lsh_dispatcher(spec: DispatcherSpec) -> RowDispatcher:
+    """LSH at node scope: rows of all ranks of a node cluster together before they cross the network (nodes.py)."""
+    ctx, nodes = spec.ctx, spec.ctx.ep_node.size
+    per_rank = spec.num_experts // ctx.ep.size
+    inside = AllToAllTransport(ctx.ep_local, spec.num_experts, None, ctx.node_of_rank)
+    codec = spec.transport().codec
+    network, as_is = (
+        ThroughExperts(AllToAllTransport(ctx.ep_node, nodes * per_rank, numbers, ctx.node_of_rank))
+        for numbers in (codec, None)
+    )
+    compressor = ExceptOwnNode(lsh_compressor(spec), nodes, ctx.ep_node.rank)
+    path = InsideNode(inside, Compressed(network, compressor, as_is, spec.lsh.lsh_probe_interval))
+    order_E = node_order(nodes, ctx.ep_local.size, per_rank, ctx.device)
+    return RowDispatcher(path, spec.num_experts, spec.transport(), order_E)
+
+
+def deduplicated_dispatcher(spec: DispatcherSpec) -> DeduplicatedDispatcher:
+    """Exact, with one row per (token, node) across the network (nodes.py)."""
+    ctx, nodes = spec.ctx, spec.ctx.ep_node.size
+    per_node = spec.num_experts // nodes
+    network = AllToAllTransport(ctx.ep_node, nodes, spec.transport().codec, ctx.node_of_rank)
+    kind = LocalTransport if ctx.ep_local.size == 1 else AllToAllTransport
+    inside = ThroughExperts(kind(ctx.ep_local, per_node, None, ctx.node_of_rank))
+    return DeduplicatedDispatcher(network, RowDispatcher(inside, per_node, None), spec.transport(), per_node)
+
+
+def scope_of(spec: DispatcherSpec) -> str:
+    """``--lsh-scope`` with its default filled in: "node" or "rank".
+
+    Raises:
+        ConfigError: node scope was asked for, and expert parallelism does not span nodes of several ranks, evenly.
+    """
+    fits = _even(spec) and spec.ctx.ep_local.size > 1
+    if spec.lsh.lsh_scope == "node" and not fits:
+        raise ConfigError(
+            "lsh.lsh_scope (node) must have expert parallel groups that span several nodes, with equally many ranks on each "
+            f"and more than one; here a group of {spec.ctx.ep.size} ranks lies on nodes as {nodes_in_words(spec)}: "
+            "leave --lsh-scope out, or say with --moe-node-size how many ranks a node has"
+        )
+    return "node" if fits and spec.lsh.lsh_scope != "rank" and spec.lsh.lsh_residual != "lowrank" else "rank"
+
+
+def _even(spec: DispatcherSpec) -> bool:
+    """Whether expert-parallel groups span several nodes, with equally many ranks on each."""
+    nodes = {spec.ctx.node_of_rank[rank] for rank in spec.ctx.ep.ranks}
+    return len(nodes) == spec.ctx.ep_node.size > 1
+
+
+def nodes_in_words(spec: DispatcherSpec) -> str:
+    """How the ranks of the expert-parallel group lie on nodes: ``2 + 2 ranks``."""
+    nodes = [spec.ctx.node_of_rank[rank] for rank in spec.ctx.ep.ranks]
+    return " + ".join(str(nodes.count(node)) for node in dict.fromkeys(nodes)) + (
+        " ranks" if len(nodes) > 1 else " rank"
+    )
+
+
+def deduplicates(spec: DispatcherSpec) -> bool:
+    """``--moe-node-deduplication`` with its default filled in: whether exact dispatch sends fewer bytes so.
+
+    With K experts per token spread evenly over M nodes, a token visits (M - 1) (1 - (1 - 1/M)^K) other nodes and has
+    K (M - 1) / M experts there.
+    """
+    nodes, topk, asked = spec.ctx.ep_node.size, spec.moe.moe_router_topk, spec.moe.moe_node_deduplication
+    if not _even(spec) or asked == "off":
+        return False
+    visits, rows = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk), topk * (nodes - 1) / nodes
+    metadata = 8 * topk / (4 * spec.hidden)  # an id and a weight per expert, beside a row
+    return asked == "on" or visits * (1 + metadata) < rows
+
+
+def describe(spec: DispatcherSpec) -> str | None:
+    """One line for the log where several nodes take part: what was chosen, and how many rows cross the network."""
+    nodes, topk = spec.ctx.ep_node.size, spec.moe.moe_router_topk
+    several = len({spec.ctx.node_of_rank[rank] for rank in spec.ctx.ep.ranks}) > 1
+    if not several:
+        return None
+    where = f"expert parallelism over nodes of {nodes_in_words(spec)}"
+    name = spec.moe.moe_token_dispatcher_type
+    if not _even(spec):
+        return f"{where}: not equally many on each, so every rank sends its rows by itself"
+    flat = topk * (nodes - 1) / nodes
+    if name in ("lsh", "auto"):
+        scope, rate = scope_of(spec), spec.lsh.lsh_target_rate
+        sent = f"{rate * flat:.2f}" if spec.lsh.lsh_clustering == "budget" else "fewer"
+        return f"{where}: LSH at {scope} scope; {sent} rows per token cross the network instead of {flat:.2f}"
+    if name == "alltoall" and deduplicates(spec):
+        visits = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk)
+        return f"{where}: one row per (token, node), about {visits:.2f} per token across the network instead of {flat:.2f}"
+    return f"{where}: {flat:.2f} rows per token cross the network"
 
 
 def lsh_compressor(
@@ -151,9 +245,13 @@ def _allgather(spec: DispatcherSpec) -> RowDispatcher:
     return row_dispatcher(spec, transport=spec.transport(AllGatherTransport))
 
 
+def _lsh(spec: DispatcherSpec) -> RowDispatcher:
+    return node_lsh_dispatcher(spec) if scope_of(spec) == "node" else lsh_dispatcher(spec)
+
+
 def builtin_dispatchers() -> dict[str, DispatcherFactory]:
     """The dispatchers of this package. With one expert-parallel rank each uses the local transport."""
-    return {"alltoall": row_dispatcher, "allgather": _allgather, "lsh": lsh_dispatcher, "auto": lsh_dispatcher}
+    return {"alltoall": row_dispatcher, "allgather": _allgather, "lsh": _lsh, "auto": _lsh}
 
 
 def build_dispatcher(spec: DispatcherSpec) -> Scheduled:
@@ -171,11 +269,17 @@ def build_dispatcher(spec: DispatcherSpec) -> Scheduled:
     chosen, trial = EXACT, None
     # No row travels with one rank, and none may be compressed in the first layers: nothing to try there.
     settled = name == "auto" and (spec.ctx.ep.size == 1 or spec.layer < spec.lsh.lsh_start_layer)
+    if name in ("alltoall", "auto") and deduplicates(spec):
+        alternatives[DEDUPLICATED] = deduplicated_dispatcher(spec)
+        chosen = DEDUPLICATED
     if not sends_all and not settled:
         chosen = "lsh" if name in ("lsh", "auto") else "plugin"
         alternatives[chosen] = factory(spec)
+        if name == "auto" and scope_of(spec) == "node":
+            alternatives["lsh per rank"] = lsh_dispatcher(spec)
     if name == "auto" and not settled:
-        trial = Trial(spec.layer, (EXACT, chosen), spec.lsh.lsh_auto_iters, spec.ctx.device)
+        tried = tuple(key for key in alternatives if key != LOSSLESS)
+        trial = Trial(spec.layer, tried, spec.lsh.lsh_auto_iters, spec.ctx.device)
     if spec.moe.moe_gradient_shortcut:
         alternatives = {key: Shortcut(dispatcher) for key, dispatcher in alternatives.items()}
     return Scheduled(alternatives, chosen, spec.lsh, spec.layer, trial)

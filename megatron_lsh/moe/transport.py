@@ -14,9 +14,9 @@ between too. The rows themselves are kept by nobody: a flight that has arrived h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,10 @@ from megatron_lsh.parallel.context import Group
 GAUGES = (
     Gauge("alltoall_bytes", "bytes", "bytes sent per step, all ranks", summed("alltoall_bytes"),
           "payload that ranks send to other ranks, both ways, forward and backward"),
+    Gauge("alltoall_bytes_network", "bytes", "bytes across the network per step", summed("alltoall_bytes_network"),
+          "the part of `alltoall_bytes` that crosses the network between nodes"),
+    Gauge("alltoall_bytes_node", "bytes", "bytes inside nodes per step", summed("alltoall_bytes_node"),
+          "the part of `alltoall_bytes` that stays inside a node"),
     Gauge("alltoall_bytes_out_max", "bytes", "bytes sent by the busiest rank", busiest("alltoall_bytes"),
           "payload that the busiest rank sends to others", layers=None),
     Gauge("alltoall_bytes_in_max", "bytes", "bytes received by the busiest rank", busiest("alltoall_bytes_in"),
@@ -42,6 +46,19 @@ GAUGES = (
 
 #: Waits until a payload is there and returns it, one row each, in the order in which it is wanted.
 Landing = Callable[[], Tensor]
+
+
+class Movement(NamedTuple):
+    """Rows that set out.
+
+    Attributes:
+        land: waits for the other ranks' rows.
+        sent, received: rows to and from each rank of the group.
+    """
+
+    land: Landing
+    sent: Sequence[int]
+    received: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -70,16 +87,25 @@ class Transport(ABC):
     :meth:`order` if it needs others.
     """
 
-    def __init__(self, group: Group, num_experts: int, codec: WireCodec | None = None) -> None:
+    def __init__(
+        self, group: Group, num_experts: int, codec: WireCodec | None = None, node_of_rank: Sequence[int] = ()
+    ) -> None:
         """
         Args:
             group: the expert-parallel group; rank r holds experts [r E/EP, (r+1) E/EP).
             num_experts: E.
             codec: the numbers in which rows travel; None for those they have.
+            node_of_rank: the node of each rank of the world, to tell the network's bytes from those inside a node; by
+                default all ranks are on one.
         """
         self.group = group
+        self.num_experts = num_experts
         self.local_experts = num_experts // group.size
         self.codec = codec
+        self.node_of_rank = tuple(node_of_rank)
+        nodes = [node_of_rank[rank] if node_of_rank else 0 for rank in group.ranks]
+        #: Whether each rank of the group is on this rank's node.
+        self.near = [node == nodes[group.rank] for node in nodes]
 
     def plan(self, counts_E: Tensor, p: LayerPass) -> Callable[[], Plan]:
         """Start telling all ranks how many rows this one sends to each expert.
@@ -145,17 +171,19 @@ class Transport(ABC):
         sent_P = counts_PE[rank].view(self.group.size, local).sum(1)
         return Plan(arriving_PL.sum(0), sent_P.tolist(), arriving_PL.sum(1).tolist(), sort_R, unsort_R)
 
+    def remote_rows(self, movement: Movement) -> tuple[int, int, int]:
+        """Rows of a movement to ranks of other nodes, to other ranks of this node, and from other ranks."""
+        own = self.group.rank
+        near = sum(rows for rows, is_near in zip(movement.sent, self.near, strict=True) if is_near)
+        return sum(movement.sent) - near, near - movement.sent[own], sum(movement.received) - movement.received[own]
+
     def order(self, rows: Tensor, plan: Plan, outward: bool) -> Tensor:
         """Rows in the order in which they leave."""
         return rows
 
     @abstractmethod
-    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
-        """Send rows towards the experts or back.
-
-        Returns:
-            What waits for the other ranks' rows, and the rows that this rank sends to others and receives from them.
-        """
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> Movement:
+        """Send rows towards the experts or back."""
 
 
 class LocalTransport(Transport):
@@ -175,17 +203,23 @@ class LocalTransport(Transport):
     def start_back(self, rows_RD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
         return Arrived(rows_RD, columns)
 
-    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
-        return lambda: payload, 0, 0
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> Movement:
+        return Movement(lambda: payload, [0], [0])
 
 
 class AllToAllTransport(Transport):
     """One all-to-all with uneven splits each way; a row travels only to the rank of its expert."""
 
+    def remote_rows(self, movement: Movement) -> tuple[int, int, int]:
+        """Rows of a movement to ranks of other nodes, to other ranks of this node, and from other ranks."""
+        own = self.group.rank
+        near = sum(rows for rows, is_near in zip(movement.sent, self.near, strict=True) if is_near)
+        return sum(movement.sent) - near, near - movement.sent[own], sum(movement.received) - movement.received[own]
+
     def order(self, rows: Tensor, plan: Plan, outward: bool) -> Tensor:
         return rows if outward or plan.unsort_R is None else rows.index_select(0, plan.unsort_R)
 
-    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> Movement:
         leaving, arriving = plan.send_splits, plan.recv_splits
         if not outward:
             leaving, arriving = arriving, leaving
@@ -198,8 +232,7 @@ class AllToAllTransport(Transport):
             work.wait()
             return received.index_select(0, plan.sort_R) if outward and plan.sort_R is not None else received
 
-        rank = self.group.rank
-        return land, sum(leaving) - leaving[rank], sum(arriving) - arriving[rank]
+        return Movement(land, leaving, arriving)
 
 
 class AllGatherTransport(Transport):
@@ -224,7 +257,7 @@ class AllGatherTransport(Transport):
         sort_R = arrival_R if sort_R is None else arrival_R[sort_R]
         return Plan(mine_PL.sum(0), [int(rows_P[rank])], [block] * size, sort_R.to(device), None)
 
-    def move(self, payload: Tensor, plan: Plan, outward: bool) -> tuple[Landing, int, int]:
+    def move(self, payload: Tensor, plan: Plan, outward: bool) -> Movement:
         block, size, group = plan.recv_splits[0], self.group.size, self.group.process_group
         everything = payload.new_zeros(size * block, payload.shape[1])
         sort_R = plan.sort_R
@@ -243,7 +276,7 @@ class AllGatherTransport(Transport):
             work.wait()
             return everything.index_select(0, sort_R) if outward else returned[: plan.send_splits[0]]
 
-        return land, (size - 1) * block, (size - 1) * block
+        return Movement(land, [block] * size, [block] * size)
 
 
 class Flight:
@@ -285,9 +318,15 @@ class Flight:
         own_width, own_dtype, shapes = payload.shape[1], payload.dtype, [(c.shape[1:], c.dtype) for c in columns]
         if columns:
             payload = torch.cat([_as_bytes(t) for t in (payload, *columns)], 1)
-        land, sent, received = p.time("alltoall_time_ms", transport.move, payload, plan, outward)
-        row_bytes = payload.shape[1] * payload.element_size()
-        p.add(alltoall_bytes=sent * row_bytes, alltoall_bytes_in=received * row_bytes)
+        movement: Movement = p.time("alltoall_time_ms", transport.move, payload, plan, outward)
+        land, row_bytes = movement.land, payload.shape[1] * payload.element_size()
+        network, near, received = transport.remote_rows(movement)
+        p.add(
+            alltoall_bytes=(network + near) * row_bytes,
+            alltoall_bytes_network=network * row_bytes,
+            alltoall_bytes_node=near * row_bytes,
+            alltoall_bytes_in=received * row_bytes,
+        )
         width, dtype = rows.shape[1], rows.dtype
 
         def landing() -> list[Tensor]:

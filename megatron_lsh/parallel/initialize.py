@@ -47,26 +47,24 @@ PURPOSES = MappingProxyType(
 )
 
 
-def initialize(config: ParallelConfig, moe: bool = True, ranks_per_node: int | None = None) -> ParallelContext:
+def initialize(config: ParallelConfig, moe: bool = True) -> ParallelContext:
     """Initialise torch.distributed from the launcher's environment (one process without it) and cut the world into groups.
 
     All groups are created here, eagerly, with the user's time-out. `moe` says whether the model has experts: then
-    tensor parallelism turns sequence parallelism on. Nodes are those of the launcher, or, with `ranks_per_node`, so many
-    ranks each in rank order. Raises ConfigError, on every rank and before any connection is made, for sizes or devices
+    tensor parallelism turns sequence parallelism on. Nodes are those of the launcher, or, with --moe-node-size, so
+    many ranks each in rank order. Raises ConfigError, on every rank and before any connection is made, for sizes or devices
     that do not fit.
     """
     check_complete(os.environ)
     place = place_of(os.environ)
     layout = ParallelLayout.from_config(config, place.world_size)
-    if ranks_per_node is not None and ranks_per_node < 1:
-        raise ConfigError(f"ranks per node ({ranks_per_node}) must be at least 1: 1 makes every rank a node")
     device = _device(config, place.local_rank)
     backend = _backend(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _init_process_group(backend, place, _timeout(config), device)
-    return make_context(config, layout, place, device, moe=moe, ranks_per_node=ranks_per_node)
+    return make_context(config, layout, place, device, moe=moe, ranks_per_node=config.moe_node_size)
 
 
 def shutdown(context: ParallelContext) -> None:

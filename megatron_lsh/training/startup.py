@@ -101,6 +101,16 @@ def _cpu() -> str:
     return f"CPU with {torch.get_num_threads()} thread(s) per rank"
 
 
+def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
+    """Print, on rank 0, how rows cross the network, where expert parallelism spans nodes."""
+    if cfg.moe.num_experts is None or ctx.rank != 0:
+        return
+    spec = DispatcherSpec(cfg.moe, cfg.lsh, ctx, cfg.model.hidden_size or 1, cfg.moe.num_experts, 0)
+    line = describe(spec)
+    if line is not None:
+        print(line, flush=True)
+
+
 def describe_model(model: nn.Module, vocab_size: int, padded_vocab_size: int, ctx: ParallelContext) -> None:
     """Print, on rank 0, the number of parameters."""
     total, local = num_parameters(model), num_local_parameters(model)

@@ -53,15 +53,15 @@ class Watched(AllToAllTransport):
     events: list[str]
 
     def move(self, payload: Tensor, plan: Plan, outward: bool):  # type: ignore[no-untyped-def]
-        land, sent, received = super().move(payload, plan, outward)
+        movement = super().move(payload, plan, outward)
         way = "out" if outward else "back"
         self.events.append(f"start {way}")
 
         def watched() -> Tensor:
             self.events.append(f"wait {way}")
-            return land()
+            return movement.land()
 
-        return watched, sent, received
+        return movement._replace(land=watched)
 
 
 def rows_of(rank: int, scale: float = 1.0) -> Tensor:
