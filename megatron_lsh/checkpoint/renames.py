@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 #: (pattern of the old name, new name). A pattern must not match any name that is in use now.
 RENAMED: tuple[tuple[str, str], ...] = (
+    # The learned map of --lsh-residual lowrank became a part of the dispatcher's restoration.
     (r"\.mlp\.compressor\.low_rank\.", ".mlp.dispatcher.lsh.path.compressor.restore.low_rank."),
 )
 

@@ -27,7 +27,7 @@ from megatron_lsh.training.flops import peak_flops, tokens_per_sample, training_
 from megatron_lsh.training.optimizer import build_optimizer
 from megatron_lsh.training.reporter import Reporter, RunFigures
 from megatron_lsh.training.schedule import Schedule, schedule_shape
-from megatron_lsh.training.startup import describe_model, save_config
+from megatron_lsh.training.startup import describe_dispatch, describe_model, save_config
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import Batch, ForwardStep, Step
 from megatron_lsh.training.upcycling import start_from_dense
@@ -138,6 +138,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
     model = together(ctx, lambda: task.build_model(cfg, padded, ctx, telemetry))
     shard_model(model, ctx, cfg.precision)
     describe_model(model, vocab_size, padded, ctx)
+    describe_dispatch(cfg, ctx)
     optimizer = together(ctx, lambda: build_optimizer(model, cfg.optimizer))
     schedule = Schedule(
         optimizer,

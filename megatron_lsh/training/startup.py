@@ -18,6 +18,8 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.config.serialize import describe, to_json
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.moe.registry import DispatcherSpec
+from megatron_lsh.moe.registry import describe as describe_dispatcher
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import num_local_parameters, num_parameters
 
@@ -106,7 +108,7 @@ def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
     if cfg.moe.num_experts is None or ctx.rank != 0:
         return
     spec = DispatcherSpec(cfg.moe, cfg.lsh, ctx, cfg.model.hidden_size or 1, cfg.moe.num_experts, 0)
-    line = describe(spec)
+    line = describe_dispatcher(spec)
     if line is not None:
         print(line, flush=True)
 

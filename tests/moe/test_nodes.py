@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lsh.config import parse_args, validate
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
@@ -178,3 +179,8 @@ def test_experts_in_the_order_of_the_ranks_they_go_through() -> None:
     order = node_order(nodes=2, ranks=2, local_experts=2, device=torch.device("cpu"))
     # Ranks (0,0) (0,1) (1,0) (1,1) hold experts 01 23 45 67; through local rank 0 go 01 45, through 1 go 23 67.
     assert torch.argsort(order).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_a_node_has_at_least_one_rank() -> None:
+    with pytest.raises(ConfigError, match=r"moe_node_size \(0\) must be at least 1"):
+        validate(parse_args(["--moe-node-size", "0"]), 1)
