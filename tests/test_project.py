@@ -32,8 +32,8 @@ ALLOWED = {
     "models": {"errors", "config", "parallel", "ops", "lsh", "moe"},
     "data": {"errors", "config"},
     "checkpoint": {"errors", "config", "parallel"},
-    # builds models to fill them
-    "convert": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "checkpoint"},
+    # builds models to fill them, and tokenizers to compare them
+    "convert": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "data", "checkpoint"},
     "training": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "data", "checkpoint", "convert"},
 }
 # Created by installing, training, testing or caching; a document may name paths inside them.

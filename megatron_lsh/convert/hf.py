@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lsh.config import Config
+from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.hf_config import choose_family, read_hf_config, write_hf_config
-from megatron_lsh.convert.safetensors import SafetensorsReader, SafetensorsWriter
+from megatron_lsh.convert.safetensors import FLOATS, SafetensorsReader, SafetensorsWriter
 from megatron_lsh.convert.source import (
     VOCABULARY,
     Origin,
@@ -53,12 +52,14 @@ class HuggingFaceSource:
     def __init__(self, folder: str | Path, max_position_embeddings: int | None = None) -> None:
         folder = Path(folder)
         self.what = str(folder)
-        config = _read_json(folder / "config.json", "--load takes a folder with the files of one Hugging Face model")
+        config = read_json(folder / "config.json", "--load takes a folder with the files of one Hugging Face model")
         self.family, self.cfg, self.notices = read_hf_config(
             config, str(folder / "config.json"), max_position_embeddings
         )
         self._model = ModelShape.from_config(self.cfg.model)
-        self._reader = SafetensorsReader(_weight_files(folder))
+        files, notices = _weight_files(folder)
+        self.notices += notices
+        self._reader = SafetensorsReader(files)
         self._rows: dict[str, tuple[Row, int]] = {}
         self._fused: set[str] = set()
         self.tensors: dict[str, TensorSpec] = {}
@@ -116,7 +117,8 @@ class HuggingFaceSource:
             else:
                 expected = hub_shapes(self.family, native, shape, self.cfg)
             parts = {name: found[name] for name in expected if name in found}
-            problems += [f"{name} is missing" for name in expected if name not in found]
+            absent = [name for name in expected if name not in found and name not in self._reader.others]
+            problems += [f"{name} is missing" for name in absent]
             problems += [
                 f"{name} in {self._reader.file_of(name).name} has shape {list(part.shape)} and should have "
                 f"{list(expected[name])}"
@@ -128,6 +130,12 @@ class HuggingFaceSource:
             dtype = reduce(torch.promote_types, kinds) if kinds else torch.float32
             dtypes |= {name: part.dtype for name, part in parts.items() if part.dtype != dtype}
             self.tensors[native] = TensorSpec(shape, dtype)
+        problems += [
+            f"{name} in {self._reader.file_of(name).name} is of type {kind}, which must be one of {', '.join(FLOATS)}: "
+            "quantized models are not supported"
+            for name, kind in self._reader.others.items()
+            if not IGNORED.fullmatch(name)
+        ]
         extra = [name for name in found if name not in used and not IGNORED.fullmatch(name)]
         if extra == ["lm_head.weight"] and self._repeats_embedding():
             extra = []
@@ -234,7 +242,7 @@ class HuggingFaceWriter:
         same = origin.hf_config if origin.hf_config.get("model_type") == self.family.model_type else {}
         tokens = {key: value for key, value in origin.hf_config.items() if key.endswith("_token_id")}
         config = write_hf_config(self._source.cfg, self.family, dtype, {**tokens, **same})
-        _write_json(self._folder / "config.json", config)
+        write_json(self._folder / "config.json", config)
         generation = self._folder / "generation_config.json"
         if not generation.exists():
             ids = {
@@ -242,7 +250,7 @@ class HuggingFaceWriter:
                 for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                 if config.get(key) is not None
             }
-            _write_json(generation, {"_from_model_config": True, **ids})
+            write_json(generation, {"_from_model_config": True, **ids})
 
 
 def _family(source: Source, model_type: str | None) -> Family:
@@ -255,24 +263,25 @@ def _family(source: Source, model_type: str | None) -> Family:
     return choose_family(source.cfg, model_type)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of weights that transformers would read, and a notice if there are others."""
     index, single = folder / INDEX, folder / "model.safetensors"
+    if single.exists():
+        return [single], [f"{index} is passed over, as transformers does: {single} is there"] if index.exists() else []
     if not index.exists():
-        if single.exists():
-            return [single]
         other = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
         raise CheckpointError(
             f"{folder} has neither model.safetensors nor {INDEX}"
             + (f" (but {', '.join(sorted(other)[:3])})" if other else "")
             + ": only safetensors are read; save the model again with save_pretrained of a recent transformers"
         )
-    weight_map = _read_json(index, "download it again").get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: download it again")
     files = sorted({str(name) for name in weight_map.values()})
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     fail(str(index), [f"the shard {name} is not there" for name in missing], "download the missing files")
-    return [folder / name for name in files]
+    return [folder / name for name in files], []
 
 
 def small_files(folder: Path) -> dict[str, Path]:
@@ -289,19 +298,3 @@ def _belongs_along(path: Path) -> bool:
         and path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken")
         and not path.name.endswith(".index.json")
     )
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} must hold a JSON object: download it again")
-    return document
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

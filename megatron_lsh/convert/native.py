@@ -5,8 +5,6 @@ Written ones are ``SAVE/release``: weights without a training state, of which a 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -53,10 +51,12 @@ from megatron_lsh.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_lsh.checkpoint.metadata import METADATA, Reader, incomplete
-from megatron_lsh.checkpoint.saved import CONFIG, STATE
+from megatron_lsh.checkpoint.saved import CONFIG, STATE, read_state
+from megatron_lsh.checkpoint.saved import read_config as read_saved_config
 from megatron_lsh.checkpoint.tensors import MODEL
 from megatron_lsh.checkpoint.writer import layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
+from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.hf import vocabulary_pieces
 from megatron_lsh.convert.source import (
     VOCABULARY,
@@ -94,7 +94,7 @@ class NativeSource:
         self.folder = find_native(Path(folder), step)
         self.what = str(self.folder)
         _verify_manifest(self.folder, verify)
-        common = _read_json(self.folder / STATE)
+        saved = read_state(self.folder)
         self.cfg = read_config(self.folder)
         self._reader = Reader(self.folder)
         metadata = self._reader.metadata
@@ -120,7 +120,7 @@ class NativeSource:
             name: TensorSpec(shape, torch.float32 if name in zero else self._stored[name].properties.dtype)
             for name, shape in shapes.items()
         }
-        dtypes = common["extra"].get("hf_dtypes", {})
+        dtypes = saved.extra.get("hf_dtypes", {})
         self.origin = _origin(self.folder, self.cfg, {name: getattr(torch, kind) for name, kind in dtypes.items()})
 
     def pieces(self, name: str) -> list[Rows]:
@@ -213,17 +213,10 @@ def _verify_manifest(folder: Path, hashes: bool) -> None:
         raise CheckpointError(f"{problem}: {again}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes())  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
 def read_config(folder: Path) -> Config:
     """Settings of the run that wrote a checkpoint, with the vocabulary that its tensors really have."""
-    cfg: Config = from_dict({"version": 1, "derived": [], "config": _read_json(folder / CONFIG)})
-    rows = set(_read_json(folder / STATE)["padded_rows"].values())
+    cfg: Config = from_dict({"version": 1, "derived": [], "config": read_saved_config(folder)})
+    rows = set(read_state(folder).padded_rows.values())
     if len(rows) == 1:
         cfg.model.vocab_size = rows.pop()
     return cfg
@@ -233,7 +226,7 @@ def _origin(folder: Path, cfg: Config, dtypes: Mapping[str, torch.dtype]) -> Ori
     own = folder / HF
     if own.is_dir():
         files = {path.name: path for path in sorted(own.iterdir()) if path.name != "config.json"}
-        return Origin(_read_json(own / "config.json"), files, dtypes)
+        return Origin(read_json(own / "config.json"), files, dtypes)
     small, token_ids = tokenizer_files(cfg.data)
     return Origin(token_ids, small, dtypes)
 
@@ -274,8 +267,8 @@ class NativeWriter:
             "optimizer": None,
             "layout": layout,
         }
-        _write_json(self._folder / STATE, state)
-        _write_json(self._folder / CONFIG, self._config())
+        write_json(self._folder / STATE, state)
+        write_json(self._folder / CONFIG, self._config())
         self._copy_small_files()
         write_manifest(self._folder, self._manifest(layout))
 
@@ -297,7 +290,7 @@ class NativeWriter:
             return
         (self._folder / HF).mkdir()
         origin.copy_files(self._folder / HF)
-        _write_json(self._folder / HF / "config.json", origin.hf_config)
+        write_json(self._folder / HF / "config.json", origin.hf_config)
         sync_folder(self._folder / HF)
 
     def _manifest(self, layout: dict[str, Any]) -> Manifest:
@@ -361,13 +354,6 @@ def _write_item(source: Source, rows: Rows) -> WriteItem:
             size=torch.Size(spec.shape),
         ),
     )
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    with open(path, "x", encoding="utf-8") as stream:
-        stream.write(json.dumps(document, indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def mark_release(root: Path) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from megatron_lsh.data.progress import clock
+
 
 class ByteProgress:
     """Progress over a known number of bytes: a line that is rewritten on a terminal, a new line every 10 s elsewhere.
@@ -43,9 +45,3 @@ class ByteProgress:
             f"{self._done / 1e6 / seconds:.0f} MB/s | "
         ) + (f"took {clock(seconds)}" if share >= 1.0 else f"ETA {left}")
         print("\r\033[K" + text if self._terminal else text, end=end, file=self._stream, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss"""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,139 +1,84 @@
-"""Reading and writing safetensors files one tensor (or some of its rows) at a time, without mapping files into memory.
+"""Reading and writing safetensors files one tensor (or some of its rows) at a time.
 
-A file is: uint64 little-endian length of the header | JSON header, {name: {dtype, shape, data_offsets: [begin, end]}} with
-offsets counted from the header's end | the tensors, row-major, little-endian, without gaps.
-https://github.com/huggingface/safetensors#format
+Reading is the business of the library, which checks headers thoroughly. Its writer takes a whole file's tensors at once, so
+writing one tensor after the other is done here. A file is: uint64 little-endian length of the header | JSON header,
+{name: {dtype, shape, data_offsets: [begin, end]}} with offsets counted from the header's end | the tensors, row-major,
+little-endian, without gaps. https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_lsh.convert.source import TensorSpec
+from megatron_lsh.convert.source import TensorSpec, bytes_of
 from megatron_lsh.errors import CheckpointError
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+# Types of weights: others (integers, eight bits) are parts of quantized models.
+FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
     {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 )
-_NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
-_LONGEST_HEADER = 100_000_000  # bytes, the limit of the reference implementation
+_NAMES = MappingProxyType({dtype: name for name, dtype in FLOATS.items()})
 _AGAIN = "download or copy the file again"
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    begin: int  # byte in the file
-    spec: TensorSpec
 
 
 class SafetensorsReader:
     """All tensors of some safetensors files. Making it reads and checks the headers only.
 
-    Raises CheckpointError: naming the file and the tensor, for a truncated or damaged file, an unsupported type, or a
-    tensor that is in two files.
+    Attributes:
+        tensors: shape and type of those that can be weights.
+        others: name -> type of the rest, which `read` does not take.
+
+    Raises CheckpointError: naming the file (and the tensor), for a truncated or damaged file, or a tensor that is in two.
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._entries: dict[str, _Entry] = {}
+        self.tensors: dict[str, TensorSpec] = {}
+        self.others: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
         for file in files:
-            for name, entry in _read_header(file).items():
-                if name in self._entries:
-                    raise CheckpointError(f"{name} is in {self._entries[name].file} and in {file}: remove one of them")
-                self._entries[name] = entry
-
-    @property
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {name: entry.spec for name, entry in self._entries.items()}
+            with _opened(file) as content:
+                for name in content.keys():  # noqa: SIM118 - not a mapping
+                    if name in self._files:
+                        raise CheckpointError(f"{name} is in {self._files[name]} and in {file}: remove one of them")
+                    self._files[name] = file
+                    stored = content.get_slice(name)
+                    kind, shape = stored.get_dtype(), tuple(stored.get_shape())
+                    if kind in FLOATS:
+                        self.tensors[name] = TensorSpec(shape, FLOATS[kind])
+                    else:
+                        self.others[name] = kind
 
     def file_of(self, name: str) -> Path:
-        return self._entries[name].file
+        return self._files[name]
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """The tensor, or `count` of its rows. Raises CheckpointError if the file cannot be read."""
-        entry = self._entries[name]
-        shape = list(entry.spec.shape)
-        row = math.prod(shape[1:]) * entry.spec.dtype.itemsize
-        if count is not None:
-            shape[0] = count
-        tensor = torch.empty(shape, dtype=entry.spec.dtype)
-        try:
-            with open(entry.file, "rb", buffering=0) as stream:
-                stream.seek(entry.begin + first * row)
-                _read_into(stream, tensor)
-        except OSError as error:
-            raise CheckpointError(f"{entry.file} cannot be read: {error.strerror or error}: {_AGAIN}") from None
-        return tensor
+        # Opened each time: a mapping that lives on would keep all that was read in this process's memory.
+        with _opened(self._files[name]) as content:
+            if count is None:
+                return content.get_tensor(name)  # type: ignore[no-any-return]
+            return content.get_slice(name)[first : first + count]  # type: ignore[no-any-return]
 
 
-def _read_into(stream: Any, tensor: Tensor) -> None:
-    view = bytes_of(tensor)
-    while view:
-        got = stream.readinto(view[: 1 << 30])
-        if not got:
-            raise OSError("the file ended early")
-        view = view[got:]
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise CheckpointError(f"{file} is truncated or not a safetensors file: {_AGAIN}")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}: {_AGAIN}") from None
-    except ValueError:
-        raise CheckpointError(f"{file} has a damaged header: {_AGAIN}") from None
-    entries: dict[str, _Entry] = {}
-    end = 8 + length
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        entries[name] = entry = _entry(file, name, value, 8 + length)
-        if entry.begin + entry.spec.nbytes > size:
-            raise CheckpointError(
-                f"{file} is truncated: {name} ends at byte {entry.begin + entry.spec.nbytes} of {size}: {_AGAIN}"
-            )
-        end = max(end, entry.begin + entry.spec.nbytes)
-    if end != size:
-        raise CheckpointError(f"{file} has {size - end} bytes behind its last tensor: {_AGAIN}")
-    return entries
-
-
-def _entry(file: Path, name: str, value: Any, data: int) -> _Entry:
-    try:
-        kind, shape = value["dtype"], tuple(int(size) for size in value["shape"])
-        begin, end = value["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file} has a damaged header (at {name}): {_AGAIN}") from None
-    if kind not in DTYPES:
-        raise CheckpointError(
-            f"{file}: {name} is of type {kind}, which must be one of {', '.join(DTYPES)}: quantized models are not supported"
-        )
-    entry = _Entry(file, data + begin, TensorSpec(shape, DTYPES[kind]))
-    if begin < 0 or end - begin != entry.spec.nbytes:
-        raise CheckpointError(f"{file} has a damaged header ({name} has {end - begin} bytes of data): {_AGAIN}")
-    return entry
+        with safe_open(file, framework="pt") as content:
+            yield content
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} cannot be read as safetensors ({text}): {_AGAIN}") from None
 
 
 class SafetensorsWriter:

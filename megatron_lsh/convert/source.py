@@ -100,6 +100,11 @@ class Source(Protocol):
         ...
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def all_pieces(source: Source) -> Iterator[Rows]:
     """Every piece of every tensor."""
     for name in source.tensors:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_lsh.convert.safetensors import bytes_of
-from megatron_lsh.convert.source import TensorSpec
+from megatron_lsh.convert.source import TensorSpec, bytes_of
 from megatron_lsh.errors import CheckpointError
 
 # Classes that Megatron-LM's files name beside tensors: settings, random states, bookkeeping. None of it is used, so what is
@@ -72,15 +71,11 @@ class StoredTensor:
     def read(self) -> Tensor:
         """Raises CheckpointError."""
         tensor = torch.empty(self.spec.shape, dtype=self.spec.dtype)
-        view = bytes_of(tensor)
         try:
-            with open(self.file, "rb", buffering=0) as stream:
+            with open(self.file, "rb") as stream:
                 stream.seek(self.begin)
-                while view:
-                    got = stream.readinto(view[: 1 << 30])  # type: ignore[attr-defined]
-                    if not got:
-                        raise OSError("the file ended early")
-                    view = view[got:]
+                if stream.readinto(bytes_of(tensor)) != self.spec.nbytes:
+                    raise OSError("the file ended early")
         except OSError as error:
             raise CheckpointError(f"{self.file} cannot be read: {error.strerror or error}: copy it again") from None
         return tensor
@@ -156,17 +151,16 @@ class TorchFileWriter:
                 text = "torch.save failed, perhaps for lack of space"
                 raise OSError(errno.EIO, text, str(file)) from error
         self._places: dict[str, StoredTensor] = open_torch_file(file)["model"]
-        self._stream = open(file, "r+b", buffering=0)  # noqa: SIM115
+        self._stream = open(file, "r+b")  # noqa: SIM115
 
     def write(self, name: str, value: Tensor, first_row: int = 0) -> None:
         """Fill in a tensor, or the rows of it that begin with `first_row`."""
         place = self._places[name]
         row = place.spec.nbytes // max(place.spec.shape[0], 1)
         self._stream.seek(place.begin + first_row * row)
-        view = bytes_of(value.contiguous())
-        while view:
-            view = view[self._stream.write(view) :]
+        self._stream.write(bytes_of(value.contiguous()))
 
     def close(self) -> None:
+        self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()

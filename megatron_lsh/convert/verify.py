@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.convert.progress import ByteProgress
-from megatron_lsh.convert.safetensors import bytes_of
-from megatron_lsh.convert.source import VOCABULARY, Rows, Source, all_pieces, fail, required_vocab
+from megatron_lsh.convert.source import VOCABULARY, Rows, Source, all_pieces, bytes_of, fail, required_vocab
 from megatron_lsh.errors import CheckpointError
 
 _BLOCK = 2**24  # elements looked at in one go

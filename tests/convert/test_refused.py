@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lsh.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
+from megatron_lsh.convert.logits import our_logits
+from megatron_lsh.convert.safetensors import SafetensorsReader
 from megatron_lsh.convert.source import Rows, Source
 from megatron_lsh.errors import CheckpointError
 from tests.checkpoint.disks import tmpfs
 from tests.convert.helpers import QUIET, contents, hf_tensors
-from tests.convert.tiny import save_tiny
+from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 Change = Callable[[dict[str, Tensor]], None]
@@ -47,6 +50,14 @@ def poison(tensors: dict[str, Tensor]) -> None:
 
 def integers(tensors: dict[str, Tensor]) -> None:
     tensors[EXPERT] = tensors[EXPERT].to(torch.int8)
+
+
+def eight_bits(tensors: dict[str, Tensor]) -> None:
+    tensors[EXPERT] = tensors[EXPERT].to(torch.float8_e4m3fn)
+
+
+def counter(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.mlp.steps"] = torch.tensor([3])
 
 
 def surplus(tensors: dict[str, Tensor]) -> None:
@@ -76,7 +87,9 @@ def copy_of(model: Path, folder: Path, change: Change | None = None) -> Path:
         (delete, rf"{EXPERT} is missing.*incomplete or of another model; download it again"),
         (rename, rf"{EXPERT} is missing; {EXPERT.replace('w3', 'w4')} in model.safetensors is left over"),
         (reshape, rf"{EXPERT} in model.safetensors has shape \[47, 32\] and should have \[48, 32\]"),
-        (integers, rf"{EXPERT} is of type I8, which must be one of BF16.*quantized models are not supported"),
+        (integers, rf"{EXPERT} in model.safetensors is of type I8, which must be one of BF16.*quantized models"),
+        (eight_bits, rf"{EXPERT} in model.safetensors is of type F8_E4M3, which must be one of BF16.*quantized models"),
+        (counter, r"model.layers.0.mlp.steps in model.safetensors is of type I64"),
         (surplus, r"model.layers.1.self_attn.q_proj.bias in model.safetensors is left over"),
     ],
 )
@@ -106,22 +119,48 @@ def truncate(folder: Path, keep: float) -> None:
 def test_damaged_files(model: Path, tmp_path: Path) -> None:
     folder = copy_of(model, tmp_path / "truncated")
     truncate(folder, 0.7)
-    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated: .* ends at byte .*: download or copy"):
+    damaged = r"model.safetensors cannot be read as safetensors \(.*\): download or copy the file again"
+    with pytest.raises(CheckpointError, match=damaged):
         load_hf(folder)
     truncate(folder, 0.001)
-    with pytest.raises(CheckpointError, match=r"is truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=damaged):
         load_hf(folder)
     folder = copy_of(model, tmp_path / "header")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[10:14] = b"\0\0\0\0"
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged header"):
+    with pytest.raises(CheckpointError, match=damaged):
         load_hf(folder)
     folder = copy_of(model, tmp_path / "longer")
     with open(folder / "model.safetensors", "ab") as stream:
         stream.write(b"xyz")
-    with pytest.raises(CheckpointError, match="3 bytes behind its last tensor"):
+    with pytest.raises(CheckpointError, match=damaged):
         load_hf(folder)
+
+
+@pytest.mark.parametrize("places", [[(0, 8), (4, 12)], [(0, 8), (12, 20)], [(0, 8), (0, 8)]])
+def test_tensors_that_share_bytes_or_leave_some_out(places: list[tuple[int, int]], tmp_path: Path) -> None:
+    header = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": place} for name, place in zip("ab", places, strict=True)
+    }
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(max(end for _, end in places)))
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read as safetensors"):
+        SafetensorsReader([file])
+
+
+def test_the_single_file_beside_an_index_is_read_as_by_transformers(tmp_path: Path) -> None:
+    """Left behind by a second save_pretrained with another shard size."""
+    save_tiny(tmp_path / "shards", "llama", seed=1)
+    save_hf(load_hf(tmp_path / "shards"), tmp_path / "both", max_shard=20_000, checks=QUIET)
+    assert load_hf(tmp_path / "both").notices == []
+    save_tiny(tmp_path / "single", "llama", seed=2)
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "both")
+    source = load_hf(tmp_path / "both")
+    expected = hf_logits(load_pretrained(tmp_path / "both"), prompts())
+    torch.testing.assert_close(our_logits(source, prompts()), expected, rtol=0, atol=1e-4)
+    assert "model.safetensors.index.json is passed over, as transformers does" in source.notices[0]
 
 
 def test_missing_files(model: Path, tmp_path: Path) -> None:

@@ -61,9 +61,11 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     return model.to(dtype).eval()
 
 
-def save_tiny(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def save_tiny(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> nn.Module:
     """Save as transformers does (hub layout); returns the model."""
-    model = tiny_model(family, dtype, **changes)
+    model = tiny_model(family, dtype, seed, **changes)
     model.save_pretrained(folder)
     return model
 
