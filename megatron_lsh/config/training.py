@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_lsh.config.flag import flag
+
+
+def _signal_name(value: Any) -> Any:
+    """``usr1`` is SIGUSR1."""
+    if not isinstance(value, str):
+        return value
+    return value.upper() if value.upper().startswith("SIG") else f"SIG{value.upper()}"
 
 
 @dataclass
@@ -25,7 +33,15 @@ class TrainingConfig:
     seed: int = flag(1234, "Seed of weights, data order and dropout", at_least=0)
     exit_interval: int | None = flag(None, "Save and exit when the iteration is a multiple of this", at_least=1)
     exit_duration_in_mins: float | None = flag(None, "Save and exit after this many minutes", above=0)
-    exit_signal_handler: bool = flag(False, "Accepted for compatibility: SIGTERM and SIGINT always save and exit")
+    exit_signal_handler: bool = flag(
+        False, "Accepted for compatibility: SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 always save and exit"
+    )
+    exit_signal: str | None = flag(
+        None,
+        "A signal that saves and exits even if the process was started to ignore it, as SIGHUP under nohup",
+        choices=("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"),
+        parse=_signal_name,
+    )
     max_consecutive_nan_iterations: int = flag(
         5, "Stop after this many iterations in a row with a non-finite loss or gradient", at_least=1
     )

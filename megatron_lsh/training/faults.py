@@ -1,4 +1,4 @@
-"""Orderly ends: signals, time limits, and errors that one rank meets and all ranks must hear of."""
+"""Orderly ends: signals, a launcher that dies, time limits, and errors that one rank meets and all ranks must hear of."""
 
 from __future__ import annotations
 
@@ -26,32 +26,64 @@ Result = TypeVar("Result")
 PATIENCE_S = 10.0
 
 
+class Launcher:
+    """The torchrun that started this rank, perhaps through a wrapper script. Without one there is nobody to lose."""
+
+    def __init__(self) -> None:
+        self._torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self._parent = os.getppid()
+        # torchrun makes what it starts the leader of a session: this process, or the wrapper script whose parent to watch.
+        self._wrapper = os.getsid(0) if hasattr(os, "getsid") else 0
+        self._above = process_state(self._wrapper)[1]
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has died and left its ranks behind. They would train on, beside those of the next start."""
+        if not self._torchrun:
+            return False
+        return os.getppid() != self._parent or process_state(self._wrapper)[1] not in (None, self._above)
+
+
+def process_state(pid: int) -> tuple[str, int | None]:
+    """(state, parent) of a process as Linux tells them; ("", None) elsewhere, and for one that is not there."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[1])
+    except (OSError, IndexError, ValueError):
+        return "", None
+
+
 class StopRequest:
-    """Notices SIGTERM, SIGINT and the end of --exit-duration-in-mins on this rank.
+    """Notices on this rank what ends a run early: a signal, the death of torchrun, the end of --exit-duration-in-mins.
 
     A signal only sets a flag: `requested` enters the small all-reduce that every iteration does anyway, so all ranks learn
     of it together and stop at the same iteration boundary, where they save and exit with status 0. Use as a context
-    manager, in the main thread; the former handlers come back at the end.
+    manager, in the main thread; the former handlers come back at the end. A signal that the process was started to ignore
+    (nohup: SIGHUP) stays ignored, unless --exit-signal names it.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, cfg: TrainingConfig, started: float | None = None) -> None:
         """`started`: time.monotonic() when the run began, the base of the time limit (default: now)."""
         started = time.monotonic() if started is None else started
         minutes = cfg.exit_duration_in_mins
         self._deadline = None if minutes is None else started + 60.0 * minutes
+        self.launcher = Launcher()
+        self._asked_for = None if cfg.exit_signal is None else signal.Signals[cfg.exit_signal]
         self._received: int | None = None
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self.SIGNALS:
-            self._former[number] = signal.signal(number, self._note)
+        for number in {*self.SIGNALS, *([] if self._asked_for is None else [self._asked_for])}:
+            if signal.getsignal(number) is not signal.SIG_IGN or number == self._asked_for:
+                self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if handler is not None:  # None: it was not Python's
+                signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # No way out by repeating it: torchrun passes on the Ctrl-C that the terminal already sent to every rank.
@@ -60,12 +92,15 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this rank wants to stop."""
-        return self._received is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._received is not None or late or self.launcher.gone
 
     @property
     def reason(self) -> str:
         if self._received is not None:
             return f"received {signal.Signals(self._received).name}"
+        if self.launcher.gone:
+            return "torchrun is gone"
         if self.requested:
             return "reached --exit-duration-in-mins"
         return "another rank asked to stop"
@@ -119,17 +154,17 @@ def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> in
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
             # torchrun ends all ranks as soon as one exits: leave the first one the time to speak.
             time.sleep(PATIENCE_S)
-        _tell(str(error))
+        tell(str(error))
         return 1
     try:
         run(prepared)
     except MegatronLSHError as error:
         rank, reporter = int(os.environ.get("RANK", "0")), getattr(error, "reported_by", None)
         if reporter is None:
-            _tell(f"[rank {rank}] {error}")
+            tell(f"[rank {rank}] {error}")
             return 1
         if reporter == rank:
-            _tell(str(error))
+            tell(str(error))
         if dist.is_initialized():
             dist.barrier()  # all ranks are here; none exits before the message is out
             dist.destroy_process_group()
@@ -148,7 +183,8 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
+    """Tell the user why this rank ends, on standard error and where torchrun looks for the reason."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:  # torchrun closes with a table of failed ranks; this puts the reason where it looks for a traceback

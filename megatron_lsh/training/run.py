@@ -31,6 +31,7 @@ from megatron_lsh.training.startup import describe_dispatch, describe_model, sav
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import Batch, ForwardStep, Step
 from megatron_lsh.training.upcycling import start_from_dense
+from megatron_lsh.training.watch import Place
 
 #: (run, "train", "valid" or "test", whether to stop) -> figures of this set by name, "loss" first; None if told to stop.
 Evaluator = Callable[["Run", str, Callable[[], bool]], "dict[str, float] | None"]
@@ -77,6 +78,8 @@ class Run:
     best_weights: BestWeights | None
     """where the weights of the best validation are kept; None without early stopping, --save or training"""
     reporter: Reporter
+    place: Place
+    """where the run is, for whoever watches over it"""
 
     @property
     def stopped_early(self) -> bool:
@@ -120,12 +123,14 @@ class Run:
         )
 
 
-def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
-    """Tokenizer, data, model, optimizer, checkpoint, outputs. Collective.
+def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = None) -> Run:
+    """Tokenizer, data, model, optimizer, checkpoint, outputs. Collective. `place`: where the run says what it is doing.
 
     Raises:
         ConfigError, DataError, CheckpointError: on all ranks if on any.
     """
+    place = place or Place()
+    place.enter("reading the data", 0)
     tokenizer = together(ctx, lambda: build_tokenizer(cfg.data, cfg.model.vocab_size))
     vocab_size = max(cfg.model.vocab_size or 0, tokenizer.vocab_size)
     cfg.model.vocab_size = vocab_size  # the model must know which ids are padding, and so must whoever loads it later
@@ -134,6 +139,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
     planned = required(cfg.training.train_iters) * batch
     datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, planned)))
 
+    place.enter("building the model", 0)
     telemetry = MoETelemetry(ctx.device)
     model = together(ctx, lambda: task.build_model(cfg, padded, ctx, telemetry))
     shard_model(model, ctx, cfg.precision)
@@ -172,7 +178,9 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext) -> Run:
     run = Run(
         cfg=cfg, task=task, ctx=ctx, tokenizer=tokenizer, vocab_size=vocab_size, datasets=datasets, telemetry=telemetry,
         model=model, step=step, state=TrainState(), checkpoints=checkpoints, best_weights=best_weights, reporter=reporter,
+        place=place,
     )  # fmt: skip
+    place.enter("loading a checkpoint", 0)
     _restore(run)
     needed = run.state.consumed_samples + (figures.train_iters - run.state.iteration) * batch
     if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read

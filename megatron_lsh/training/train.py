@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 from megatron_lsh.config import Config
 from megatron_lsh.models.stacks import moe_layers
@@ -18,34 +19,46 @@ from megatron_lsh.training.run import Run, Task, set_up
 from megatron_lsh.training.startup import introduce, set_determinism
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import StepResult
+from megatron_lsh.training.watch import SAVING, TRAINING, Place, Watch
 
 
 def train(cfg: Config, task: Task) -> TrainState:
     """Train as `cfg` (validated) says, on the ranks that torchrun started; returns where the run ended.
 
-    SIGTERM, SIGINT, --exit-duration-in-mins and --exit-interval end it early and in order: save, then return.
+    A signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2), the death of torchrun, --exit-duration-in-mins and --exit-interval
+    end it early and in order: save, then return.
 
     Raises:
         MegatronLSHError: on every rank, for whatever a user can mend.
     """
     started = time.monotonic()
     set_determinism(cfg)
+    stop = StopRequest(cfg.training, started)
     ctx = initialize(cfg.parallel, moe=cfg.moe.num_experts is not None)
     introduce(cfg, ctx)
-    run = set_up(cfg, task, ctx)
-    with StopRequest(cfg.training, started) as stop:
-        if cfg.training.skip_train:
-            _evaluate(run, "validation", stop, final=True)
-            _evaluate(run, "test", stop, final=True)
-            closing_result(run)
-        elif _iterate(run, stop):
-            _evaluate(run, "test", stop, final=True, weights=_take_best_weights(run))
-            closing_report(run)
-            closing_result(run)
-        together(ctx, run.checkpoints.wait)
-    run.reporter.close()
+    place, timeout = Place(), timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
+    with Watch(ctx, stop, timeout, place):
+        run = set_up(cfg, task, ctx, place)
+        with stop:
+            _work(run, stop)
+            place.enter(SAVING, run.state.iteration)
+            together(ctx, run.checkpoints.wait)
+        run.reporter.close()
     shutdown(ctx)
     return run.state
+
+
+def _work(run: Run, stop: StopRequest) -> None:
+    """Train and report, or only evaluate."""
+    if run.cfg.training.skip_train:
+        _evaluate(run, "validation", stop, final=True)
+        _evaluate(run, "test", stop, final=True)
+        closing_result(run)
+    elif _iterate(run, stop):
+        _evaluate(run, "test", stop, final=True, weights=_take_best_weights(run))
+        run.place.enter("closing report", run.state.iteration)
+        closing_report(run)
+        closing_result(run)
 
 
 def _iterate(run: Run, stop: StopRequest) -> bool:
@@ -56,6 +69,7 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
     with run.batches("train", state.consumed_samples) as batches, Profiling(cfg, run.ctx) as profiling:
         reporter.watch.lap()
         while state.iteration < total and not run.stopped_early:
+            run.place.enter(TRAINING, state.iteration + 1)
             profiling.before(state.iteration)
             result = run.step(batches, state.iteration, stop.requested)
             state.advance(result, batch)
@@ -112,6 +126,7 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
         return
     # The model runs as in the iteration just done; a run that only evaluates has none and must be told.
     run.model.set_iteration(max(run.state.iteration - 1, 0), run.step.total_iterations)
+    run.place.enter(f"{name} evaluation", run.state.iteration)
     outcomes: dict[str, dict[str, float]] = {}
     for dispatch in _dispatches(run.cfg):
         exactly = exact_dispatch(run.model) if dispatch == "exact" else nullcontext()
@@ -182,6 +197,7 @@ def _dispatches(cfg: Config) -> list[str]:
 def _save(run: Run) -> None:
     if run.cfg.checkpoint.save is None:
         return
+    run.place.enter(SAVING, run.state.iteration)
     with run.reporter.watch.paused():
         together(run.ctx, lambda: run.checkpoints.save(run.checkpoint_state()))
 
