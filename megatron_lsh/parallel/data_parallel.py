@@ -29,7 +29,7 @@ def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConf
 
     Modules with ``expert_fsdp_unit = True`` go over ctx.expert_mesh, those with ``fsdp_unit = True`` and the rest of
     the model over ctx.dense_mesh. With bf16 the DTensors stay fp32 (the master weights), forward sees bf16 copies and
-    gradients are accumulated and reduced in fp32.
+    gradients are accumulated and reduced in fp32, also over tensor parallel ranks and over several uses of a parameter.
 
     What fully_shard asks of the model: parameters are gathered when their unit is called, so they are used inside its
     forward() only; and every rank calls the same units and gets a gradient (of zeros, if need be) for the same
@@ -48,11 +48,11 @@ def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConf
     for module in model.modules():
         if getattr(module, "expert_fsdp_unit", False):
             _fully_shard(module, expert, policy)
-    for module in model.modules():
-        if module is not model and getattr(module, "fsdp_unit", False):
-            _fully_shard(module, dense, policy)
-    if not isinstance(model, FSDPModule):
-        _fully_shard(model, dense, policy)
+    units = [module for module in model.modules() if module is not model and getattr(module, "fsdp_unit", False)]
+    for module in units if isinstance(model, FSDPModule) else [*units, model]:
+        _fully_shard(module, dense, policy)
+        if precision.bf16:
+            module.register_forward_pre_hook(_collect_gradients_in_fp32)
     for name, param in model.named_parameters():
         for note, value in notes[name].items():
             setattr(param, note, value)
@@ -76,6 +76,22 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPoli
         return Shard(free[0] if free else 0)
 
     fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False)
+
+
+def _collect_gradients_in_fp32(unit: nn.Module, _inputs: object) -> None:
+    """The bf16 copies that forward sees would sum their gradients in bf16 before fully_shard gets them: the shares of
+    tensor parallel ranks (see ``local``), and those of several uses, as of tied embeddings. Experts have neither."""
+    for param in _own_parameters(unit):
+        if param.requires_grad:
+            param.grad_dtype = torch.float32
+
+
+def _own_parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
+    """Without those of the units inside. All get gradients of one dtype, because they are reduced in one buffer."""
+    yield from unit.parameters(recurse=False)
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_parameters(child)
 
 
 def accumulate(model: nn.Module, last: bool) -> None:

@@ -159,6 +159,39 @@ def test_bf16_with_tensor_and_expert_parallel() -> None:
     run_distributed_test(bf16_follows_fp32, 4)
 
 
+class Scales(nn.Module):
+    """The gradient of `shared` is the sum of both ranks' x, that of `reused` the sum of both numbers of `uses`."""
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.shared = parameter((3,), ctx, init=Init("ones"))
+        self.reused = parameter((3,), ctx, init=Init("ones"))
+
+    def forward(self, x: float, uses: tuple[float, float]) -> torch.Tensor:
+        y = (local(self.shared, partial_grad=True) * x).sum()
+        for use in uses:
+            y = y + (local(self.reused) * use).sum()
+        return y
+
+
+def sums_that_bf16_cannot_hold() -> None:
+    small = 2.0**-9  # 1 + small rounds to 1 in bf16
+    ctx = initialize(config(tp=2, sequence_parallel=True))
+    for micro_batches in (1, 2):
+        model = Scales(ctx)
+        initialize_parameters(model, 0)
+        shard_model(model, ctx, PrecisionConfig(bf16=True))
+        for i in range(micro_batches):
+            accumulate(model, last=i == micro_batches - 1)
+            model((1.0, small)[ctx.rank], (1.0, small)).backward()
+        for param in model.parameters():
+            assert full(param.grad).tolist() == [micro_batches * (1 + small)] * 3
+
+
+def test_gradients_are_summed_in_fp32_over_tensor_parallel_ranks_and_over_uses() -> None:
+    run_distributed_test(sums_that_bf16_cannot_hold, 2)
+
+
 def one_bad_gradient(bad: float) -> list[bool]:
     """An expert's gradient, on one of the two ranks only, is not finite."""
     ctx = initialize(config(ep=2))
