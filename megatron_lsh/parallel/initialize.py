@@ -24,7 +24,7 @@ from megatron_lsh.parallel.context import (
     group_dimensions,
     offline_group,
 )
-from megatron_lsh.parallel.launcher import Place, check_complete, place_of
+from megatron_lsh.parallel.launcher import Place, adopt, check_complete, place_of
 from megatron_lsh.parallel.layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,11 @@ def initialize(config: ParallelConfig, moe: bool = True) -> ParallelContext:
     many ranks each in rank order. Raises ConfigError, on every rank and before any connection is made, for sizes or devices
     that do not fit.
     """
+    adopt(os.environ)
     check_complete(os.environ)
     place = place_of(os.environ)
     layout = ParallelLayout.from_config(config, place.world_size)
-    device = _device(config, place.local_rank)
+    device = _device(config, place)
     backend = _backend(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -73,7 +74,7 @@ def shutdown(context: ParallelContext) -> None:
         dist.destroy_process_group()
 
 
-def _device(config: ParallelConfig, local_rank: int) -> torch.device:
+def _device(config: ParallelConfig, place: Place) -> torch.device:
     wanted = config.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -81,12 +82,19 @@ def _device(config: ParallelConfig, local_rank: int) -> torch.device:
         raise ConfigError(
             "parallel.device (cuda) must be cpu, because this machine or this build of torch has no GPU: use --device cpu"
         )
-    if local_rank >= torch.cuda.device_count():
+    return torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+
+
+def gpu_of(place: Place, gpus: int) -> int:
+    """Index of this rank's GPU among those that its process sees. Raises ConfigError if there is none for it."""
+    if gpus == 1 and not place.by_torchrun:
+        return 0  # srun and its like can give each task a GPU of its own, which is then the only one it sees
+    if place.local_rank >= gpus:
         raise ConfigError(
-            f"local rank ({local_rank}) must be less than the number of GPUs of this node ({torch.cuda.device_count()}): "
+            f"local rank ({place.local_rank}) must be less than the number of GPUs of this node ({gpus}): "
             "start one rank per GPU (torchrun --nproc-per-node) or use --device cpu"
         )
-    return torch.device("cuda", local_rank)
+    return place.local_rank
 
 
 def _backend(config: ParallelConfig, device: torch.device) -> str:
@@ -108,7 +116,14 @@ def _init_process_group(backend: str, place: Place, timeout: timedelta, device: 
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     device_id = device if backend == "nccl" else None  # binds the rank to its GPU; communicators are made eagerly
     if "RANK" in os.environ:
-        dist.init_process_group(backends, timeout=timeout, device_id=device_id)
+        try:
+            dist.init_process_group(backends, timeout=timeout, device_id=device_id)
+        except dist.DistError as error:
+            raise ConfigError(
+                f"rank {place.rank} did not meet the other ranks of {place.world_size} at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}): see that all were "
+                "started, and that MASTER_ADDR names the machine of rank 0 and MASTER_PORT a free port of it"
+            ) from error
     else:
         store = dist.HashStore()
         dist.init_process_group(backends, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)

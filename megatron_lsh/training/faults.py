@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_lsh.config.training import TrainingConfig
 from megatron_lsh.errors import MegatronLSHError
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.launcher import adopt
 from megatron_lsh.training.writers import SteadyStream
 
 Result = TypeVar("Result")
@@ -149,6 +150,7 @@ def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> in
     """
     _keep_streams()
     try:
+        adopt(os.environ)
         prepared = prepare()
     except MegatronLSHError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
