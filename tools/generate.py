@@ -27,6 +27,7 @@ from megatron_lsh.config import Config, padded_vocab_size, to_dict
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.convert.native import HF, find_native, read_config
 from megatron_lsh.convert.source import VOCABULARY
+from megatron_lsh.data.prompts import prompt_ids, read_prompts
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.gpt import GPTModel
@@ -89,12 +90,7 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     parallel.expert_tensor_parallel_size = parallel.pipeline_model_parallel_size = parallel.context_parallel_size = 1
     parallel.device, parallel.distributed_backend, parallel.use_distributed_optimizer = args.device, "auto", False
     tokenizer = build_tokenizer(_tokenizer_settings(args, cfg, folder).data, None)
-    texts = list(args.prompt)
-    if args.prompt_file is not None:
-        texts += args.prompt_file.read_text(encoding="utf-8").splitlines()
-    prompts = [tokenizer.tokenize(text) or [tokenizer.eod] for text in texts]
-    if not prompts:
-        raise ConfigError("--prompt (absent) must be given: what shall the model continue?")
+    prompts = [prompt_ids(tokenizer, text) for text in read_prompts(args.prompt, args.prompt_file)]
     if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise ConfigError(
             "--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1: "

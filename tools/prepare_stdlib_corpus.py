@@ -212,7 +212,7 @@ def prepare(args: argparse.Namespace) -> None:
 def _read_recipe(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -274,7 +274,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
         # data and tokenizer
         **_rejected("use --data-path, or data_path in a --config file", "--data-args-path"),
         **_rejected("use --train-data-path, --valid-data-path and --test-data-path", "--per-split-data-args-path"),
-        **_rejected(f"GPT-2 merge files are not implemented; {_HF_TOKENIZER}", "--merge-file"),
         **_rejected(f"tiktoken is not implemented; {_HF_TOKENIZER}", "--tiktoken-pattern"),
         **_rejected("filling in the middle (FIM) is not implemented; drop it", "--fim-data --fim-rate --fim-spm-rate"),
         **_rejected("a flag of pretrain_bert_moe.py and pretrain_t5_moe.py", "--mask-prob --short-seq-prob"),

@@ -23,7 +23,7 @@ class Config:
     indexed_data: ClassVar[bool] = True
     """whether samples come from --data-path or --mock-data, and not from files of the entry script's own"""
 
-    default_tokenizer: ClassVar[str | None] = None
+    default_tokenizer: ClassVar[str | None] = "GPT2BPETokenizer"
     """--tokenizer-type where only --vocab-file is given, as in Megatron-LM's script for this model"""
 
     model: ModelConfig = field(default_factory=ModelConfig)

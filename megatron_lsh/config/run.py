@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lsh.config.flag import flag
 
 TOKENIZER_TYPES = (
+    "GPT2BPETokenizer",
     "BertWordPieceLowerCase",
     "BertWordPieceCase",
     "SentencePieceTokenizer",
@@ -49,11 +50,15 @@ class DataConfig:
     reset_attention_mask: bool = flag(False, "No attention across end-of-document tokens")
     tokenizer_type: str | None = flag(
         None,
-        "Kind of tokenizer (default: BertWordPieceLowerCase for BERT and T5 with --vocab-file)",
+        "Kind of tokenizer (default with --vocab-file: GPT2BPETokenizer, for BERT and T5 BertWordPieceLowerCase)",
         choices=TOKENIZER_TYPES,
     )
     tokenizer_model: str | None = flag(None, "Tokenizer file, or folder of a Hugging Face tokenizer")
-    vocab_file: str | None = flag(None, "Vocabulary of a BertWordPiece tokenizer, one token per line (vocab.txt)")
+    vocab_file: str | None = flag(
+        None,
+        "Vocabulary of a BertWordPiece tokenizer, one token per line (vocab.txt), or of GPT2BPETokenizer (vocab.json)",
+    )
+    merge_file: str | None = flag(None, "Merges of GPT2BPETokenizer, one pair per line (merges.txt)")
     vocab_extra_ids: int = flag(
         0, "Sentinel tokens <extra_id_0>, ... of T5, appended to the vocabulary unless it has them", at_least=0
     )

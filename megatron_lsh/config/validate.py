@@ -333,6 +333,8 @@ def _check_data(cfg: Config, check: Checker) -> None:
             check.required("vocab_size")
     if data.tokenizer_type in ("BertWordPieceLowerCase", "BertWordPieceCase"):
         check.required("vocab_file")
+    elif data.tokenizer_type == "GPT2BPETokenizer":
+        check.required("vocab_file", "merge_file")
     elif data.tokenizer_type not in (None, "ByteTokenizer", "NullTokenizer"):
         check.required("tokenizer_model")
 

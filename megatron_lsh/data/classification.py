@@ -8,9 +8,11 @@ Evaluation sets hold every text once, followed by blank samples (label -1, nothi
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -234,7 +236,7 @@ class TrainingOrder:
     def __init__(self, source: ClassificationSet, batch: int, seed: int, num_samples: int) -> None:
         self._source, self._seed, self._num_samples = source, seed, num_samples
         self.samples_per_epoch = -(-len(source) // batch) * batch
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._order = lru_cache(maxsize=2)(self._shuffled)  # of the epoch that is read, and the next one
 
     def __len__(self) -> int:
         return self._num_samples
@@ -243,12 +245,9 @@ class TrainingOrder:
         epoch, place = divmod(index, self.samples_per_epoch)
         return self._source.sample(int(self._order(epoch)[place % len(self._source)]))
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        order = self._orders.get(epoch)
-        if order is None:
-            state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
-            order = self._orders[epoch] = state.permutation(len(self._source))
-        return order
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
+        return state.permutation(len(self._source))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(
@@ -275,7 +274,7 @@ class EvaluationOrder:
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:
     """2 before 10 before names."""
-    number = name.lstrip("-").isdecimal()
+    number = re.fullmatch(r"-?[0-9]{1,18}", name) is not None
     return (not number, int(name) if number else 0, name)
 
 

@@ -13,8 +13,9 @@ from megatron_lsh.config.run import DataConfig
 from megatron_lsh.data.indexed import token_dtype
 from megatron_lsh.data.sentences import SentenceSplitter
 from megatron_lsh.data.sources import Chunk
+from megatron_lsh.data.text_lines import encodable
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_lsh.errors import DataError
+from megatron_lsh.errors import DataError, MegatronLSHError
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,14 @@ class Encoder:
         """
         columns: dict[str, tuple[list[int], list[int], list[int]]] = {key: ([], [], []) for key in self.keys}
         documents = empty = 0
-        for number, record in chunk.parsed():
+        for where, record in chunk.parsed():
             documents += 1
             for key, (tokens, lengths, sequences) in columns.items():
-                texts = self._sentences(record, key, chunk.source, number)
-                parts = [ids for text in texts if (ids := self._tokenize(text))]
+                parts = self._sequences(record, key, where)
                 if not parts:
                     empty += 1
                     continue
-                if self.append_eod:
+                if self.append_eod and parts[-1][-1] != self.tokenizer.eod:  # some tokenizers end texts by themselves
                     parts[-1].append(self.tokenizer.eod)
                 for ids in parts:
                     tokens.extend(ids)
@@ -81,31 +81,30 @@ class Encoder:
         }
         return EncodedChunk(arrays, documents, empty, chunk.size, chunk.position)
 
-    def _sentences(self, record: dict[str, Any], key: str, source: str, number: int) -> list[str]:
-        texts = [_encodable(text) for text in _texts(record, key, source, number)]
-        if self.splitter is None or isinstance(record[key], list):
-            return texts
-        return [sentence for text in texts for sentence in self.splitter.split(text)]
+    def _sequences(self, record: dict[str, Any], key: str, where: str) -> list[list[int]]:
+        """Token ids of the texts or sentences of a document, those without any left out."""
+        texts = [encodable(text) for text in _texts(record, key, where)]
+        try:
+            if self.splitter is not None and not isinstance(record[key], list):
+                texts = [sentence for text in texts for sentence in self.splitter.split(text)]
+            # A mark that a tokenizer puts at the beginning of a text has no place at the beginning of every sentence.
+            marks = self.splitter is None
+            return [ids for text in texts if (ids := self.tokenizer.tokenize(text, add_special_tokens=marks))]
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except MegatronLSHError as error:
+            raise DataError(f"{where}: {error}") from error
+        except BaseException as error:  # a panic of the Rust code behind both is no Exception
+            step = "tokenized" if self.splitter is None else "split into sentences and tokenized"
+            raise DataError(
+                f"{where}: the value of {key} cannot be {step} ({type(error).__name__}: {error}): correct or remove it"
+            ) from error
 
-    def _tokenize(self, text: str) -> list[int]:
-        # A mark that a tokenizer puts at the beginning of a text has no place at the beginning of every sentence.
-        return self.tokenizer.tokenize(text, add_special_tokens=self.splitter is None)
 
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express and UTF-8 cannot
-        text = text.encode(errors="replace").decode()
-    return text
-
-
-def _texts(record: dict[str, Any], key: str, source: str, number: int) -> list[str]:
+def _texts(record: dict[str, Any], key: str, where: str) -> list[str]:
     """The text, or texts if it is already split into sentences, under a key."""
     if key not in record:
-        raise DataError(
-            f"{source}, document {number} has no key {key}, only {', '.join(record)}: choose with --json-keys"
-        )
+        raise DataError(f"{where} has no key {key}, only {', '.join(record)}: choose with --json-keys")
     value = record[key]
     if value is None:
         return []
@@ -113,8 +112,7 @@ def _texts(record: dict[str, Any], key: str, source: str, number: int) -> list[s
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise DataError(
-            f"{source}, document {number}: the value of {key} is a {type(wrong[0]).__name__}, it must be text: choose "
-            "another of --json-keys"
+            f"{where}: the value of {key} is a {type(wrong[0]).__name__}, it must be text: choose another of --json-keys"
         )
     return texts
 
@@ -126,6 +124,7 @@ class EncoderSettings:
     tokenizer_type: str
     tokenizer_model: str | None
     vocab_file: str | None
+    merge_file: str | None
     vocab_size: int | None
     vocab_extra_ids: int
     keys: tuple[str, ...]
@@ -143,6 +142,7 @@ def make_encoder(settings: EncoderSettings) -> Encoder:
         tokenizer_type=settings.tokenizer_type,
         tokenizer_model=settings.tokenizer_model,
         vocab_file=settings.vocab_file,
+        merge_file=settings.merge_file,
         vocab_extra_ids=settings.vocab_extra_ids,
     )
     splitter = None

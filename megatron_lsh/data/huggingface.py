@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_lsh.data.huggingface_files import FilesBeside
 from megatron_lsh.data.special_tokens import SpecialTokens, digest
 from megatron_lsh.errors import DataError
 
@@ -27,8 +27,8 @@ USUAL_TOKENS = {
 class HuggingFaceTokenizer(SpecialTokens):
     """A tokenizer in Hugging Face's format.
 
-    A ``tokenizer.json`` (the file, or a folder with one) is taken as it stands by the ``tokenizers`` package. Any other
-    folder, or a name on the hub, goes through ``transformers``. Special tokens that the tokenizer itself puts around
+    A ``tokenizer.json`` (the file, or a folder with one) is read by the ``tokenizers`` package. Any other folder, or a name
+    on the hub, goes through ``transformers``. Special tokens that the tokenizer itself puts around
     a text (a leading <s>, say) are kept, as in Megatron, unless `tokenize` is told otherwise.
     """
 
@@ -60,14 +60,16 @@ class HuggingFaceTokenizer(SpecialTokens):
 
 
 class _TokenizersBackend:
-    """tokenizer.json; the files beside it say which token ends a text."""
+    """tokenizer.json, with the tokens and options that the files beside it add, as ``transformers`` reads them."""
 
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer as Backend
 
         try:
             self._backend = Backend.from_file(str(file))
-        except Exception as error:  # the Rust side raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the Rust side raises plain Exception, or panics
             raise DataError(
                 f"{file} is not a tokenizer.json ({error}): --tokenizer-type HuggingFaceTokenizer takes that "
                 "file or its folder"
@@ -75,18 +77,18 @@ class _TokenizersBackend:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._file = file
-        self.vocab_size = 1 + max(self._backend.get_vocab().values())  # ids may have gaps
-        end = self._named_token(file.parent, "eos_token") or self._named_token(file.parent, "sep_token")
-        candidates = (
-            [end] if end else [token for token in USUAL_END_TOKENS if self._backend.token_to_id(token) is not None]
-        )
-        eod = self._backend.token_to_id(candidates[0]) if candidates else None
-        if eod is None:
+        self._beside = FilesBeside(file.parent)
+        self._changes = self._beside.apply(self._backend)
+        vocabulary = self._backend.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
+        end = self._beside.named("eos_token") or self._beside.named("sep_token")
+        candidates = [end] if end else [token for token in USUAL_END_TOKENS if token in vocabulary]
+        if not candidates or candidates[0] not in vocabulary:
             raise DataError(
                 f"{file} does not say which token ends a document{f' ({end} is not in it)' if end else ''}: put a "
                 'tokenizer_config.json with an "eos_token" beside it'
             )
-        self.eod: int = eod
+        self.eod: int = vocabulary[candidates[0]]
         self._added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()}
 
     def id_of(self, token: str) -> int | None:
@@ -95,26 +97,10 @@ class _TokenizersBackend:
 
     def special(self, name: str) -> int | None:
         """Id of the token that the files beside it name, or else of one that is usually called so."""
-        named = self._named_token(self._file.parent, f"{name}_token")
+        named = self._beside.named(f"{name}_token")
         if named is not None:
             return self.id_of(named)
         return next((self._added[token] for token in USUAL_TOKENS[name] if token in self._added), None)
-
-    @staticmethod
-    def _named_token(folder: Path, key: str) -> str | None:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = folder / name
-            if not path.is_file():
-                continue
-            try:
-                value: Any = json.loads(path.read_text(encoding="utf-8")).get(key)
-            except (ValueError, AttributeError) as error:
-                raise DataError(f"{path} is not a JSON object ({error}): copy the tokenizer's folder again") from error
-            if isinstance(value, dict):
-                value = value.get("content")
-            if value:
-                return str(value)
-        return None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -123,7 +109,8 @@ class _TokenizersBackend:
         return str(self._backend.decode(ids))
 
     def content(self) -> str:
-        return hashlib.sha256(self._file.read_bytes()).hexdigest()
+        content = hashlib.sha256(self._file.read_bytes()).hexdigest()
+        return f"{content} {self._changes}" if self._changes else content
 
 
 class _TransformersBackend:

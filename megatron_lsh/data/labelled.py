@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import gzip
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_lsh.config.finetune import GLUE, FinetuneSettings
-from megatron_lsh.data.sources import load_split, parse_json_line, require_datasets
+from megatron_lsh.data.sources import load_split, require_datasets
+from megatron_lsh.data.text_lines import FileLines, encodable, parse_json_line, utf8_lines
 from megatron_lsh.errors import DataError
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
@@ -93,14 +93,8 @@ def read_file(path: str | Path, columns: Columns) -> Labelled:
     if not path.is_file():
         raise DataError(f"{path} does not exist, or is not a file: check the path")
     rows = {"jsonl": _json_rows, "csv": _table_rows, "tsv": _table_rows, "tab": _orange_rows}[kind]
-    try:
-        with _open(path) as stream:
-            examples = list(rows(stream, str(path), columns))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}): convert it, e.g. with iconv") from error
-    except (OSError, EOFError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error}): copy it again") from error
-    return Labelled(str(path), examples)
+    csv.field_size_limit(_LONGEST_FIELD)
+    return Labelled(str(path), list(rows(utf8_lines(FileLines(path), str(path)), str(path), columns)))
 
 
 def _read_files(paths: Sequence[str], columns: Columns, flag: str) -> Labelled:
@@ -110,20 +104,9 @@ def _read_files(paths: Sequence[str], columns: Columns, flag: str) -> Labelled:
     return Labelled(" ".join(paths), examples)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[IO[str]]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            yield stream
-    else:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            yield stream
-
-
-def _json_rows(stream: IO[str], name: str, columns: Columns) -> Iterator[Example]:
+def _json_rows(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Example]:
     texts, label = columns.texts or ("text",), columns.label or "label"
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{name}, line {number}"
@@ -132,50 +115,60 @@ def _json_rows(stream: IO[str], name: str, columns: Columns) -> Iterator[Example
         yield make_example([row[key] for key in texts], row[label], where)
 
 
-def _table_rows(stream: IO[str], name: str, columns: Columns) -> Iterator[Example]:
+def _table_rows(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Example]:
     tabs = Path(name.removesuffix(".gz")).suffix.lower() == ".tsv"
     # GLUE's .tsv files hold lone quotation marks.
-    reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
-    header = next(reader, None)
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
+    rows = _numbered(reader, name)
+    header, _ = next(rows, (None, ""))
     if header is None:
         raise DataError(f"{name} is empty: its first line must name the columns")
     texts, label = columns.texts or ("text",), columns.label or "label"
     require_columns(name, header, [*texts, label])
-    yield from _cells(reader, header, texts, label, name)
+    yield from _cells(rows, header, texts, label)
 
 
-def _orange_rows(stream: IO[str], name: str, columns: Columns) -> Iterator[Example]:
+def _orange_rows(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Example]:
     """Three rows of header: names, types, roles (https://orange3.readthedocs.io/projects/orange-data-mining-library,
     "Header with attribute type information")."""
-    reader = csv.reader(stream, delimiter="\t")
-    header, types, roles = (next(reader, None) for _ in range(3))
+    rows = _numbered(csv.reader(lines, delimiter="\t", strict=True), name)
+    (header, _), (types, _), (roles, _) = (next(rows, (None, "")) for _ in range(3))
     if header is None or types is None or roles is None:
         raise DataError(
             f"{name} must begin with three rows, the names, types and roles of the columns: see Orange's format"
         )
-    width = len(header)
-    types, roles = types + [""] * (width - len(types)), roles + [""] * (width - len(roles))
-    label = columns.label or next(
-        (key for key, role in zip(header, roles, strict=False) if "class" in role.split()), None
-    )
-    texts = columns.texts
+    label, texts = columns.label, columns.texts
+    if label is None:
+        label = next((key for key, role in zip(header, roles, strict=False) if "class" in role.split()), None)
     if texts is None:
-        texts = tuple(key for key, kind in zip(header, types, strict=False) if kind.lower() in ("string", "s", "text"))[
-            :1
-        ]
+        strings = (key for key, kind in zip(header, types, strict=False) if kind.lower() in ("string", "s", "text"))
+        texts = tuple(islice(strings, 1))
     if label is None or not texts:
         missing, flag = ("class", "--label-key") if label is None else ("string", "--text-keys")
         raise DataError(f"{name} marks no {missing} column among {', '.join(header)}: name it with {flag}")
     require_columns(name, header, [*texts, label])
-    yield from _cells(reader, header, texts, label, name)
+    yield from _cells(rows, header, texts, label)
 
 
-def _cells(reader: Any, header: list[str], texts: Sequence[str], label: str, name: str) -> Iterator[Example]:
+def _numbered(reader: Any, name: str) -> Iterator[tuple[list[str], str]]:
+    """(cells, place for messages) of each row. Raises DataError for what is no table."""
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{name}, line {reader.line_num} is no row of a table ({error}): correct it") from error
+        if row is None:
+            return
+        yield row, f"{name}, line {reader.line_num}"
+
+
+def _cells(
+    rows: Iterator[tuple[list[str], str]], header: list[str], texts: Sequence[str], label: str
+) -> Iterator[Example]:
     wanted = [header.index(key) for key in (*texts, label)]
-    for row in reader:
+    for row, where in rows:
         if not row:
             continue
-        where = f"{name}, line {reader.line_num}"
         if len(row) <= max(wanted):
             raise DataError(f"{where} has {len(row)} columns, fewer than the header's {len(header)}: correct the line")
         *cells, name_of_class = (row[column] for column in wanted)
@@ -226,4 +219,4 @@ def make_example(texts: Sequence[Any], label: Any, where: str) -> Example:
         raise DataError(
             f"{where}: the label ({label}) must be a name or a whole number: correct it, or see --label-key"
         )
-    return Example(tuple(texts), str(label).strip(), where)
+    return Example(tuple(map(encodable, texts)), encodable(str(label).strip()), where)

@@ -92,6 +92,7 @@ def preprocess(args: argparse.Namespace) -> list[IndexedDataset]:
         args.tokenizer_type,
         args.tokenizer_model,
         args.vocab_file,
+        args.merge_file,
         args.vocab_size,
         args.vocab_extra_ids,
         tuple(args.json_keys),
@@ -150,7 +151,7 @@ def _summarize(args: argparse.Namespace, datasets: list[IndexedDataset], progres
         )
     model = "".join(
         f" --{name.replace('_', '-')} {getattr(args, name)}"
-        for name in ("tokenizer_model", "vocab_file")
+        for name in ("tokenizer_model", "vocab_file", "merge_file")
         if getattr(args, name)
     )
     print(f"train on it with --data-path {datasets[0].prefix} --tokenizer-type {args.tokenizer_type}{model}")
@@ -203,7 +204,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--hf-split", default="train", help="Split of a hf: data set")
     add("--tokenizer-type", required=True, help=f"One of {', '.join(TOKENIZER_TYPES)}")
     add("--tokenizer-model", help="Tokenizer file, or folder of a Hugging Face tokenizer")
-    add("--vocab-file", help="Vocabulary of a BertWordPiece tokenizer")
+    add("--vocab-file", help="Vocabulary of a BertWordPiece tokenizer, or of GPT2BPETokenizer")
+    add("--merge-file", help="Merges of GPT2BPETokenizer")
     add("--vocab-size", type=int, help="Vocabulary of the NullTokenizer")
     add("--vocab-extra-ids", type=int, default=0, help="Sentinel tokens appended to the vocabulary; text has none")
     add("--workers", type=int, default=_cpus(), help="Processes that tokenize (default: one per usable CPU)")
@@ -212,8 +214,6 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("--partitions", "--dataset-impl"):
         unused.add_argument(name, help=argparse.SUPPRESS)
     unused.add_argument("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
-    refused = parser.add_argument_group("not supported")
-    refused.add_argument("--merge-file", help="Use --tokenizer-type HuggingFaceTokenizer")
     return parser
 
 
@@ -230,18 +230,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, off in (("keep_newlines", False), ("sentence_unit", UNITS[0])):
         if getattr(args, name) != off and not args.split_sentences:
             raise ConfigError(f"--{name.replace('_', '-')} must not be given without --split-sentences: add that")
-    if args.merge_file:
-        raise ConfigError(
-            f"--merge-file ({args.merge_file}) is not supported: convert the files to a tokenizer.json and use "
-            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER"
-        )
     if args.tokenizer_type not in TOKENIZER_TYPES:
-        hint = (
-            "; GPT2BPETokenizer is --tokenizer-type HuggingFaceTokenizer here"
-            if args.tokenizer_type == "GPT2BPETokenizer"
-            else ""
-        )
-        raise ConfigError(f"--tokenizer-type ({args.tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}{hint}")
+        raise ConfigError(f"--tokenizer-type ({args.tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}")
     for name in ("workers", "log_interval"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least 1")

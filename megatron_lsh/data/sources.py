@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from megatron_lsh.data.input_files import FORMATS, HUB_PREFIX, format_of, input_files
+from megatron_lsh.data.text_lines import FileLines, parse_json_line, utf8_lines
 from megatron_lsh.errors import DataError
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".parquet": "parquet",
-}
 TEXT_UNITS = ("file", "paragraph", "line")
 CHUNK_BYTES, CHUNK_RECORDS = 1 << 18, 512
-HUB_PREFIX = "hf:"
 
 Record = dict[str, Any]
 
@@ -36,6 +24,7 @@ class Chunk:
 
     Attributes:
         source: where they come from, for messages.
+        unit: what a document is there: a line, row or document.
         first: number of the first of them in the source, from 1.
         records: JSON lines, or the values by key.
         size: bytes of input.
@@ -43,33 +32,24 @@ class Chunk:
     """
 
     source: str
+    unit: str
     first: int
     records: Sequence[bytes | Record]
     size: int
     position: int
 
-    def parsed(self) -> Iterator[tuple[int, Record]]:
-        """(number, values by key) of each document; blank lines are none.
+    def parsed(self) -> Iterator[tuple[str, Record]]:
+        """(place for messages, values by key) of each document; blank lines are none.
 
         Raises:
             DataError: if a line is not a JSON object.
         """
         for number, record in enumerate(self.records, start=self.first):
+            where = f"{self.source}, {self.unit} {number}"
             if isinstance(record, dict):
-                yield number, record
+                yield where, record
             elif record.strip():
-                yield number, parse_json_line(record, f"{self.source}, line {number}")
-
-
-def parse_json_line(line: bytes | str, where: str) -> Record:
-    """The object on a line; `where` names the line in the DataError for anything else."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}): put one JSON object on each line") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is a JSON {type(record).__name__}: put one JSON object on each line")
-    return record
+                yield where, parse_json_line(record, where)
 
 
 class Source(Protocol):
@@ -93,21 +73,14 @@ class JsonLines:
         self.path, self.name, self.size = path, str(path), path.stat().st_size
 
     def chunks(self) -> Iterator[Chunk]:
-        packed = self.path.suffix == ".gz"
-        with open(self.path, "rb") as raw, gzip.open(raw) if packed else nullcontext(raw) as stream:
-            lines: list[bytes] = []
-            first, size, done = 1, 0, 0
-            try:
-                for line in stream:
-                    lines.append(line)
-                    size += len(line)
-                    if size >= CHUNK_BYTES or len(lines) >= CHUNK_RECORDS:
-                        done += size
-                        yield Chunk(self.name, first, lines, size, raw.tell() if packed else done)
-                        first, lines, size = first + len(lines), [], 0
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise DataError(f"{self.name} is damaged ({error}): copy or compress it again") from error
-            yield Chunk(self.name, first, lines, size, self.size)
+        lines, batch, first, size = FileLines(self.path), list[bytes](), 1, 0
+        for line in lines:
+            batch.append(line)
+            size += len(line)
+            if size >= CHUNK_BYTES or len(batch) >= CHUNK_RECORDS:
+                yield Chunk(self.name, "line", first, batch, size, lines.position)
+                first, batch, size = first + len(batch), [], 0
+        yield Chunk(self.name, "line", first, batch, size, self.size)
 
 
 class Text:
@@ -117,40 +90,34 @@ class Text:
         self.path, self.name, self.size, self.key, self.unit = path, str(path), path.stat().st_size, key, unit
 
     def chunks(self) -> Iterator[Chunk]:
-        try:
-            with open(self.path, encoding="utf-8", newline="") as stream:
-                yield from self._in_chunks(_text_documents(stream, self.unit))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.name} is not UTF-8 ({error}): convert it, e.g. with iconv") from error
-
-    def _in_chunks(self, texts: Iterable[str]) -> Iterator[Chunk]:
+        unit = "document" if self.unit == "file" else self.unit
         records: list[Record] = []
         first, size, done = 1, 0, 0
-        for text in texts:
+        for text in _text_documents(utf8_lines(FileLines(self.path), self.name), self.unit):
             records.append({self.key: text})
             size += len(text.encode())
             if size >= CHUNK_BYTES or len(records) >= CHUNK_RECORDS:
                 done += size
-                yield Chunk(self.name, first, records, size, done)
+                yield Chunk(self.name, unit, first, records, size, done)
                 first, records, size = first + len(records), [], 0
-        yield Chunk(self.name, first, records, size, self.size)
+        yield Chunk(self.name, unit, first, records, size, self.size)
 
 
-def _text_documents(stream: IO[str], unit: str) -> Iterator[str]:
+def _text_documents(lines: Iterator[str], unit: str) -> Iterator[str]:
     if unit == "file":
-        yield stream.read()
+        yield "".join(lines)
         return
-    lines: list[str] = []
-    for line in stream:
+    paragraph: list[str] = []
+    for line in lines:
         if unit == "line":
             yield line.rstrip("\r\n")
         elif line.strip():
-            lines.append(line)
-        elif lines:
-            yield "".join(lines)
-            lines = []
-    if lines:
-        yield "".join(lines)
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph)
 
 
 class Parquet:
@@ -163,20 +130,42 @@ class Parquet:
             raise DataError(f"{path} needs the package pyarrow, which is not installed: pip install pyarrow") from error
         self.path, self.name, self.keys = path, str(path), list(keys)
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except (OSError, pyarrow.ArrowException) as error:
+            self._file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+            names = self._file.schema_arrow.names
+        except Exception as error:  # of a damaged file the package raises about anything
             raise DataError(
-                f"{path} is not a Parquet file ({error}): copy it again or give its --input-format"
+                f"{path} is not a Parquet file ({_first_line(error)}): copy it again or give its --input-format"
             ) from error
-        _require_columns(self.name, self._file.schema_arrow.names, keys)
+        _require_columns(self.name, names, keys)
         self.size = path.stat().st_size
 
     def chunks(self) -> Iterator[Chunk]:
         first, rows = 1, max(self._file.metadata.num_rows, 1)
-        for batch in self._file.iter_batches(batch_size=CHUNK_RECORDS, columns=self.keys):
-            records = batch.to_pylist()
-            yield Chunk(self.name, first, records, batch.nbytes, self.size * (first - 1 + len(records)) // rows)
+        for records, size in _until_damage(self._batches(), self.name):
+            yield Chunk(self.name, "row", first, records, size, self.size * (first - 1 + len(records)) // rows)
             first += len(records)
+
+    def _batches(self) -> Iterator[tuple[list[Record], int]]:
+        for batch in self._file.iter_batches(batch_size=CHUNK_RECORDS, columns=self.keys):
+            yield batch.to_pylist(), batch.nbytes
+
+
+def _until_damage(batches: Iterator[tuple[list[Record], int]], name: str) -> Iterator[tuple[list[Record], int]]:
+    """The batches; whatever goes wrong in reading them is a DataError that names the last row that was read."""
+    row = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            raise DataError(f"{name} cannot be read after row {row} ({_first_line(error)}): copy it again") from error
+        if batch is None:
+            return
+        row += len(batch[0])
+        yield batch
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require_datasets(what: str) -> Any:
@@ -200,8 +189,7 @@ def load_split(datasets: Any, name: str, config: str | None, split: str, what: s
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the package raises its own, requests', and plain ones
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{what} cannot be loaded ({reason}): {advice}") from error
+        raise DataError(f"{what} cannot be loaded ({_first_line(error)}): {advice}") from error
 
 
 class HubDataset:
@@ -217,12 +205,15 @@ class HubDataset:
 
     def chunks(self) -> Iterator[Chunk]:
         first = 1
+        for records, size in _until_damage(self._batches(), self.name):
+            yield Chunk(self.name, "row", first, records, size, first - 1 + len(records))
+            first += len(records)
+
+    def _batches(self) -> Iterator[tuple[list[Record], int]]:
         for columns in self._dataset.iter(batch_size=CHUNK_RECORDS):
-            count = len(columns[self.keys[0]])
-            records = [{key: columns[key][row] for key in self.keys} for row in range(count)]
-            size = sum(len(value) for record in records for value in record.values() if value is not None)
-            yield Chunk(self.name, first, records, size, first - 1 + count)
-            first += count
+            rows = range(len(columns[self.keys[0]]))
+            records = [{key: columns[key][row] for key in self.keys} for row in rows]
+            yield records, sum(len(v) for record in records for v in record.values() if isinstance(v, str))
 
 
 def _require_columns(name: str, columns: Sequence[str], keys: Sequence[str]) -> None:
@@ -238,56 +229,33 @@ def open_sources(
     text_unit: str = "file",
     hf_config: str | None = None,
     hf_split: str = "train",
+    notify: Callable[[str], None] = print,
 ) -> list[Source]:
-    """The sources that ``--input`` names: files, globs, folders, or ``hf:NAME``; each pattern's files sorted by name.
+    """The sources that ``--input`` names: files, globs, folders (see `input_files`), or ``hf:NAME``.
 
     Raises:
         DataError: if one does not exist, is empty of documents, or is of an unknown format.
     """
     sources: list[Source] = []
+    taken: dict[tuple[int, int], Path] = {}
     for word in inputs:
         if word.startswith(HUB_PREFIX):
-            sources.append(HubDataset(word[len(HUB_PREFIX) :], hf_config, hf_split, keys))
+            sources.append(HubDataset(word.removeprefix(HUB_PREFIX), hf_config, hf_split, keys))
             continue
-        for path in _files(word):
-            kind = _format(path) if input_format == "auto" else input_format
-            if kind == "text" and len(keys) != 1:
-                raise DataError(
-                    f"{path} is plain text and gives one key, but --json-keys names {' '.join(keys)}: give one"
-                )
-            if kind is None:
-                raise DataError(
-                    f"{path} has an unknown ending; known are {', '.join(FORMATS)} (.jsonl.gz too): rename it or give "
-                    "--input-format"
-                )
-            if kind == "jsonl":
-                sources.append(JsonLines(path))
-            elif kind == "parquet":
-                sources.append(Parquet(path, keys))
-            else:
-                sources.append(Text(path, keys[0], text_unit))
+        for path in input_files(word, taken, notify):
+            kind = format_of(path) if input_format == "auto" else input_format
+            sources.append(_open_file(path, kind, keys, text_unit))
     return sources
 
 
-def _format(path: Path) -> str | None:
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    kind = FORMATS.get(suffix.lower())
-    return kind if kind == "jsonl" or path.suffix != ".gz" else None
-
-
-def _files(word: str) -> list[Path]:
-    path = Path(word)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _format(file))
-        if not found:
-            raise DataError(
-                f"--input {word} is a folder without {', '.join(FORMATS)} files: give files of another ending by name"
-            )
-        return found
-    found = sorted(file for match in glob.glob(word, recursive=True) if (file := Path(match)).is_file())
-    if not found:
-        hint = f"; for a data set of the Hugging Face hub, write {HUB_PREFIX}{word}" if "*" not in word else ""
-        raise DataError(f"--input {word} matches no file: check the path{hint}")
-    return found
+def _open_file(path: Path, kind: str | None, keys: Sequence[str], text_unit: str) -> Source:
+    if kind == "text" and len(keys) != 1:
+        raise DataError(f"{path} is plain text and gives one key, but --json-keys names {' '.join(keys)}: give one")
+    if kind is None:
+        raise DataError(
+            f"{path} has an unknown ending; known are {', '.join(FORMATS)} (.jsonl.gz too): rename it or give "
+            "--input-format"
+        )
+    if kind == "jsonl":
+        return JsonLines(path)
+    return Parquet(path, keys) if kind == "parquet" else Text(path, keys[0], text_unit)

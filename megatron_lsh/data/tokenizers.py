@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lsh.data.gpt2 import GPT2BPETokenizer
 from megatron_lsh.data.huggingface import HuggingFaceTokenizer
 from megatron_lsh.data.special_tokens import SpecialTokens, digest
 from megatron_lsh.data.wordpiece import BertWordPieceTokenizer
@@ -241,10 +242,16 @@ def _build_with_text(kind: str, data: DataConfig) -> Tokenizer:
         if data.vocab_file is None:
             raise ConfigError(f"data.vocab_file (None) must be set with --tokenizer-type {kind}: give --vocab-file")
         return BertWordPieceTokenizer(data.vocab_file, kind == "BertWordPieceLowerCase", extra)
+    if kind == "GPT2BPETokenizer":
+        for name in ("vocab_file", "merge_file"):
+            if getattr(data, name) is None:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"data.{name} (absent) must be given with --tokenizer-type {kind}: set {flag}")
+        return GPT2BPETokenizer(str(data.vocab_file), str(data.merge_file), extra)
     if data.vocab_file is not None:
         raise ConfigError(
-            f"data.vocab_file ({data.vocab_file}) belongs to {' and '.join(WORDPIECE_TYPES)}, not to {kind}: give "
-            "--tokenizer-model instead"
+            f"data.vocab_file ({data.vocab_file}) belongs to {' and '.join(WORDPIECE_TYPES)} and GPT2BPETokenizer, not to "
+            f"{kind}: give --tokenizer-model instead"
         )
     model = data.tokenizer_model
     if model is None:

@@ -43,15 +43,18 @@ def write_description(
     }
     path = description_path(dataset.prefix)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error}): free some space or choose another folder") from error
 
 
 def read_description(dataset: IndexedDataset) -> dict[str, Any] | None:
     """What `write_description` recorded; None if there is no such file or it is of other data."""
     try:
         facts = json.loads(description_path(dataset.prefix).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return facts if isinstance(facts, dict) and facts.get("content") == dataset.fingerprint else None
 

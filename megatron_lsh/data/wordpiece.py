@@ -75,7 +75,7 @@ def _read(vocab_file: str) -> tuple[dict[str, int], str]:
         raise DataError(f"--vocab-file {vocab_file} does not exist: give a WordPiece vocabulary, one token per line")
     content = path.read_bytes()
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"--vocab-file {vocab_file} is not UTF-8 ({error}): give a WordPiece vocab.txt") from error
     if not lines[-1]:

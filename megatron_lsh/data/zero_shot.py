@@ -7,6 +7,7 @@ that the end of the prompt remains. Legend: S --seq-length, C classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 from megatron_lsh.data.classification import BLANK
 from megatron_lsh.data.gpt import Sample
 from megatron_lsh.data.labelled import Example, Labelled
+from megatron_lsh.data.prompts import prompt_ids
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import DataError
 
@@ -62,7 +64,7 @@ class Prompt:
 
 
 def _continued(tokenizer: Tokenizer, prompt: str, name: str) -> tuple[list[int], int]:
-    alone, tokens = tokenizer.tokenize(prompt), tokenizer.tokenize(f"{prompt} {name}")
+    alone, tokens = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, f"{prompt} {name}")
     start = 0
     while start < min(len(alone), len(tokens) - 1) and alone[start] == tokens[start]:
         start += 1
@@ -112,4 +114,5 @@ class ZeroShotSet:
         }
 
     def fingerprint(self) -> str:
-        return f"zero-shot {len(self)}"
+        facts = (self._rows, self.labels, self._prompt.length, self._pad)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_lsh.data.prompts import prompt_ids
 from megatron_lsh.training.generate import Sampling, generate
 from megatron_lsh.training.plot import plot_losses
 from megatron_lsh.training.run import Run, required
@@ -76,7 +77,7 @@ def _sample(run: Run) -> str | None:
     prompt = run.cfg.logging.sample_prompt
     if prompt is None:
         return None
-    tokens = run.tokenizer.tokenize(prompt) or [run.tokenizer.eod]
+    tokens = prompt_ids(run.tokenizer, prompt)
     with run.telemetry.paused():
         new = generate(
             run.model,

@@ -323,7 +323,7 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
         (
             "--tokenizer-type TikTokenizer",
             1,
-            "data.tokenizer_type (TikTokenizer) must be one of BertWordPieceLowerCase, BertWordPieceCase, "
+            "data.tokenizer_type (TikTokenizer) must be one of GPT2BPETokenizer, BertWordPieceLowerCase, BertWordPieceCase, "
             "SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer, ByteTokenizer, "
             "NullTokenizer: change --tokenizer-type",
         ),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("huggingface")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_files(huggingface_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """vocab.json (<|endoftext|> is 299) and merges.txt of the same tokens, by the names of their settings."""
+    model = json.loads((huggingface_folder / "tokenizer.json").read_text())["model"]
+    folder = tmp_path_factory.mktemp("gpt2")
+    (folder / "vocab.json").write_text(json.dumps({**model["vocab"], "<|endoftext|>": 299}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    return {"vocab_file": str(folder / "vocab.json"), "merge_file": str(folder / "merges.txt")}
 
 
 @pytest.fixture

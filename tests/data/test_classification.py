@@ -83,8 +83,12 @@ def test_formats_agree(tmp_path: Path) -> None:
         ("a.tab", "text\tlabel\nstring\td\n", r"must begin with three rows"),
         ("a.tab", "text\tlabel\nstring\td\n\t\na\tb\n", r"marks no class column among text, label: .*--label-key"),
         ("a.tab", "text\tlabel\nd\td\n\tclass\na\tb\n", r"marks no string column"),
+        ("a.csv", 'text,label\na,1\n"b,1\n', r"line 3 is no row of a table .unexpected end of data"),
+        ("a.csv", "text,label\na\rb,1\n\ufffe\n", r"line 2 has 1 columns"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,1\n" * 9)[:-9], r"a.csv.gz is damaged or cannot be read"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"line 1 is not JSON"),
         ("a.xml", "", r"unknown ending; known are .jsonl"),
-        ("a.csv", b"text,label\n\xff,1\n", r"is not UTF-8"),
+        ("a.csv", b"text,label\n\xff,1\n", r"a.csv, line 2 is not UTF-8"),
         (None, "", r"a.jsonl does not exist"),
     ],
 )
@@ -238,6 +242,21 @@ def test_zero_shot_prompts() -> None:
     # A prompt that is the text alone, of nothing: something must be there to predict the first token from.
     ((tokens, start),), _ = Prompt("{text}", ["ab"], 20, True).rows(Example(("",), "ab", ""), tokenizer)
     assert (tokens[0], start) == (tokenizer.eod, 1)
+
+
+def test_zero_shot_sets_are_told_apart_by_their_content() -> None:
+    def fingerprint(rows: list[tuple[str, str]], template: str = "{text} is") -> str:
+        prompt = Prompt(template, ["art", "sport"], 20, True)
+        return ZeroShotSet(labelled(rows), ["art", "sport"], prompt, ByteTokenizer()).fingerprint()
+
+    first = fingerprint([("hello", "sport")])
+    assert first == fingerprint([("hello", "sport")])
+    others = [
+        fingerprint([("hallo", "sport")]),
+        fingerprint([("hello", "art")]),
+        fingerprint([("hello", "sport")], "{text}"),
+    ]
+    assert len({first, *others}) == 4
 
 
 # The tool that makes a data set

@@ -138,7 +138,7 @@ def convert_fails(folder: Path, message: str, *arguments: object) -> bool:
     [
         ('{"text": "a"}\n{"text": \n', [], "in.jsonl, line 2 is not JSON"),
         ('{"text": "a"}\n["text"]\n', [], "line 2 is a JSON list"),
-        ('{"text": "a"}\n{"body": "a"}\n', [], "document 2 has no key text, only body"),
+        ('{"text": "a"}\n{"body": "a"}\n', [], "line 2 has no key text, only body"),
         ('{"text": 5}\n', [], "the value of text is a int"),
         ('{"text": ""}\n', [], "has no text under the key text"),
         ("", [], "has no text under the key text"),
@@ -147,8 +147,7 @@ def convert_fails(folder: Path, message: str, *arguments: object) -> bool:
         ('{"text": "a"}\n', ["--split-sentences", "--lang", "!"], "--lang (!) must be an ISO 639 code"),
         ('{"text": " "}\n', ["--split-sentences"], "has no text under the key text"),
         ('{"text": "a"}\n', ["--tokenizer-type", "BertWordPieceCase"], "give --vocab-file"),
-        ('{"text": "a"}\n', ["--merge-file", "m.txt"], "--tokenizer-type HuggingFaceTokenizer"),
-        ('{"text": "a"}\n', ["--tokenizer-type", "GPT2BPETokenizer"], "is --tokenizer-type HuggingFaceTokenizer here"),
+        ('{"text": "a"}\n', ["--tokenizer-type", "GPT2BPETokenizer"], "GPT2BPETokenizer: set --vocab-file"),
         ('{"text": "a"}\n', ["--tokenizer-type", "Llama2Tokenizer"], "give --tokenizer-model"),
         ('{"text": "a"}\n', ["--workers", "0"], "--workers (0) must be at least 1"),
         ('{"text": "a"}\n', ["--json-keys", "text", "text"], "more than once"),
@@ -167,7 +166,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
     assert convert_fails(tmp_path, "is damaged", "--input", tmp_path / "in.jsonl.gz")
     (tmp_path / "in.txt").write_bytes(b"\xff\xfe")
-    assert convert_fails(tmp_path, "in.txt is not UTF-8", "--input", tmp_path / "in.txt")
+    assert convert_fails(tmp_path, "in.txt, line 1 is not UTF-8", "--input", tmp_path / "in.txt")
     (tmp_path / "empty").mkdir()
     assert convert_fails(tmp_path, "is a folder without", "--input", tmp_path / "empty")
 

@@ -71,7 +71,8 @@ def test_huggingface_end_token_from_config(huggingface_folder: Path, tmp_path: P
     tokenizer = HuggingFaceTokenizer(str(tmp_path))
     assert [tokenizer.eod] == tokenizer.tokenize("!")
     assert [tokenizer.pad] == tokenizer.tokenize("A")
-    config.write_text(json.dumps({"eos_token": "<nowhere>"}))
+    config.write_text(json.dumps({"added_tokens_decoder": {}}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<nowhere>"}))
     with pytest.raises(DataError, match=r"does not say which token ends a document .<nowhere> is not in it"):
         HuggingFaceTokenizer(str(tmp_path))
     config.write_text("[]")
@@ -113,10 +114,13 @@ def test_null() -> None:
             tokenizer.tokenize(text)
 
 
-def test_build_every_type(sentencepiece_model: Path, huggingface_folder: Path, vocab_file: Path) -> None:
+def test_build_every_type(
+    sentencepiece_model: Path, huggingface_folder: Path, vocab_file: Path, gpt2_files: dict[str, str]
+) -> None:
     for kind in TOKENIZER_TYPES:
         model = str(huggingface_folder if kind == "HuggingFaceTokenizer" else sentencepiece_model)
         files = {"vocab_file": str(vocab_file)} if kind.startswith("Bert") else {"tokenizer_model": model}
+        files = gpt2_files if kind == "GPT2BPETokenizer" else files
         tokenizer = build_tokenizer(DataConfig(tokenizer_type=kind, **files), 1000)  # type: ignore[arg-type]
         assert tokenizer.name == kind
         assert 0 <= tokenizer.eod < tokenizer.vocab_size
@@ -166,6 +170,8 @@ def test_build_for_mock_data() -> None:
         ({"tokenizer_type": "Llama2Tokenizer"}, None, ConfigError, "give --tokenizer-model"),
         ({"tokenizer_type": "ByteTokenizer"}, 256, ConfigError, "must be at least 257"),
         ({"tokenizer_type": "BertWordPieceCase"}, None, ConfigError, "give --vocab-file"),
+        ({"tokenizer_type": "GPT2BPETokenizer"}, None, ConfigError, "set --vocab-file"),
+        ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "x"}, None, ConfigError, "set --merge-file"),
         ({"tokenizer_type": "Llama2Tokenizer", "vocab_file": "x"}, None, ConfigError, "give --tokenizer-model instead"),
         (
             {"tokenizer_type": "BertWordPieceCase", "vocab_file": "/no/file"},
