@@ -9,7 +9,7 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_lsh.config.run import CheckpointConfig, DataConfig, LoggingConfig
-from megatron_lsh.config.serialize import describe, differences_from_default, from_dict, from_json, to_dict, to_json
+from megatron_lsh.config.serialize import describe, from_dict, to_dict, to_json
 from megatron_lsh.config.t5 import T5Config, T5Settings
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
 from megatron_lsh.config.validate import assumed_world_size, validate
@@ -36,9 +36,7 @@ __all__ = [
     "TrainingConfig",
     "assumed_world_size",
     "describe",
-    "differences_from_default",
     "from_dict",
-    "from_json",
     "moe_layer_pattern",
     "padded_vocab_size",
     "parse_args",

@@ -8,6 +8,7 @@ file alike. Values are checked against their type here, and against bounds and e
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +24,7 @@ from megatron_lsh.config.settings import (
     named,
     sections_of,
     settings_of,
+    shown,
     spellings_of,
     summary,
 )
@@ -52,7 +54,8 @@ def parse_args(
     settings = settings_of(config_class)
     reader = _Reader(spellings_of(settings))
     parser = _build_parser(config_class, settings)
-    known, strays = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known, strays = parser.parse_known_args(argv)
     written = vars(known)
 
     values: dict[str, Any] = {}
@@ -61,7 +64,7 @@ def parse_args(
         written_there = read_config_file(path, sections_of(config_class))
         values |= reader.read(written_there if select is None else select(written_there))
     values |= reader.read(written)  # the command line wins
-    reader.refuse_strays(strays)
+    reader.refuse_strays(strays, argv)
     problems = reader.problems + reader.refusals()
     if problems:
         raise ConfigError("\n".join(problems))
@@ -101,13 +104,19 @@ class _Reader:
                 self._refuse_unknown("--" + key.replace("_", "-"))
         return values | {TAKEN_AS[flag].setting: TAKEN_AS[flag].value for flag in self.taken}
 
-    def refuse_strays(self, strays: Sequence[str]) -> None:
-        """Words that no flag takes: unknown flags, each named once, or else loose values."""
-        unknown = dict.fromkeys(word.split("=")[0] for word in strays if word.startswith("-"))
-        for flag in unknown:
-            self._refuse_unknown(flag)
+    def refuse_strays(self, strays: Sequence[str], argv: Sequence[str]) -> None:
+        """Words of ``argv`` that no flag takes: unknown flags, each named once, or else loose values."""
+        unknown = dict.fromkeys(word for word in strays if re.match(r"--?[^\W\d]", word))
+        for word in unknown:
+            self._refuse_unknown(word.split("=")[0], self._list_before(word, argv))
         if strays and not unknown:
-            self.problems.append(f"{' '.join(strays)} must follow a flag that takes it: drop it, or see --help")
+            self.problems.append(f"{shown(' '.join(strays))} must follow a flag that takes it: drop it, or see --help")
+
+    def _list_before(self, word: str, argv: Sequence[str]) -> str | None:
+        """The flag whose list of texts ``word`` may be meant to be in: argparse takes all that begins with - for a flag."""
+        before = [other for other in argv[: list(argv).index(word)] if other.startswith("--")]
+        spelling = self.spellings.get(as_key(before[-1])) if before else None
+        return spelling.flag if spelling and spelling.setting.is_list and spelling.setting.kind is str else None
 
     def refusals(self) -> list[str]:
         """One line per feature that is asked for and not there, with all the flags that ask for it."""
@@ -126,7 +135,7 @@ class _Reader:
         words = " ".join(map(str, raw if isinstance(raw, list) else [raw]))
         is_switch = flag in TAKEN_AS or (flag in NO_EFFECT and NO_EFFECT[flag].words == SWITCH)
         if is_switch and raw is not True and words != "true":
-            self.problems.append(f"{flag} ({words}) must be true or false: drop {words}")
+            self.problems.append(f"{flag} ({shown(words)}) must be true or false: drop {shown(words)}")
         elif flag in TAKEN_AS:
             self.taken.append(flag)
         elif flag in NO_EFFECT or words == SAME_AS_HERE.get(flag):
@@ -134,19 +143,30 @@ class _Reader:
         else:
             self.rejected.setdefault(REJECTED[flag], {})[flag] = None
 
-    def _refuse_unknown(self, flag: str) -> None:
+    def _refuse_unknown(self, flag: str, list_before: str | None = None) -> None:
         ours = [spelling.flag for spelling in self.spellings.values()] + ["--config"]
         nearest = nearest_flag(flag, ours, [*NO_EFFECT, *TAKEN_AS, *REJECTED])
-        self.problems.append(f"{flag} is unknown; the nearest flag is {nearest}")
+        problem = f"{shown(flag)} is unknown; the nearest flag is {nearest}"
+        if list_before is not None:
+            problem += f"; if it is a value of {list_before}, give those in a --config file"
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """Splits a command line; what is wrong with it is a ConfigError."""
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+        missing = re.fullmatch(r"argument (\S+): expected (one|at least one) argument", message)
+        if missing is None:
+            raise ConfigError(f"{shown(message)}: see --help")
+        flag = missing[1].split("/")[0]
+        how = f"as {flag}=-value" if missing[2] == "one" else "in a --config file"
+        raise ConfigError(f"{flag} must be followed by {missing[2]} value: give it (one that begins with - {how})")
 
 
 def _build_parser(config_class: type[Config], settings: Mapping[str, Setting]) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = FlagParser(
         usage="%(prog)s [--config FILE] [FLAGS]",
         description="Flags have the names, defaults and meaning of Megatron-LM's unless their help says otherwise. "
         "A switch may be followed by false, which undoes it.",

@@ -2,25 +2,95 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from megatron_lsh.config.serialize import is_saved_config, settings_given_in
-from megatron_lsh.config.settings import as_key
+from megatron_lsh.config.settings import as_key, shown
 from megatron_lsh.errors import ConfigError
+
+_MOST_NODES = 100_000  # of a document with its aliases written out: a few lines can stand for billions
 
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is written twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{shown(name)} is given twice", key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_NODES:,} values")
+        return self.construct_document(node)
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Nodes of a document in which every alias is replaced by what it stands for; infinite if one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        children = [child for pair in node.value for child in (pair if isinstance(pair, tuple) else [pair])]
+        inside = sum(_written_out(child, known) for child in children) if not isinstance(node, yaml.ScalarNode) else 0
+        known[id(node)] = 1 + inside
+    return known[id(node)]
+
+
+def read_document(path: str) -> Any:
+    """What a JSON or YAML file holds.
+
+    JSON is tried first: YAML reads most of it, but numbers such as 1e-5 as text, and letters beyond the first 65,536, which
+    JSON writes in two halves, as halves.
+
+    Raises:
+        ConfigError: if the file cannot be read or is neither.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--config ({shown(path)}) must be a readable file of text: {reason}") from error
+    except ValueError as error:  # a null byte in the name
+        raise ConfigError(f"--config ({shown(path)}) must be a readable file of text: {error}") from error
+    try:
+        return json.loads(text, object_pairs_hook=_without_doubles)
+    except RecursionError as error:
+        raise ConfigError(f"--config ({shown(path)}) must be a YAML file: this one is nested too deeply") from error
+    except ValueError:
+        pass
+    try:
+        return yaml.load(text, _Loader)
+    # ValueError: a date that does not exist, a number with too many digits
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ConfigError(f"--config ({shown(path)}) must be a YAML file: {_where(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"--config ({shown(path)}) must be a YAML file: this one is nested too deeply") from error
+
+
+def _where(error: Exception) -> str:
+    """What is wrong with the file and at which place, on one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {shown(error.problem)}"
+    return " ".join(str(error).split())
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file; one with a key twice is left to YAML, which says where."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
 
 
 def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
@@ -33,17 +103,12 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read, or names a section that does not exist or a setting twice.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            document = yaml.load(file, _Loader)
-    except OSError as error:
-        raise ConfigError(f"--config ({path}) must be a readable file: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config ({path}) must be a YAML file: {error}") from error
+    document = read_document(path)
+    path = shown(path)
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ConfigError(f"--config ({path}) must hold a mapping from settings to values, not {document!r:.80}")
+        raise ConfigError(f"--config ({path}) must hold a mapping from settings to values, not {shown(document)}")
     if is_saved_config(document):
         document = settings_given_in(document)
 
@@ -51,9 +116,9 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
     for key, value in document.items():
         nested = isinstance(value, dict)
         if nested and key not in sections:
-            raise ConfigError(f"--config ({path}): section {key} must be one of {', '.join(sections)}")
+            raise ConfigError(f"--config ({path}): section {shown(key)} must be one of {', '.join(sections)}")
         for name, entry in value.items() if nested else [(key, value)]:
             if as_key(str(name)) in flat:
-                raise ConfigError(f"--config ({path}): {name} is given twice; keep one")
+                raise ConfigError(f"--config ({path}): {shown(name)} is given twice; keep one")
             flat[as_key(str(name))] = entry
     return flat

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
-from megatron_lsh.config.arguments import parse_args
+from megatron_lsh.config.arguments import FlagParser, parse_args
 from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.config_file import read_document
 from megatron_lsh.config.flag import flag
 from megatron_lsh.config.serialize import is_saved_config
 from megatron_lsh.config.settings import settings_of
@@ -151,7 +150,7 @@ def parse_finetune_args(argv: Sequence[str] | None = None) -> FinetuneConfig:
         ConfigError: as ``parse_args``, and for a --backbone that is not that of the file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    early = _Early(add_help=False, allow_abbrev=False)
+    early = FlagParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--backbone", "--pretrained-checkpoint"):
         early.add_argument(name)
     known, _ = early.parse_known_args(words)
@@ -176,11 +175,6 @@ def parse_finetune_args(argv: Sequence[str] | None = None) -> FinetuneConfig:
     return cfg
 
 
-class _Early(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def config_beside(folder: str) -> str:
     """Where the config.json of a run lies, given its --save folder or one below it (for messages)."""
     for place in (Path(folder), Path(folder).parent):
@@ -191,12 +185,7 @@ def config_beside(folder: str) -> str:
 
 def _saved_config(path: str | None) -> Mapping[str, Any] | None:
     """Sections of a saved config.json; None for no file, or one that a person wrote (which parse_args will read)."""
-    if path is None:
-        return None
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    document: Any = None if path is None else read_document(path)
     return document["config"] if is_saved_config(document) else None
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from megatron_lsh.config.flag import flag
 
+MOST_LAYERS = 100_000  # keeps a slip of the finger from making a list that eats the memory
+
 
 @dataclass
 class ModelConfig:
     """Architecture of the dense transformer. Names, defaults and meaning are Megatron-LM's."""
 
-    num_layers: int | None = flag(None, "Number of transformer layers", at_least=1)
+    num_layers: int | None = flag(None, "Number of transformer layers", at_least=1, at_most=MOST_LAYERS)
     hidden_size: int | None = flag(None, "Width D of the residual stream", at_least=1)
     ffn_hidden_size: int | None = flag(
         None,

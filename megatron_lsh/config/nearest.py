@@ -87,7 +87,7 @@ def nearest_flag(flag: str, ours: Iterable[str], others: Iterable[str] = ()) -> 
     unless one of ``others``, which are known and do nothing, is clearly nearer. Flags of LSH answer only to one that names
     LSH or is nearly their spelling.
     """
-    ours = list(ours)
+    ours, flag = list(ours), flag[:80]
     elsewhere = _ELSEWHERE.get(flag.replace("_", "-").lower())
     if elsewhere in ours:
         return elsewhere

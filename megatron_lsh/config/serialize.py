@@ -55,34 +55,21 @@ def from_dict(document: Mapping[str, Any], config_class: type[C] = Config) -> C:
         raise ConfigError("\n".join(problems))
     if unknown:
         cfg.notices.append("ignored settings that this version does not have: " + ", ".join(unknown))
-    derived = [name for name in document.get("derived", ()) if name in spellings]
+    derived = [name for name in _derived_in(document) if name in spellings]
     cfg.derived = {name: spellings[name].setting.get(cfg) for name in derived}
     return cfg
 
 
 def to_json(cfg: Config) -> str:
-    """:func:`to_dict` as indented text. It can be given to ``--config`` to repeat the run."""
+    """:func:`to_dict` as indented text. It can be given to ``--config`` to repeat the run; :func:`from_dict` reads it."""
     return json.dumps(to_dict(cfg), indent=2) + "\n"
-
-
-def from_json(text: str, config_class: type[C] = Config) -> C:  # type: ignore[assignment]
-    """The inverse of :func:`to_json`.
-
-    Raises:
-        ConfigError: as :func:`from_dict`, and if the text is not JSON.
-    """
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"a saved configuration must be JSON: {error}") from error
-    return from_dict(document, config_class)
 
 
 def is_saved_config(document: Any) -> bool:
     """Whether a parsed file is what :func:`to_dict` writes (rather than a YAML file by hand)."""
     return (
         isinstance(document, Mapping)
-        and isinstance(document.get("version"), int)
+        and type(document.get("version")) is int
         and isinstance(document.get("config"), Mapping)
         and all(isinstance(section, Mapping) for section in document["config"].values())
     )
@@ -90,17 +77,16 @@ def is_saved_config(document: Any) -> bool:
 
 def settings_given_in(document: Mapping[str, Any]) -> dict[str, Any]:
     """``{section: {name: value}}`` of a saved configuration without what validate() had derived."""
-    derived = set(document.get("derived", ()))
+    derived = _derived_in(document)
     return {
         section: {name: value for name, value in values.items() if name not in derived}
         for section, values in document["config"].items()
     }
 
 
-def differences_from_default(cfg: Config) -> dict[str, Any]:
-    """``{"model.num_layers": 4, ...}``: the settings that differ from their default, in the order of declaration."""
-    settings = settings_of(type(cfg)).values()
-    return {setting.path: setting.get(cfg) for setting in settings if setting.get(cfg) != setting.default}
+def _derived_in(document: Mapping[str, Any]) -> set[str]:
+    derived = document.get("derived")
+    return {name for name in derived if isinstance(name, str)} if isinstance(derived, list) else set()
 
 
 def describe(cfg: Config) -> str:

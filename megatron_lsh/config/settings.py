@@ -155,8 +155,15 @@ def as_key(flag: str) -> str:
 
 
 def named(path: str, value: Any) -> str:
-    """``model.num_layers (4)``: how every error names a field and its value."""
-    return f"{path} ({'absent' if value is None else value})"
+    """``model.num_layers (4)``: how every error names a field and its value, on one line and of a length to be read."""
+    return f"{path} ({'absent' if value is None else shown(value) or repr('')})"
+
+
+def shown(value: Any) -> str:
+    """A value in an error: the first 80 characters, and what no terminal should get written as escapes."""
+    text = str(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _unwrap(annotation: Any) -> tuple[type, bool, bool]:
@@ -178,9 +185,12 @@ def _to_bool(value: Any) -> bool:
 def _to_int(value: Any) -> int:
     if isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return int(value)
+            number = int(value)  # no text of thousands of digits: Python refuses those
         except ValueError:
-            pass
+            raise ValueError("must be an integer") from None
+        if -(2**63) <= number < 2**63:
+            return number
+        raise ValueError("must be an integer below 2^63")
     raise ValueError("must be an integer")
 
 

@@ -10,6 +10,7 @@ from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.flag import flag
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
+from megatron_lsh.config.model import MOST_LAYERS
 from megatron_lsh.errors import ConfigError
 
 
@@ -17,8 +18,12 @@ from megatron_lsh.errors import ConfigError
 class T5Settings:
     """Encoder, decoder, span corruption and relative positions of T5. Names are Megatron-LM's where it has them."""
 
-    encoder_num_layers: int | None = flag(None, "Layers of the encoder (default: --num-layers)", at_least=1)
-    decoder_num_layers: int | None = flag(None, "Layers of the decoder (default: --num-layers)", at_least=1)
+    encoder_num_layers: int | None = flag(
+        None, "Layers of the encoder (default: --num-layers)", at_least=1, at_most=MOST_LAYERS
+    )
+    decoder_num_layers: int | None = flag(
+        None, "Layers of the decoder (default: --num-layers)", at_least=1, at_most=MOST_LAYERS
+    )
     encoder_seq_length: int | None = flag(None, "Tokens per input sequence (default: --seq-length)", at_least=1)
     decoder_seq_length: int | None = flag(None, "Tokens per output sequence (default: --seq-length)", at_least=1)
     mask_prob: float = flag(0.15, "Share of the tokens that are cut out and predicted", above=0, below=1)

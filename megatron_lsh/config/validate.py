@@ -406,8 +406,8 @@ def _try_writing(cfg: Config, check: Checker) -> None:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-        except OSError as error:
-            why = f"{{{name}}} must be writable ({error.strerror})"
+        except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+            why = f"{{{name}}} must be writable ({getattr(error, 'strerror', None) or error})"
             check.rule(why, lambda _: False, "choose another place or free it")
 
 

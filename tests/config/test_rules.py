@@ -14,7 +14,7 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
     ("flags", "world_size", "line"),
     [
         # single values
-        ("--num-layers 0", 1, "model.num_layers (0) must be at least 1: change --num-layers"),
+        ("--num-layers 0", 1, "model.num_layers (0) must be at least 1 and at most 100000: change --num-layers"),
         ("--lsh-num-hashes 0", 1, "lsh.lsh_num_hashes (0) must be at least 1: change --lsh-num-hashes"),
         ("--lsh-hash-width 0", 1, "lsh.lsh_hash_width (0) must be at least 1: change --lsh-hash-width"),
         (

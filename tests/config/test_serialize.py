@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lsh.config import Config, describe, differences_from_default, from_dict, from_json, to_dict, to_json
+from megatron_lsh.config import Config, describe, from_dict, to_dict, to_json
 from megatron_lsh.config.settings import Setting, settings_of
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import small
@@ -20,9 +20,9 @@ SETTINGS = settings_of(Config)
 def values_of(setting: Setting) -> st.SearchStrategy:
     kinds = {
         bool: st.booleans(),
-        int: st.integers(),
+        int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.text(),
+        str: st.sampled_from(setting.choices) if setting.choices else st.text(),
     }
     values = st.lists(kinds[setting.kind]) if setting.is_list else kinds[setting.kind]
     return st.none() | values if setting.optional else values
@@ -31,24 +31,21 @@ def values_of(setting: Setting) -> st.SearchStrategy:
 ANY_CONFIG = st.fixed_dictionaries({}, optional={name: values_of(setting) for name, setting in SETTINGS.items()})
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(ANY_CONFIG)
 def test_round_trip(values: dict[str, Any]) -> None:
     cfg = Config()
     for name, value in values.items():
         SETTINGS[name].set(cfg, value)
     text = to_json(cfg)
-    assert from_json(text) == cfg
-    assert to_json(from_json(text)) == text
-    assert set(differences_from_default(cfg)) == {
-        SETTINGS[name].path for name, value in values.items() if value != SETTINGS[name].default
-    }
+    assert from_dict(json.loads(text)) == cfg
+    assert to_json(from_dict(json.loads(text))) == text
 
 
 def test_derived_values_are_remembered() -> None:
     cfg = small(world_size=2)
     assert cfg.derived["global_batch_size"] == 4
-    loaded = from_json(to_json(cfg))
+    loaded = from_dict(json.loads(to_json(cfg)))
     assert loaded == cfg and loaded.derived == cfg.derived
 
 
@@ -77,11 +74,6 @@ def test_other_versions_of_the_package() -> None:
 def test_documents_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(to_dict(Config()) | change)
-
-
-def test_text_that_is_not_json() -> None:
-    with pytest.raises(ConfigError, match="must be JSON"):
-        from_json("{")
 
 
 def test_json_is_plain() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lsh.config import Config, assumed_world_size, from_json, parse_args, to_json, validate
+from megatron_lsh.config import Config, assumed_world_size, from_dict, parse_args, to_json, validate
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import DENSE, MIXTRAL, SMALL, lines_for, small, without
 
@@ -175,7 +176,7 @@ def test_validating_again_is_as_validating_once(tp: int, ep: int, first: int, se
     words = [*SMALL, "--tensor-model-parallel-size", str(tp), "--expert-model-parallel-size", str(ep), *flags]
     once = validate(parse_args(words), second)
     again = validate(validate(parse_args(words), first), second)
-    loaded = validate(from_json(to_json(validate(parse_args(words), first))), second)
+    loaded = validate(from_dict(json.loads(to_json(validate(parse_args(words), first)))), second)
     assert once == again == loaded
     assert once.derived == again.derived == loaded.derived
     assert once.notices == again.notices

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_lsh.config import from_json
+from megatron_lsh.config import from_dict
 from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
 from megatron_lsh.models.cache import KVCache
@@ -63,7 +63,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "validation loss at iteration 15 without compression | lm loss value:" in out
     assert (tmp_path / "m.png").exists()
     assert (tmp_path / "ckpt" / "iter_0000020").is_dir() and (tmp_path / "ckpt" / "iter_0000030").is_dir()
-    assert from_json((tmp_path / "ckpt" / "config.json").read_text()).training.train_iters == 30
+    assert from_dict(json.loads((tmp_path / "ckpt" / "config.json").read_text())).training.train_iters == 30
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
