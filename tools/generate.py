@@ -32,9 +32,10 @@ from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.initialize import initialize, shutdown
-from megatron_lsh.training.faults import launch, together
+from megatron_lsh.training.faults import launch
 from megatron_lsh.training.generate import Sampling, generate_batch
 
 

@@ -1,4 +1,4 @@
-"""Ranks that succeed together or fail together.
+"""Ranks that succeed together or fail together, with a checkpoint's errors; see parallel/agreement.py.
 
 Every step that can fail on one rank alone (a full disk, a missing file) runs inside `Ranks.each`, `collect` or
 `coordinator`, which exchange the outcome before anybody goes on. So an error on one rank is the same `CheckpointError`
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lsh.errors import CheckpointError, DamagedCheckpoint, MegatronLSHError
+from megatron_lsh.parallel.agreement import Outcome, attempt, exchange
 from megatron_lsh.parallel.context import ParallelContext
 
 T = TypeVar("T")
@@ -65,54 +66,35 @@ class Ranks:
         DamagedCheckpoint if that is what it raised. `function` must not communicate outside DCP, whose own collectives
         already agree on failure.
         """
-        problem: Problem | None = None
-        try:
-            value = function()
-        except _FAILURES as error:
-            problem = Problem.of(error, self.rank)
-        self._raise_first(what, self._gather(problem))
-        return value
+        outcome = attempt(function, _FAILURES)
+        self._raise_first(what, exchange(self._problem(outcome), self.group))
+        return outcome.value  # type: ignore[return-value]
 
     def collect(self, what: str, function: Callable[[], T]) -> list[T]:
         """As `each`, but return every rank's result, in rank order. Results are pickled."""
-        value: T | None = None
-        problem: Problem | None = None
-        try:
-            value = function()
-        except _FAILURES as error:
-            problem = Problem.of(error, self.rank)
-        outcomes = self._gather((problem, value))
+        outcome = attempt(function, _FAILURES)
+        outcomes = exchange((self._problem(outcome), outcome.value), self.group)
         self._raise_first(what, [problem for problem, _ in outcomes])
-        return [value for _, value in outcomes]
+        return [value for _, value in outcomes]  # type: ignore[misc]
 
     def coordinator(self, what: str, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 and return its result on every rank. Collective. Raises as `each` does."""
-        outcome: tuple[Problem | None, Any] = (None, None)
-        if self.is_coordinator:
-            try:
-                outcome = (None, function())
-            except _FAILURES as error:
-                outcome = (Problem.of(error, self.rank), None)
+        outcome: Outcome[T] = attempt(function, _FAILURES) if self.is_coordinator else Outcome()
+        box = [(self._problem(outcome), outcome.value)]
         if self.group is not None:
-            box = [outcome]
             dist.broadcast_object_list(box, src=0, group=self.group)
-            outcome = box[0]
-        problem, value = outcome
+        problem, value = box[0]
         self._raise_first(what, [problem])
-        return value
+        return value  # type: ignore[return-value]
+
+    def _problem(self, outcome: Outcome[T]) -> Problem | None:
+        return None if outcome.error is None else Problem.of(outcome.error, self.rank)
 
     @staticmethod
     def _raise_first(what: str, problems: list[Problem | None]) -> None:
         for problem in problems:
             if problem is not None:
                 raise (DamagedCheckpoint if problem.damage else CheckpointError)(f"{what}: {problem.text}")
-
-    def _gather(self, item: Any) -> list[Any]:
-        if self.group is None:
-            return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self.group)
-        return items
 
 
 def describe(error: BaseException, rank: int) -> str:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,7 +17,6 @@ import torch.distributed as dist
 
 from megatron_lsh.config.training import TrainingConfig
 from megatron_lsh.errors import MegatronLSHError
-from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.launcher import adopt
 from megatron_lsh.training.writers import SteadyStream
 
@@ -107,38 +105,6 @@ class StopRequest:
         return "another rank asked to stop"
 
 
-def together(ctx: ParallelContext, action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; if it raises on any, raise on all, so that nobody waits for a rank that is gone.
-
-    The rank that failed raises its own exception; the others raise the same message (as MegatronLSHError). `action` must
-    not leave other ranks inside a collective when it fails.
-    """
-    error: Exception | None = None
-    result: Result | None = None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-    reports: list[tuple[str, str] | None] = [_report(error)]
-    if ctx.world.size > 1:
-        reports = [None] * ctx.world.size
-        dist.all_gather_object(reports, _report(error), group=ctx.world.process_group)
-    failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
-    if not failed:
-        return result  # type: ignore[return-value]
-    rank, (kind, message) = failed[0]
-    error = error or MegatronLSHError(f"rank {rank} failed: {kind}: {message}")
-    error.reported_by = rank  # type: ignore[attr-defined]
-    raise error
-
-
-def failed_everywhere(message: str) -> MegatronLSHError:
-    """An error for every rank to raise at the same point; one of them will report it."""
-    error = MegatronLSHError(message)
-    error.reported_by = 0  # type: ignore[attr-defined]
-    return error
-
-
 def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> int:
     """``run(prepare())`` for an entry script; returns the exit status. Mistakes of users are told without tracebacks.
 
@@ -193,12 +159,3 @@ def tell(message: str) -> None:
         details = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
-
-
-def _report(error: Exception | None) -> tuple[str, str] | None:
-    """The exception as (type name, message); a mistake of ours with its traceback, one of the user's without."""
-    if error is None:
-        return None
-    if isinstance(error, MegatronLSHError):
-        return type(error).__name__, str(error)
-    return type(error).__name__, "".join(traceback.format_exception(error))

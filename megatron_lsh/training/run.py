@@ -18,11 +18,11 @@ from megatron_lsh.errors import DataError
 from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import shard_model
 from megatron_lsh.parallel.random import derive_seed, get_rng_state, seed_everything, set_rng_state
 from megatron_lsh.training.early_stopping import BestWeights, EarlyStopping
-from megatron_lsh.training.faults import together
 from megatron_lsh.training.flops import peak_flops, tokens_per_sample, training_flops_per_token
 from megatron_lsh.training.optimizer import build_optimizer
 from megatron_lsh.training.reporter import Reporter, RunFigures

@@ -9,10 +9,11 @@ from datetime import timedelta
 from megatron_lsh.config import Config
 from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.schedule import exact_dispatch
+from megatron_lsh.parallel.agreement import failed_everywhere, together
 from megatron_lsh.parallel.data_parallel import global_norm
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.evaluate import evaluate
-from megatron_lsh.training.faults import StopRequest, failed_everywhere, together
+from megatron_lsh.training.faults import StopRequest
 from megatron_lsh.training.finish import closing_report, closing_result
 from megatron_lsh.training.profiling import Profiling
 from megatron_lsh.training.run import Run, Task, set_up

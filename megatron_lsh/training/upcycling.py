@@ -9,8 +9,8 @@ from megatron_lsh.checkpoint.inspection import inspect
 from megatron_lsh.config import Config
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.convert import Checks, load_native, save_native, upcycle
+from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.training.faults import together
 
 
 def start_from_dense(cfg: Config, ctx: ParallelContext) -> CheckpointConfig:

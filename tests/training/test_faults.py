@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from megatron_lsh.config import Config, TrainingConfig
 from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
+from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.parallel.testing import run_distributed_test
-from megatron_lsh.training.faults import StopRequest, launch, together
+from megatron_lsh.training.faults import StopRequest, launch
 from megatron_lsh.training.losses import Losses
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.train import train
@@ -100,7 +101,9 @@ def test_all_ranks_skip_a_non_finite_step_and_change_nothing() -> None:
 
 
 def endless_nan(folder: str) -> tuple[int, str]:
-    cfg = tiny_config(f"--max-consecutive-nan-iterations 3 --metrics-jsonl {folder}/metrics.jsonl --global-batch-size 4", 2)
+    cfg = tiny_config(
+        f"--max-consecutive-nan-iterations 3 --metrics-jsonl {folder}/metrics.jsonl --global-batch-size 4", 2
+    )
     task = tiny_task(cfg, NanOnRank(0, {1, 3, 4, 5, 6}))
     message = ""
 
