@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,15 +30,15 @@ class Clusters:
     order_N: Tensor
     offsets_C: Tensor
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return self.cluster_N.shape[0]
 
-    @property
+    @cached_property
     def num_clusters(self) -> int:
         return self.sizes_C.shape[0]
 
-    @property
+    @cached_property
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """``order``, ``offsets`` and ``sizes``, as the operations of ``ops/`` want them."""
         return self.order_N, self.offsets_C, self.sizes_C

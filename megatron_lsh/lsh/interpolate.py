@@ -197,13 +197,14 @@ class _Interpolate(torch.autograd.Function):
         width: float,
     ) -> Tensor:
         ctx.clusters, ctx.plan, ctx.out_dtype = clusters, plan, expert_out_CD.dtype
-        ctx.ops = choose(rows_ND.new_empty(0, dtype=accumulator(rows_ND.dtype)))
+        ctx.dtype = dtype = accumulator(rows_ND.dtype)
+        ctx.ops = choose(rows_ND.new_empty(0, dtype=dtype))
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         rows_MD = rows_ND.index_select(0, plan.row_M)
-        change_MD = torch.empty_like(rows_MD, dtype=accumulator(rows_ND.dtype))
+        change_MD = torch.empty_like(rows_MD, dtype=dtype)
         kept: list[Tensor] = []
         for n, c in plan.parts:
-            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n])
+            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], dtype)
             outputs_BD = expert_out_CD[c].to(change_MD.dtype)
             outputs_BD = outputs_BD - outputs_BD.mean(0)
             fit = _Fit.of(rows_nD, centres_BD, outputs_BD, ridge, width)
@@ -217,22 +218,22 @@ class _Interpolate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         plan: _Plan = ctx.plan
         rows_ND, representatives_CD, *kept = ctx.saved_tensors
-        grad_ND = grads[0].to(accumulator(rows_ND.dtype)).contiguous()
+        grad_ND = grads[0].to(ctx.dtype).contiguous()
         rows_MD, grad_MD = (x.index_select(0, plan.row_M) for x in (rows_ND, grad_ND))
         sums_CD = ctx.ops.segment(grad_MD, None, None, *plan.clusters.segments, False)
         grad_out_CD = ctx.ops.segment(grad_ND, None, None, *ctx.clusters.segments, False)
         grad_centres_CD = torch.zeros_like(sums_CD)
         for n, c in plan.parts:
             fit, kept = _Fit(*kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
-            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n])
+            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], ctx.dtype)
             grad_MD[n], grad_centres_CD[c], of_outputs_BD = fit.backward(grad_MD[n], sums_CD[c], rows_nD, centres_BD)
             grad_out_CD[c] += of_outputs_BD
         grad_rows_ND = torch.zeros_like(rows_ND).index_copy_(0, plan.row_M, grad_MD.to(rows_ND.dtype))
         return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_centres_CD.to(rows_ND.dtype), None, None, None, None
 
 
-def _shifted(centres_BD: Tensor, rows_nD: Tensor) -> tuple[Tensor, Tensor]:
+def _shifted(centres_BD: Tensor, rows_nD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the arithmetic, less the mean of the representatives."""
-    centres_BD, rows_nD = (x.to(accumulator(x.dtype)) for x in (centres_BD, rows_nD))
+    centres_BD, rows_nD = centres_BD.to(dtype), rows_nD.to(dtype)
     mean_D = centres_BD.mean(0)
     return centres_BD - mean_D, rows_nD - mean_D

@@ -7,6 +7,7 @@ included:
     p.replay                              whether this is the second time
     p.add(lsh_rows=512)                   add to the sums that gauges are made of (gauges.py)
     y = p.time("experts_time_ms", f, x)   f(x), and the time it takes, its backward pass included
+    began = p.clock(); p.since(began, "wire_time_ms")   the same where there is no backward pass
     later = p.defer(f); p.run_deferred()  f() while rows travel; later() is its result
 """
 
@@ -42,12 +43,21 @@ class Span:
             return self._began.elapsed_time(self._ended)
         return (self._ended - self._began) * 1e3
 
+    @staticmethod
+    def between(began: Any, ended: Any) -> Span:
+        """Of two events of a GPU's stream."""
+        span = Span(torch.device("cuda"))
+        span._began, span._ended = began, ended
+        return span
+
     def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return _event() if self._cuda else time.perf_counter()
+
+
+def _event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class _Mark(torch.autograd.Function):
@@ -67,13 +77,14 @@ class _Mark(torch.autograd.Function):
 def measure(device: torch.device, record: Callable[[Span], None], function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)``; ``record`` is called with a finished span for the forward pass, and for the backward pass.
 
-    The backward pass is what lies between the gradient's arrival at the result (at its first part, if that is a tuple) and
-    at the first argument. Without a gradient there is none to time.
+    The backward pass is what lies between the gradient's arrival at the result and at the first argument (of a tuple: at its
+    first part). Without a gradient there is none to time.
     """
     span = Span(device)
     span.start()
-    marked = bool(arguments) and isinstance(arguments[0], Tensor) and arguments[0].requires_grad
-    if not (marked and torch.is_grad_enabled()):
+    first = arguments[0] if arguments else None
+    x = first[0] if isinstance(first, tuple) and first else first
+    if not (isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()):
         result = function(*arguments)
     else:
         backward = Span(device)
@@ -82,15 +93,20 @@ def measure(device: torch.device, record: Callable[[Span], None], function: Call
             backward.stop()
             record(backward)
 
-        result = function(_Mark.apply(arguments[0], leave), *arguments[1:])
-        if isinstance(result, tuple):
-            parts = (_Mark.apply(result[0], backward.start), *result[1:])
-            result = type(result)._make(parts) if hasattr(result, "_make") else parts  # a named tuple stays one
-        else:
-            result = _Mark.apply(result, backward.start)
+        result = function(_with_first(first, _Mark.apply(x, leave)), *arguments[1:])
+        of_result = result[0] if isinstance(result, tuple) else result
+        result = _with_first(result, _Mark.apply(of_result, backward.start))
     span.stop()
     record(span)
     return result
+
+
+def _with_first(value: Any, first: Tensor) -> Any:
+    """``first``; or the tuple ``value`` with it in the first place (a named tuple stays one)."""
+    if not isinstance(value, tuple):
+        return first
+    parts = (first, *value[1:])
+    return type(value)._make(parts) if hasattr(value, "_make") else parts
 
 
 class ReplayMemo(dict[Hashable, Any]):
@@ -174,6 +190,7 @@ class LayerPass:
         replay: whether the layer runs again, for its backward pass. What happens twice is counted twice (bytes, times);
             what was decided once (rows, losses) is for its callers to add once.
         noise: for stochastic rounding of gradients.
+        clock: returns a moment, for :meth:`since`.
     """
 
     def __init__(self, record: LayerRecord, memo: ReplayMemo | None = None, noise: Noise | None = None) -> None:
@@ -182,6 +199,7 @@ class LayerPass:
         self.decided[_BEGAN] = True
         self.noise = noise or Noise(0)
         self.add = record.add
+        self.clock: Callable[[], Any] = _event if record.device.type == "cuda" else time.perf_counter
         self._record = record
         self._deferred: list[Deferred[Any]] = []
 
@@ -200,6 +218,17 @@ class LayerPass:
                 record.add(**{name: span.milliseconds()})
 
         return measure(record.device, book, function, *arguments)
+
+    def since(self, began: Any, name: str, **values: float | Tensor) -> None:
+        """Add the milliseconds since a moment of the clock to the sum ``name``, and further values to theirs."""
+        record = self._record
+        if not record.enabled:
+            return
+        if record.device.type == "cuda":
+            record.spans.append((name, Span.between(began, _event())))
+        else:
+            values[name] = (time.perf_counter() - began) * 1e3
+        record.add(**values)
 
     def add_load(self, counts_E: Tensor) -> None:
         """Add one micro-batch's rows per expert (this rank's rows, before compression)."""

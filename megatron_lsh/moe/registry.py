@@ -197,7 +197,9 @@ def describe(spec: DispatcherSpec) -> str | None:
         return f"{where}: LSH at {scope} scope; {sent} rows per token cross the network instead of {flat:.2f}"
     if name == "alltoall" and deduplicates(spec):
         visits = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk)
-        return f"{where}: one row per (token, node), about {visits:.2f} per token across the network instead of {flat:.2f}"
+        return (
+            f"{where}: one row per (token, node), about {visits:.2f} per token across the network instead of {flat:.2f}"
+        )
     return f"{where}: {flat:.2f} rows per token cross the network"
 
 

@@ -120,13 +120,14 @@ class Transport(ABC):
         size = self.group.size
         gathered = counts_E.new_empty(size * counts_E.shape[0])
 
-        def exchange(counts_E: Tensor) -> Any:
-            return _all_gather(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
-
-        work = p.time("alltoall_time_ms", exchange, counts_E)
+        began = p.clock()
+        work = _all_gather(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
+        p.since(began, "alltoall_time_ms")
 
         def arrive() -> Plan:
-            p.time("alltoall_time_ms", work.wait)
+            began = p.clock()
+            work.wait()
+            p.since(began, "alltoall_time_ms")
             return self.make_plan(gathered.cpu().view(size, -1), counts_E.device)
 
         return arrive
@@ -318,10 +319,13 @@ class Flight:
         own_width, own_dtype, shapes = payload.shape[1], payload.dtype, [(c.shape[1:], c.dtype) for c in columns]
         if columns:
             payload = torch.cat([_as_bytes(t) for t in (payload, *columns)], 1)
-        movement: Movement = p.time("alltoall_time_ms", transport.move, payload, plan, outward)
+        began = p.clock()
+        movement = transport.move(payload, plan, outward)
         land, row_bytes = movement.land, payload.shape[1] * payload.element_size()
         network, near, received = transport.remote_rows(movement)
-        p.add(
+        p.since(
+            began,
+            "alltoall_time_ms",
             alltoall_bytes=(network + near) * row_bytes,
             alltoall_bytes_network=network * row_bytes,
             alltoall_bytes_node=near * row_bytes,
@@ -330,7 +334,9 @@ class Flight:
         width, dtype = rows.shape[1], rows.dtype
 
         def landing() -> list[Tensor]:
-            arrived, found = p.time("alltoall_time_ms", land), []
+            began = p.clock()
+            arrived, found = land(), []
+            p.since(began, "alltoall_time_ms")
             if shapes:
                 parts = [(torch.Size([own_width]), own_dtype), *shapes]
                 arrived, *found = _from_bytes(arrived, parts)

@@ -17,6 +17,9 @@ class Payload:
     sent: float = 0.0
     """bytes of all MoE layers and iterations"""
     uncompressed: float = 0.0
+    network: float = 0.0
+    """bytes of these that crossed the network between nodes"""
+    network_uncompressed: float = 0.0
     iterations: int = 0
     layers: Sequence[LayerReport] = ()
     """of the last interval"""
@@ -26,6 +29,8 @@ class Payload:
         figures = metrics.moe_figures()
         self.sent += (figures["alltoall_bytes"] or 0.0) * metrics.iterations
         self.uncompressed += (figures["alltoall_bytes_uncompressed"] or 0.0) * metrics.iterations
+        self.network += (figures["alltoall_bytes_network"] or 0.0) * metrics.iterations
+        self.network_uncompressed += (figures["alltoall_bytes_network_uncompressed"] or 0.0) * metrics.iterations
         self.iterations += metrics.iterations
         self.layers = metrics.layers
 
@@ -46,11 +51,16 @@ def _payload_line(cfg: Config, payload: Payload) -> str:
     sent, uncompressed, iterations = payload.sent, payload.uncompressed, payload.iterations
     if uncompressed == 0:
         return f"all-to-all payload ({dispatcher}, {iterations} iterations): none, every rank holds all experts"
+    where = ""
+    if payload.network_uncompressed > 0:  # what is sent inside a node is cheap: the network is what to save
+        where, inside = " across the network", sent - payload.network
+        sent, uncompressed = payload.network, payload.network_uncompressed
     saved = 1.0 - sent / uncompressed
-    return (
-        f"all-to-all payload ({dispatcher}, {iterations} iterations): {byte_count(sent)} sent, "
+    line = (
+        f"all-to-all payload{where} ({dispatcher}, {iterations} iterations): {byte_count(sent)} sent, "
         f"{byte_count(uncompressed)} uncompressed: {100.0 * saved:.1f}% saved"
     )
+    return f"{line}; {byte_count(inside)} inside nodes" if where else line
 
 
 def _layer_line(layers: Sequence[LayerReport]) -> str:

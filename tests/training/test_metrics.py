@@ -153,6 +153,12 @@ def test_closing_lines() -> None:
         "all-to-all payload (lsh, 20 iterations): 80.00 MB sent, 400.00 MB uncompressed: 80.0% saved"
     )
     assert "layer 0: 20.0%, 0.300; layer 1: 20.0%, 0.300" in layers
+    across = dict(layer(0).figures) | {"alltoall_bytes_network": 5e5, "alltoall_bytes_network_uncompressed": 2e6}
+    spread = LayerReport(0, layer(0).gauges, across)
+    assert closing_lines(lsh, payload_of(metrics([spread])))[0] == (
+        "all-to-all payload across the network (lsh, 10 iterations): 5.00 MB sent, 20.00 MB uncompressed: 75.0% saved; "
+        "15.00 MB inside nodes"
+    )
     assert "--lsh-num-hashes 3" in advice and "--lsh-hash-width 4" in advice and "alltoall" in advice
     budget = tiny_config(f"{flags} budget --lsh-target-rate 0.2 --lsh-refine-steps 1", world_size=2)
     assert "--lsh-target-rate 0.1 " in closing_lines(budget, payload_of(metrics([layer(0)])))[2]
