@@ -38,7 +38,7 @@ in_words() { # what newest_checkpoint found
 }
 move_aside() {
     local number=1
-    while [ -e "$RUN_DIR.$number" ]; do number=$((number + 1)); done
+    while [ -e "$RUN_DIR.$number" ] || [ -L "$RUN_DIR.$number" ]; do number=$((number + 1)); done
     mv "$RUN_DIR" "$RUN_DIR.$number"
     say "moved what was in $RUN_DIR to $RUN_DIR.$number"
 }

@@ -8,6 +8,9 @@
 A checkpoint is written into ``.incomplete``; its manifest comes last; then the folder is renamed and only then the
 tracker file moves. Whatever the moment of a crash, the tracker names a complete checkpoint. Removal takes the manifest
 first, so a half-removed folder is not a checkpoint either.
+
+Any of these may be a symbolic link, into another run's folder for one. It is loaded from as if it were a folder; but
+what is removed or replaced is the link, never what it leads to.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from megatron_lsh.checkpoint.manifest import MANIFEST, sync_folder, write_atomic
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _NAME = re.compile(r"iter_(\d{7,})(\.old)?")
-_INCOMPLETE = re.compile(r"iter_(\d{7,})\.incomplete")
+_LEFTOVER = re.compile(r"iter_\d{7,}\.incomplete|\.write_test_\d+|" + re.escape(TRACKER + ".tmp"))
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,10 @@ def list_folders(root: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda item: (-item[0], item[1].name))
 
 
-def list_incomplete(root: Path) -> list[Path]:
-    """Folders of saves that never finished."""
+def list_leftovers(root: Path) -> list[Path]:
+    """Folders and files of saves that never finished."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(path for path in root.iterdir() if _INCOMPLETE.fullmatch(path.name))
+        return sorted(path for path in root.iterdir() if _LEFTOVER.fullmatch(path.name))
     return []
 
 
@@ -105,12 +108,16 @@ def candidates(root: Path, tracker: Tracker | None) -> list[tuple[int, Path]]:
     return [item for item in found if item[0] <= limit] + [item for item in found if item[0] > limit]
 
 
+def remove_leftovers(root: Path) -> list[str]:
+    """Remove what crashed saves left behind. Returns what could not be removed, and why."""
+    return _remove_each(list_leftovers(root))[1]
+
+
 def start_folder(root: Path, iteration: int) -> Path:
-    """Remove what crashed saves left behind and create an empty ``.incomplete`` folder. Raises OSError."""
+    """Create an empty ``.incomplete`` folder. Raises OSError."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in list_incomplete(root):
-        shutil.rmtree(leftover)
     folder = incomplete_folder(root, iteration)
+    remove(folder)
     folder.mkdir()
     return folder
 
@@ -122,7 +129,7 @@ def commit(root: Path, iteration: int) -> Path:
     for the new checkpoint, which is gone.
     """
     final, old = iteration_folder(root, iteration), old_folder(root, iteration)
-    replaces = final.exists()
+    replaces = os.path.lexists(final)
     if replaces:
         remove_checkpoint(old)
         os.rename(final, old)
@@ -138,25 +145,47 @@ def commit(root: Path, iteration: int) -> Path:
     return final
 
 
-def tidy(root: Path, iteration: int, retain_interval: int | None) -> list[Path]:
+def tidy(root: Path, iteration: int, retain_interval: int | None) -> tuple[list[Path], list[str]]:
     """After `iteration` is saved and tracked: remove ``.old`` folders and, with --save-retain-interval, every older
-    checkpoint whose iteration is not a multiple of it. Newer folders (of a run that was rolled back) stay."""
-    removed = []
+    checkpoint whose iteration is not a multiple of it. Newer folders (of a run that was rolled back) stay.
+
+    Returns what was removed, and what could not be, with the reasons."""
+    superfluous = []
     for found, path in list_folders(root):
         superseded = path.suffix == ".old" and found <= iteration
         expired = retain_interval is not None and found < iteration and found % retain_interval != 0
         if superseded or expired:
+            superfluous.append(path)
+    return _remove_each(superfluous)
+
+
+def _remove_each(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """(what was removed, what could not be removed and why): one that stays does not keep the others."""
+    removed, problems = [], []
+    for path in paths:
+        try:
             remove_checkpoint(path)
             removed.append(path)
-    return removed
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+    return removed, problems
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint, manifest first. Does nothing if it is not there. Raises OSError."""
-    if not folder.exists():
-        return
-    manifest = folder / MANIFEST
-    if manifest.exists():
-        manifest.unlink()
-        sync_folder(folder)
-    shutil.rmtree(folder)
+    if folder.is_dir() and not folder.is_symlink():
+        manifest = folder / MANIFEST
+        if os.path.lexists(manifest):
+            manifest.unlink()
+            sync_folder(folder)
+    remove(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link without what it leads to; nothing if there is none.
+
+    Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)  # links in it are unlinked, too
+    else:
+        path.unlink(missing_ok=True)

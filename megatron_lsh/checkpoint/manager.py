@@ -164,11 +164,11 @@ class CheckpointManager:
                 append_progress(root, snapshot, manifest, seconds)
         except OSError as error:
             self._notify(f"WARNING: {root / 'progress.txt'} could not be written: {error}")
-        try:
-            for removed in folders.tidy(root, snapshot.iteration, self._cfg.save_retain_interval):
-                self._notify(f"removed checkpoint {removed}")
-        except OSError as error:
-            self._notify(f"WARNING: an older checkpoint could not be removed: {error}")
+        removed, problems = folders.tidy(root, snapshot.iteration, self._cfg.save_retain_interval)
+        for path in removed:
+            self._notify(f"removed checkpoint {path}")
+        for problem in problems:
+            self._notify(f"WARNING: an older checkpoint could not be removed: {problem}")
 
     def _try_save_folder(self, root: Path) -> None:
         what = f"--save {root} cannot be used"

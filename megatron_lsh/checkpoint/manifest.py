@@ -188,7 +188,8 @@ def write_atomically(path: Path, text: bytes) -> None:
     """Replace the content of `path`: after a crash it is the old or the new text, after the return durably the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as stream:
+        temporary.unlink(missing_ok=True)  # of a crash, or a link: writing must not follow it
+        with open(temporary, "xb") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -113,13 +113,20 @@ def write_checkpoint(root: Path, snapshot: Snapshot, ranks: Ranks) -> tuple[Path
     """
     what = f"checkpoint of iteration {snapshot.iteration} could not be saved in {root}"
     try:
-        folder = ranks.coordinator(what, lambda: folders.start_folder(root, snapshot.iteration))
+        folder = ranks.coordinator(what, lambda: _start(root, snapshot.iteration))
         ranks.each(what, lambda: _write_tensors(folder, snapshot, ranks))
         entries = ranks.collect(what, lambda: _write_own_files(folder, snapshot, ranks))
         files = [entry for per_rank in entries for entry in per_rank]
         return ranks.coordinator(what, lambda: _finish(root, folder, snapshot, files))
     except CheckpointError as error:
         raise CheckpointError(_clean_up(root, snapshot.iteration, ranks, str(error))) from None
+
+
+def _start(root: Path, iteration: int) -> Path:
+    folders.remove_leftovers(
+        root
+    )  # what cannot be removed is in nobody's way but in that of a save of the same iteration
+    return folders.start_folder(root, iteration)
 
 
 def _write_tensors(folder: Path, snapshot: Snapshot, ranks: Ranks) -> None:
@@ -186,8 +193,7 @@ def _clean_up(root: Path, iteration: int, ranks: Ranks, message: str) -> str:
         partial = folders.incomplete_folder(root, iteration)
         free = _free_bytes(root)  # before the removal: that is what made the save fail
         try:
-            if partial.exists():
-                shutil.rmtree(partial)
+            folders.remove(partial)
         except OSError as error:
             return f"; its partial folder {partial} could not be removed: {error}"
         tracker = folders.read_tracker(root)

@@ -64,13 +64,14 @@ def test_listing_a_folder_that_is_not_there_or_is_a_file(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "absent", tmp_path / "file"):
         assert folders.list_folders(root) == []
-        assert folders.list_incomplete(root) == []
+        assert folders.list_leftovers(root) == []
         assert folders.read_tracker(root) is None
 
 
 def test_life_of_a_checkpoint(tmp_path: Path) -> None:
     root = tmp_path / "save"
     touch(root, "iter_0000005.incomplete")  # of a crashed save
+    assert folders.remove_leftovers(root) == []
     folder = folders.start_folder(root, 10)
     assert names(root) == ["iter_0000010.incomplete"]
     (folder / MANIFEST).write_text("first")
@@ -84,7 +85,7 @@ def test_life_of_a_checkpoint(tmp_path: Path) -> None:
     folders.commit(root, 10)
     assert (root / "iter_0000010" / MANIFEST).read_text() == "second"
     assert (root / "iter_0000010.old" / MANIFEST).read_text() == "first"
-    assert folders.tidy(root, 10, None) == [root / "iter_0000010.old"]
+    assert folders.tidy(root, 10, None) == ([root / "iter_0000010.old"], [])
     assert names(root) == ["iter_0000010", folders.TRACKER]
 
 
@@ -105,13 +106,15 @@ def test_a_commit_that_fails_leaves_things_as_they_were(tmp_path: Path, monkeypa
 def test_a_crash_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     touch(tmp_path, "iter_0000010.old", "iter_0000010.incomplete")
     assert [path.name for _, path in folders.candidates(tmp_path, Tracker(10))] == ["iter_0000010.old"]
+    folders.remove_leftovers(tmp_path)
     folders.start_folder(tmp_path, 20)
     assert names(tmp_path) == ["iter_0000010.old", "iter_0000020.incomplete"]
 
 
 def test_retention_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     touch(tmp_path, *(f"iter_{i:07d}" for i in (10, 20, 30, 40, 50, 60)))
-    removed = folders.tidy(tmp_path, 50, 20)
+    removed, problems = folders.tidy(tmp_path, 50, 20)
+    assert problems == []
     assert sorted(path.name for path in removed) == ["iter_0000010", "iter_0000030"]
     # 60 belongs to a run that was rolled back; it is not older than the checkpoint just written
     assert names(tmp_path) == ["iter_0000020", "iter_0000040", "iter_0000050", "iter_0000060"]
@@ -128,3 +131,83 @@ def test_removal_takes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         folders.remove_checkpoint(tmp_path / "iter_0000010")
     assert names(tmp_path / "iter_0000010") == ["data"]
+
+
+def link(root: Path, name: str, target: Path) -> Path:
+    (root / name).symlink_to(target)
+    return root / name
+
+
+@pytest.mark.parametrize("kind", ["iter_0000010", "iter_0000010.old", "iter_0000030.incomplete"])
+def test_links_are_unlinked_and_never_followed(tmp_path: Path, kind: str) -> None:
+    """Retention, replacing and tidying up, with another run's checkpoint linked into the save folder."""
+    other, root = tmp_path / "other", tmp_path / "save"
+    touch(other, "precious")
+    touch(root, "iter_0000010", "iter_0000020.incomplete")
+    if kind == "iter_0000010":
+        folders.remove_checkpoint(root / kind)
+    link(root, kind, other / "precious")
+    folders.remove_leftovers(root)
+    (folders.start_folder(root, 20) / MANIFEST).write_text("new")
+    folders.commit(root, 20)
+    folders.tidy(root, 20, 1000)
+    assert names(root) == ["iter_0000020", folders.TRACKER]
+    assert (other / "precious" / MANIFEST).read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "file"])
+@pytest.mark.parametrize("suffix", ["", ".old", ".incomplete"])
+def test_saving_where_something_else_has_the_name(tmp_path: Path, kind: str, suffix: str) -> None:
+    other, root = tmp_path / "other", tmp_path / "save"
+    touch(other, "precious")
+    root.mkdir()
+    path = root / f"iter_0000010{suffix}"
+    if kind == "folder":
+        touch(root, path.name)
+    elif kind == "file":
+        path.write_text("x")
+    else:
+        link(root, path.name, other / ("precious" if kind == "link" else "nothing"))
+    for _ in range(2):
+        (folders.start_folder(root, 10) / MANIFEST).write_text("new")
+        folders.commit(root, 10)
+        folders.tidy(root, 10, None)
+    assert (root / "iter_0000010" / MANIFEST).read_text() == "new"
+    assert [name for name in names(root) if name.endswith("incomplete")] == []
+    assert (other / "precious" / MANIFEST).read_text() == "precious"
+
+
+def test_the_tracker_and_its_temporary_file_may_be_links(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "save").mkdir()
+    for name in (folders.TRACKER, folders.TRACKER + ".tmp"):
+        link(tmp_path / "save", name, victim)
+    folders.write_tracker(tmp_path / "save", 7)
+    assert victim.read_text() == "precious" and folders.read_tracker(tmp_path / "save") == Tracker(7)
+    assert names(tmp_path / "save") == [folders.TRACKER]
+
+
+def test_one_folder_that_cannot_be_removed_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, *(f"iter_{i:07d}" for i in (10, 20, 30, 40)))
+    remove = folders.shutil.rmtree
+
+    def fail_once(path: Path) -> None:
+        if path.name == "iter_0000020":
+            raise OSError(13, "Permission denied")
+        remove(path)
+
+    monkeypatch.setattr(folders.shutil, "rmtree", fail_once)
+    removed, problems = folders.tidy(tmp_path, 40, 1000)
+    assert sorted(path.name for path in removed) == ["iter_0000010", "iter_0000030"]
+    assert problems == [f"{tmp_path / 'iter_0000020'}: Permission denied"]
+
+
+def test_leftovers_of_every_kind_are_removed(tmp_path: Path) -> None:
+    touch(tmp_path, "iter_0000010", "iter_0000020.incomplete", "mine.incomplete")
+    for name in ("iter_0000030.incomplete", ".write_test_17", folders.TRACKER + ".tmp", "notes.tmp"):
+        (tmp_path / name).write_text("x")
+    assert folders.remove_leftovers(tmp_path) == []
+    assert names(tmp_path) == ["iter_0000010", "mine.incomplete", "notes.tmp"]

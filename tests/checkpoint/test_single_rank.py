@@ -86,12 +86,12 @@ def test_asynchronous_save_writes_the_state_at_the_call(tmp_path: Path) -> None:
 def test_a_failed_asynchronous_save_surfaces_at_the_next_call_once(tmp_path: Path) -> None:
     run = trainer()
     checkpoints = manager(CTX, tmp_path, async_save=True)
-    (tmp_path / "iter_0000000.incomplete").write_text("a file where a folder should be")
+    (tmp_path / TRACKER).mkdir()  # a folder where a file should be
     checkpoints.save(run.state())
     with pytest.raises(CheckpointError, match="iteration 0 could not be saved"):
         checkpoints.save(run.state())
     checkpoints.wait()
-    (tmp_path / "iter_0000000.incomplete").unlink(missing_ok=True)
+    (tmp_path / TRACKER).rmdir()
     checkpoints.save(run.state())
     checkpoints.wait()
     assert [info.valid for info in inspect(tmp_path, hashes=True)] == [True]
