@@ -21,6 +21,7 @@ _FUNCTION = {
         "position_embedding_type",
         "rotary_base",
         "rotary_percent",
+        "rotary_interleaved",
         "normalization",
         "norm_epsilon",
         "swiglu",

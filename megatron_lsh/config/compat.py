@@ -173,7 +173,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
             "scaling of rotary frequencies is not implemented; use --rotary-base for longer sequences",
             "--use-rope-scaling",
         ),
-        **_rejected("interleaved rotary channels are not implemented; drop it", "--rotary-interleaved"),
         **_rejected(
             "norms stored as 1 + weight (layernorm-1p) are not implemented; use --normalization as it is",
             "--apply-layernorm-1p",

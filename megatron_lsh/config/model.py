@@ -35,6 +35,7 @@ class ModelConfig:
     )
     rotary_base: int = flag(10000, "Base of the rotary frequencies", at_least=1)
     rotary_percent: float = flag(1.0, "Share of each head's channels that is rotated", above=0, at_most=1)
+    rotary_interleaved: bool = flag(False, "Rotate neighbouring channels together instead of those half a head apart")
     make_vocab_size_divisible_by: int = flag(
         128, "Pad the vocabulary to a multiple of this times the TP size", at_least=1
     )

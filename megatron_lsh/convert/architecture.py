@@ -28,6 +28,7 @@ def architecture(cfg: Config) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base if model.position_embedding_type == "rope" else None,
+        "rotary_interleaved": model.rotary_interleaved and model.position_embedding_type == "rope",
         "rotary_percent": model.rotary_percent if model.position_embedding_type == "rope" else None,
         "vocab_size": model.vocab_size,
         "normalization": model.normalization,

@@ -16,7 +16,8 @@ from megatron_lsh.convert.torch_file import Inert
 _SETTINGS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention",
     "num_query_groups", "max_position_embeddings", "seq_length", "position_embedding_type", "rotary_base",
-    "rotary_percent", "make_vocab_size_divisible_by", "normalization", "norm_epsilon", "swiglu", "openai_gelu",
+    "rotary_percent", "rotary_interleaved", "make_vocab_size_divisible_by", "normalization", "norm_epsilon", "swiglu",
+    "openai_gelu",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "init_method_std",
     "attention_dropout", "hidden_dropout", "add_position_embedding", "num_experts", "moe_layer_freq",
     "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_topk",
@@ -27,7 +28,7 @@ _SETTINGS = (
 _MUST_BE: Mapping[str, Any] = MappingProxyType(
     {
         "apply_layernorm_1p": False, "squared_relu": False, "multi_latent_attention": False, "use_rope_scaling": False,
-        "rotary_interleaved": False, "rotary_seq_len_interpolation_factor": None, "mtp_num_layers": None,
+        "rotary_seq_len_interpolation_factor": None, "mtp_num_layers": None,
         "moe_latent_size": None, "window_size": None,
         "moe_apply_probs_on_input": False, "pipeline_model_parallel_size": 1,
         "num_layers_per_virtual_pipeline_stage": None, "is_hybrid_model": False, "softmax_type": "vanilla",

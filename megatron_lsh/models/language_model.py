@@ -62,7 +62,11 @@ class LanguageModel(Model):
         if self.cfg.position_embedding_type != "rope":
             return None
         return rotary_embedding(
-            positions, self.shape.head_dim, percent=self.cfg.rotary_percent, base=self.cfg.rotary_base
+            positions,
+            self.shape.head_dim,
+            percent=self.cfg.rotary_percent,
+            base=self.cfg.rotary_base,
+            interleaved=self.cfg.rotary_interleaved,
         )
 
     def _token_mask(self, padding_mask_BS: Tensor | None) -> Tensor | None:
