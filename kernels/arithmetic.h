@@ -120,8 +120,10 @@ LSH_HD int64_t source_of(const int64_t* index, int64_t n) { return index ? index
 // Hash.
 
 // Magnitude and axis in one number, so that the maximum over axes is the largest |projection|, and the first among equals.
+// All that is no number is equal, and larger than infinity.
 LSH_HD int64_t axis_candidate(float projection, int64_t axis) {
-    return (int64_t(bit_cast<uint32_t>(projection) & 0x7FFFFFFFu) << 32) | (0xFFFFFFFFll - axis);
+    const uint32_t bits = bit_cast<uint32_t>(projection) & 0x7FFFFFFFu, nan = 0x7F800001u;
+    return (int64_t(bits < nan ? bits : nan) << 32) | (0xFFFFFFFFll - axis);
 }
 LSH_HD int64_t axis_of(int64_t candidate) { return 0xFFFFFFFFll - (candidate & 0xFFFFFFFFll); }
 
@@ -147,19 +149,25 @@ LSH_HD int common_codes(uint64_t a, uint64_t b, int num_hashes, int code_bits) {
 
 // Plan.
 
-// How strongly a row is tied to its predecessor. The gap takes off less than 1, so it decides among equal prefixes only.
-LSH_HD double link_strength(int common, double gap) { return common - gap / (gap + 1.0); }
+// How strongly a row is tied to its predecessor. The gap takes off at most 1, so it decides among equal prefixes only. A gap
+// that is infinite or no number takes off 1: it must not come out weaker than kNoLink, nor as a NaN of either sign.
+LSH_HD double link_strength(int common, double gap) {
+    const double off = gap / (gap + 1.0);
+    return common - (off == off ? off : 1.0);
+}
 
 // Links weaker than any other: an expert's first row always starts a cluster.
 constexpr double kNoLink = -2.0;
 
-// Unsigned integers in the order of the numbers. NaN with a clear sign bit is the largest.
+// Unsigned integers in the order of the numbers. NaN of either sign is the largest, as torch sorts it.
 LSH_HD uint64_t ordered(double x) {
     const uint64_t bits = bit_cast<uint64_t>(x);
+    if (x != x) return ~uint64_t(0);
     return (bits >> 63) ? ~bits : bits | (uint64_t(1) << 63);
 }
 LSH_HD uint32_t ordered(float x) {
     const uint32_t bits = bit_cast<uint32_t>(x);
+    if (x != x) return ~uint32_t(0);
     return (bits >> 31) ? ~bits : bits | (uint32_t(1) << 31);
 }
 
@@ -177,7 +185,13 @@ LSH_HD int64_t upper_bound(const int64_t* ascending, int64_t count, int64_t x) {
     return low;
 }
 
-LSH_HD int64_t begin_of(const int64_t* ends, int64_t expert) { return expert ? ends[expert - 1] : 0; }
+// Where an expert's rows or clusters end and begin. No further than the array, whatever the ends say.
+LSH_HD int64_t end_of(const int64_t* ends, int64_t expert, int64_t total) {
+    return ends[expert] < total ? ends[expert] : total;
+}
+LSH_HD int64_t begin_of(const int64_t* ends, int64_t expert, int64_t total) {
+    return expert ? end_of(ends, expert - 1, total) : 0;
+}
 
 // Restore.
 

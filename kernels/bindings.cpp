@@ -42,8 +42,17 @@ ScalarType accumulator(const Tensor& t) {
     return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A contiguous tensor of the wanted dtype (the input itself where it is one), its sizes checked; -1 is any size.
-Tensor checked(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+// Kernels read pointers, which do not say where they point to.
+void check_device(const Tensor& t, const char* name, const Tensor& home) {
+    STD_TORCH_CHECK(t.is_cuda() == home.is_cuda() && t.get_device_index() == home.get_device_index(), name,
+                    " must be on the same device as the rows");
+}
+
+// A contiguous tensor of the wanted dtype (the input itself where it is one), its sizes checked; -1 is any size. All tensors
+// of an operation are on the device of one of them, `home`.
+Tensor checked(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes,
+               const Tensor& home) {
+    check_device(t, name, home);
     STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype");
     STD_TORCH_CHECK(t.dim() == int64_t(sizes.size()), name, " must have ", sizes.size(), " dimensions, has ", t.dim());
     int64_t d = 0;
@@ -54,12 +63,13 @@ Tensor checked(const Tensor& t, const char* name, ScalarType dtype, std::initial
     return torch::stable::contiguous(t);
 }
 
-Tensor integers(const Tensor& t, const char* name, int64_t size = -1) {
-    return checked(t, name, ScalarType::Long, {size});
+Tensor integers(const Tensor& t, const char* name, int64_t size, const Tensor& home) {
+    return checked(t, name, ScalarType::Long, {size}, home);
 }
 
-OptionalTensor checked(const OptionalTensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-    return t ? OptionalTensor(checked(*t, name, dtype, sizes)) : std::nullopt;
+OptionalTensor checked(const OptionalTensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes,
+                       const Tensor& home) {
+    return t ? OptionalTensor(checked(*t, name, dtype, sizes, home)) : std::nullopt;
 }
 
 template <class T = void>
@@ -79,17 +89,16 @@ constexpr auto kLong = ScalarType::Long;
 
 // How to run: on a GPU, the tensors' device and its current stream.
 #if defined(LSH_ON_GPU)
-#define LSH_RUN(name, tensor, args)                                                             \
-    do {                                                                                        \
-        const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());       \
-        void* stream = nullptr;                                                                 \
+#define LSH_RUN(name, tensor, args)                                                                       \
+    do {                                                                                                  \
+        const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());                 \
+        void* stream = nullptr;                                                                           \
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream((tensor).get_device_index(), &stream)); \
-        const int error = lsh_##name##_cuda(args, stream);                                      \
-        STD_TORCH_CHECK(error == 0, "megatron_lsh::" #name " failed to launch: CUDA error ", error); \
+        const int error = lsh_##name##_cuda(args, stream);                                                \
+        STD_TORCH_CHECK(error == 0, "megatron_lsh::" #name " failed to launch: CUDA error ", error);      \
     } while (false)
 #elif defined(LSH_EMULATED)
-#define LSH_RUN(name, tensor, args) \
-    STD_TORCH_CHECK(lsh_##name##_cuda(args, nullptr) == 0, "megatron_lsh::" #name " failed")
+#define LSH_RUN(name, tensor, args) STD_TORCH_CHECK(lsh_##name##_cuda(args, nullptr) == 0, "megatron_lsh::" #name " failed")
 #else
 #define LSH_RUN(name, tensor, args) lsh_##name##_cpu(args)
 #endif
@@ -103,98 +112,158 @@ constexpr bool kOnGpu = false;
 // 8-byte words the planning kernels sort in; the CPU allocates its own.
 int64_t plan_scratch(int64_t rows, int64_t clusters) { return kOnGpu ? 6 * rows + clusters : 0; }
 
+// On the CPU: rows and clusters are all an expert's, and an expert with rows has at least one cluster and at most one for
+// each row. A GPU's numbers are not read here; its kernels go no further than their arrays.
+void check_ends(const Tensor& row_ends, const Tensor& cluster_ends, int64_t rows, int64_t clusters) {
+    if (kOnGpu) return;
+    const int64_t *row_end = data<int64_t>(row_ends), *cluster_end = data<int64_t>(cluster_ends), experts = row_ends.size(0);
+    STD_TORCH_CHECK(experts > 0 && row_end[experts - 1] == rows, "row_ends must rise to the number of rows, ", rows);
+    STD_TORCH_CHECK(cluster_end[experts - 1] == clusters, "cluster_ends must rise to the number of clusters, ", clusters);
+    for (int64_t e = 0; e < experts; ++e) {
+        const int64_t its_rows = row_end[e] - (e ? row_end[e - 1] : 0),
+                      its_clusters = cluster_end[e] - (e ? cluster_end[e - 1] : 0);
+        STD_TORCH_CHECK(0 <= its_clusters && its_clusters <= its_rows && (its_clusters > 0 || its_rows == 0), "expert ", e,
+                        " has ", its_rows, " rows and ", its_clusters,
+                        " clusters: one at least where it has rows, one for each at most");
+    }
+}
+
 int64_t num_rows(const OptionalTensor& index, const Tensor& source) { return index ? index->size(0) : source.size(0); }
 
 Tensor hash(Tensor projection, OptionalTensor index, Tensor row_ends, int64_t num_hashes, int64_t code_bits) {
-    projection = checked(projection, "projection", ScalarType::Float, {-1, -1});
-    index = checked(index, "index", kLong, {-1});
-    row_ends = integers(row_ends, "row_ends");
+    projection = checked(projection, "projection", ScalarType::Float, {-1, -1}, projection);
+    index = checked(index, "index", kLong, {-1}, projection);
+    row_ends = integers(row_ends, "row_ends", -1, projection);
     STD_TORCH_CHECK(num_hashes > 0 && projection.size(1) % num_hashes == 0, "projection must have num_hashes equal parts");
     const int64_t rows = num_rows(index, projection);
     Tensor key = empty(projection, {rows}, kLong);
-    const HashArgs args{data<float>(projection), data<int64_t>(index), data<int64_t>(row_ends), data<uint64_t>(key),
-                        rows, row_ends.size(0), projection.size(1) / num_hashes, int32_t(num_hashes),
+    const HashArgs args{data<float>(projection),
+                        data<int64_t>(index),
+                        data<int64_t>(row_ends),
+                        data<uint64_t>(key),
+                        rows,
+                        row_ends.size(0),
+                        projection.size(1) / num_hashes,
+                        int32_t(num_hashes),
                         int32_t(code_bits)};
     if (rows) LSH_RUN(hash, projection, args);
     return key;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan(Tensor key, Tensor projection, OptionalTensor index,
-                                                Tensor row_ends, Tensor cluster_ends, int64_t num_clusters,
-                                                int64_t num_hashes, int64_t code_bits) {
-    key = integers(key, "key");
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan(Tensor key, Tensor projection, OptionalTensor index, Tensor row_ends,
+                                                Tensor cluster_ends, int64_t num_clusters, int64_t num_hashes,
+                                                int64_t code_bits) {
+    key = integers(key, "key", -1, key);
     const int64_t rows = key.size(0);
-    projection = checked(projection, "projection", ScalarType::Float, {index ? -1 : rows, -1});
-    index = checked(index, "index", kLong, {rows});
-    row_ends = integers(row_ends, "row_ends");
-    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0));
+    projection = checked(projection, "projection", ScalarType::Float, {index ? -1 : rows, -1}, key);
+    index = checked(index, "index", kLong, {rows}, key);
+    row_ends = integers(row_ends, "row_ends", -1, key);
+    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0), key);
     Tensor cluster = empty(key, {rows}, kLong), order = empty(key, {rows}, kLong);
     Tensor sizes = empty(key, {num_clusters}, kLong), offsets = empty(key, {num_clusters}, kLong);
     Tensor scratch = empty(key, {plan_scratch(rows, num_clusters)}, kLong);
-    const PlanArgs args{data<uint64_t>(key), data<float>(projection), data<int64_t>(index), data<int64_t>(row_ends),
-                        data<int64_t>(cluster_ends), data<int64_t>(cluster), data<int64_t>(order), data<int64_t>(sizes),
-                        data<int64_t>(offsets), data<uint64_t>(scratch), rows, row_ends.size(0), num_clusters,
-                        projection.size(1), int32_t(num_hashes), int32_t(code_bits)};
+    const PlanArgs args{data<uint64_t>(key),
+                        data<float>(projection),
+                        data<int64_t>(index),
+                        data<int64_t>(row_ends),
+                        data<int64_t>(cluster_ends),
+                        data<int64_t>(cluster),
+                        data<int64_t>(order),
+                        data<int64_t>(sizes),
+                        data<int64_t>(offsets),
+                        data<uint64_t>(scratch),
+                        rows,
+                        row_ends.size(0),
+                        num_clusters,
+                        projection.size(1),
+                        int32_t(num_hashes),
+                        int32_t(code_bits)};
+    check_ends(row_ends, cluster_ends, rows, num_clusters);
     if (rows) LSH_RUN(plan, key, args);
     return {cluster, order, sizes, offsets};
 }
 
 std::tuple<Tensor, Tensor> nearest(Tensor rows, OptionalTensor index, Tensor centroids, Tensor row_ends,
                                    Tensor cluster_ends) {
-    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1});
-    index = checked(index, "index", kLong, {-1});
-    centroids = checked(centroids, "centroids", rows.scalar_type(), {-1, rows.size(1)});
-    row_ends = integers(row_ends, "row_ends");
-    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0));
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1}, rows);
+    index = checked(index, "index", kLong, {-1}, rows);
+    centroids = checked(centroids, "centroids", rows.scalar_type(), {-1, rows.size(1)}, rows);
+    row_ends = integers(row_ends, "row_ends", -1, rows);
+    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0), rows);
     const int64_t count = num_rows(index, rows), clusters = centroids.size(0), features = rows.size(1);
     const int64_t experts = row_ends.size(0);
     Tensor cluster = empty(rows, {count}, kLong), distance = empty(rows, {count}, accumulator(rows));
     const int64_t scratch_size = kOnGpu ? clusters : (clusters + experts * kPanel) * (features + 1);
     Tensor scratch = empty(rows, {scratch_size}, accumulator(rows));
-    const NearestArgs args{data(rows), data<int64_t>(index), data(centroids), data<int64_t>(row_ends),
-                           data<int64_t>(cluster_ends), data<int64_t>(cluster), data(distance), data(scratch), count,
-                           clusters, features, experts, dtype_of(rows)};
+    const NearestArgs args{data(rows),
+                           data<int64_t>(index),
+                           data(centroids),
+                           data<int64_t>(row_ends),
+                           data<int64_t>(cluster_ends),
+                           data<int64_t>(cluster),
+                           data(distance),
+                           data(scratch),
+                           count,
+                           clusters,
+                           features,
+                           experts,
+                           dtype_of(rows)};
+    check_ends(row_ends, cluster_ends, count, clusters);
     if (count) LSH_RUN(nearest, rows, args);
     return {cluster, distance};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> regroup(Tensor nearest, Tensor distance, Tensor row_ends, Tensor cluster_ends,
                                                    int64_t num_clusters) {
-    nearest = integers(nearest, "nearest");
+    nearest = integers(nearest, "nearest", -1, nearest);
     const int64_t rows = nearest.size(0);
-    distance = checked(distance, "distance", ScalarType::Float, {rows});
-    row_ends = integers(row_ends, "row_ends");
-    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0));
+    distance = checked(distance, "distance", ScalarType::Float, {rows}, nearest);
+    row_ends = integers(row_ends, "row_ends", -1, nearest);
+    cluster_ends = integers(cluster_ends, "cluster_ends", row_ends.size(0), nearest);
     Tensor cluster = empty(nearest, {rows}, kLong), order = empty(nearest, {rows}, kLong);
     Tensor sizes = empty(nearest, {num_clusters}, kLong), offsets = empty(nearest, {num_clusters}, kLong);
     Tensor scratch = empty(nearest, {plan_scratch(rows, num_clusters)}, kLong);
-    const RegroupArgs args{data<int64_t>(nearest), data<float>(distance), data<int64_t>(row_ends),
-                           data<int64_t>(cluster_ends), data<int64_t>(cluster), data<int64_t>(order),
-                           data<int64_t>(sizes), data<int64_t>(offsets), data<uint64_t>(scratch), rows,
-                           row_ends.size(0), num_clusters};
+    const RegroupArgs args{data<int64_t>(nearest),  data<float>(distance),
+                           data<int64_t>(row_ends), data<int64_t>(cluster_ends),
+                           data<int64_t>(cluster),  data<int64_t>(order),
+                           data<int64_t>(sizes),    data<int64_t>(offsets),
+                           data<uint64_t>(scratch), rows,
+                           row_ends.size(0),        num_clusters};
+    check_ends(row_ends, cluster_ends, rows, num_clusters);
     if (rows) LSH_RUN(regroup, nearest, args);
     return {cluster, order, sizes, offsets};
 }
 
-void segment_into(Tensor source, OptionalTensor index, OptionalTensor weight, Tensor order, Tensor offsets,
-                  Tensor sizes, bool mean, const Tensor& out, const OptionalTensor& residual) {
-    source = checked(source, "source", source.scalar_type(), {-1, -1});
-    order = integers(order, "order");
+void segment_into(Tensor source, OptionalTensor index, OptionalTensor weight, Tensor order, Tensor offsets, Tensor sizes,
+                  bool mean, const Tensor& out, const OptionalTensor& residual) {
+    source = checked(source, "source", source.scalar_type(), {-1, -1}, source);
+    order = integers(order, "order", -1, source);
     const int64_t rows = order.size(0), features = source.size(1), clusters = out.size(0);
-    index = checked(index, "index", kLong, {rows});
+    index = checked(index, "index", kLong, {rows}, source);
     STD_TORCH_CHECK(index || source.size(0) == rows, "source must have one row for each row of order");
-    weight = checked(weight, "weight", accumulator(source), {rows});
-    sizes = integers(sizes, "sizes", clusters);
-    offsets = integers(offsets, "offsets", clusters);
+    weight = checked(weight, "weight", accumulator(source), {rows}, source);
+    sizes = integers(sizes, "sizes", clusters, source);
+    offsets = integers(offsets, "offsets", clusters, source);
     Tensor scratch = empty(source, {kOnGpu ? rows / kWindow : 0, features}, ScalarType::Float);
-    const SegmentArgs args{data(source), data<int64_t>(index), data(weight), data<int64_t>(order), data<int64_t>(offsets),
-                           data<int64_t>(sizes), data(out), data(residual), data<float>(scratch), rows, clusters,
-                           features, mean ? 1 : 0, dtype_of(source)};
+    const SegmentArgs args{data(source),
+                           data<int64_t>(index),
+                           data(weight),
+                           data<int64_t>(order),
+                           data<int64_t>(offsets),
+                           data<int64_t>(sizes),
+                           data(out),
+                           data(residual),
+                           data<float>(scratch),
+                           rows,
+                           clusters,
+                           features,
+                           mean ? 1 : 0,
+                           dtype_of(source)};
     if (clusters && features) LSH_RUN(segment, source, args);
 }
 
-Tensor segment(Tensor source, OptionalTensor index, OptionalTensor weight, Tensor order, Tensor offsets,
-               Tensor sizes, bool mean) {
+Tensor segment(Tensor source, OptionalTensor index, OptionalTensor weight, Tensor order, Tensor offsets, Tensor sizes,
+               bool mean) {
     Tensor out = empty(source, {sizes.size(0), source.size(1)}, source.scalar_type());
     segment_into(source, index, weight, order, offsets, sizes, mean, out, std::nullopt);
     return out;
@@ -208,31 +277,32 @@ std::tuple<Tensor, Tensor> segment_residual(Tensor source, Tensor order, Tensor 
 }
 
 Tensor combine(Tensor source, Tensor index, OptionalTensor weight, OptionalTensor row, OptionalTensor centroid) {
-    source = checked(source, "source", source.scalar_type(), {-1, -1});
-    index = checked(index, "index", kLong, {-1, -1});
+    source = checked(source, "source", source.scalar_type(), {-1, -1}, source);
+    index = checked(index, "index", kLong, {-1, -1}, source);
     const int64_t tokens = index.size(0), slots = index.size(1), features = source.size(1);
-    weight = checked(weight, "weight", accumulator(source), {tokens, slots});
-    row = checked(row, "row", source.scalar_type(), {tokens, features});
-    centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features});
+    weight = checked(weight, "weight", accumulator(source), {tokens, slots}, source);
+    row = checked(row, "row", source.scalar_type(), {tokens, features}, source);
+    centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features}, source);
     STD_TORCH_CHECK(row || !centroid, "a centroid needs the row it is taken from");
     Tensor out = empty(source, {tokens, features}, source.scalar_type());
-    const CombineArgs args{data(source), data<int64_t>(index), data(weight), data(row), data(centroid), data(out), tokens,
-                           slots, features, dtype_of(source)};
+    const CombineArgs args{
+        data(source), data<int64_t>(index), data(weight), data(row), data(centroid), data(out), tokens, slots,
+        features,     dtype_of(source)};
     if (tokens && features) LSH_RUN(combine, source, args);
     return out;
 }
 
 Tensor dots(Tensor grad, Tensor source, Tensor index, OptionalTensor row, OptionalTensor centroid) {
-    source = checked(source, "source", source.scalar_type(), {-1, -1});
-    index = checked(index, "index", kLong, {-1, -1});
+    source = checked(source, "source", source.scalar_type(), {-1, -1}, source);
+    index = checked(index, "index", kLong, {-1, -1}, source);
     const int64_t tokens = index.size(0), slots = index.size(1), features = source.size(1);
-    grad = checked(grad, "grad", source.scalar_type(), {tokens, features});
-    row = checked(row, "row", source.scalar_type(), {tokens, features});
-    centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features});
+    grad = checked(grad, "grad", source.scalar_type(), {tokens, features}, source);
+    row = checked(row, "row", source.scalar_type(), {tokens, features}, source);
+    centroid = checked(centroid, "centroid", source.scalar_type(), {source.size(0), features}, source);
     STD_TORCH_CHECK(bool(row) == bool(centroid), "row and centroid come together");
     Tensor out = empty(source, {tokens, slots}, accumulator(source));
-    const DotsArgs args{data(grad), data(source), data<int64_t>(index), data(row), data(centroid), data(out), tokens, slots,
-                        features, dtype_of(source)};
+    const DotsArgs args{data(grad), data(source), data<int64_t>(index), data(row), data(centroid), data(out), tokens,
+                        slots,      features,     dtype_of(source)};
     if (tokens && slots) LSH_RUN(dots, source, args);
     return out;
 }
@@ -242,16 +312,17 @@ Tensor spread(OptionalTensor grad, OptionalTensor weight, OptionalTensor sum, Op
     STD_TORCH_CHECK(grad || grad_centroid, "nothing to spread");
     STD_TORCH_CHECK(bool(grad) == bool(sum), "grad and sum come together");
     const Tensor& like = grad ? *grad : *grad_centroid;
-    index = checked(index, "index", kLong, {-1, -1});
-    sizes = integers(sizes, "sizes");
+    index = checked(index, "index", kLong, {-1, -1}, like);
+    sizes = integers(sizes, "sizes", -1, like);
     const int64_t tokens = index.size(0), slots = index.size(1), features = like.size(1), clusters = sizes.size(0);
-    grad = checked(grad, "grad", like.scalar_type(), {tokens, features});
-    weight = checked(weight, "weight", accumulator(like), {tokens, slots});
-    sum = checked(sum, "sum", like.scalar_type(), {clusters, features});
-    grad_centroid = checked(grad_centroid, "grad_centroid", like.scalar_type(), {clusters, features});
+    grad = checked(grad, "grad", like.scalar_type(), {tokens, features}, like);
+    weight = checked(weight, "weight", accumulator(like), {tokens, slots}, like);
+    sum = checked(sum, "sum", like.scalar_type(), {clusters, features}, like);
+    grad_centroid = checked(grad_centroid, "grad_centroid", like.scalar_type(), {clusters, features}, like);
     Tensor out = empty(like, {tokens, features}, like.scalar_type());
-    const SpreadArgs args{data(grad), data(weight), data(sum), data(grad_centroid), data<int64_t>(index),
-                          data<int64_t>(sizes), data(out), tokens, slots, features, dtype_of(like)};
+    const SpreadArgs args{
+        data(grad), data(weight), data(sum), data(grad_centroid), data<int64_t>(index), data<int64_t>(sizes), data(out),
+        tokens,     slots,        features,  dtype_of(like)};
     if (tokens && features) LSH_RUN(spread, like, args);
     return out;
 }
@@ -263,19 +334,19 @@ int64_t payload_bytes(int64_t format, int64_t features) {
 }
 
 Tensor encode(Tensor rows, OptionalTensor noise, int64_t format) {
-    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1});
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1}, rows);
     STD_TORCH_CHECK(dtype_of(rows) != kFloat64, "rows must be fp32, fp16 or bf16");
     const int64_t count = rows.size(0), features = rows.size(1);
-    noise = checked(noise, "noise", ScalarType::Float, {count, features});
+    noise = checked(noise, "noise", ScalarType::Float, {count, features}, rows);
     Tensor payload = empty(rows, {count, payload_bytes(format, features)}, ScalarType::Byte);
-    const EncodeArgs args{data(rows), data<float>(noise), data<uint8_t>(payload), count, features, WireFormat(format),
-                          dtype_of(rows)};
+    const EncodeArgs args{data(rows), data<float>(noise), data<uint8_t>(payload), count,
+                          features,   WireFormat(format), dtype_of(rows)};
     if (count) LSH_RUN(encode, rows, args);
     return payload;
 }
 
 Tensor decode(Tensor payload, int64_t format, int64_t features, ScalarType dtype) {
-    payload = checked(payload, "payload", ScalarType::Byte, {-1, payload_bytes(format, features)});
+    payload = checked(payload, "payload", ScalarType::Byte, {-1, payload_bytes(format, features)}, payload);
     const int64_t count = payload.size(0);
     Tensor rows = empty(payload, {count, features}, dtype);
     STD_TORCH_CHECK(dtype_of(rows) != kFloat64, "rows must be fp32, fp16 or bf16");
@@ -286,14 +357,14 @@ Tensor decode(Tensor payload, int64_t format, int64_t features, ScalarType dtype
 
 #if !defined(LSH_ON_GPU) && !defined(LSH_EMULATED)
 Tensor project(Tensor rows, Tensor rotation) {
-    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1});
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1}, rows);
     STD_TORCH_CHECK(dtype_of(rows) != kFloat64, "project computes in fp32");
-    rotation = checked(rotation, "rotation", ScalarType::Float, {rows.size(1), -1});
+    rotation = checked(rotation, "rotation", ScalarType::Float, {rows.size(1), -1}, rows);
     const int64_t columns = rotation.size(1), padded = (columns + kPanel - 1) / kPanel * kPanel;
     Tensor out = empty(rows, {rows.size(0), columns}, ScalarType::Float);
     Tensor packed = empty(rows, {padded, rows.size(1)}, ScalarType::Float);
-    const ProjectArgs args{data(rows), data<float>(rotation), data<float>(out), data<float>(packed), rows.size(0),
-                           rows.size(1), columns, dtype_of(rows)};
+    const ProjectArgs args{data(rows),   data<float>(rotation), data<float>(out), data<float>(packed),
+                           rows.size(0), rows.size(1),          columns,          dtype_of(rows)};
     LSH_RUN(project, rows, args);
     return out;
 }

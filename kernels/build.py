@@ -5,6 +5,10 @@
     python kernels/build.py check    compile every .cu for sm_80 and sm_90 and print registers and spills (needs only nvcc)
 
 Environment: CXX, CUDA_HOME, MAX_JOBS (compilers at a time).
+
+torch.utils.cpp_extension cannot do this: it gives every source one set of flags, where the loops are compiled once for each
+instruction set; it compiles side by side only with ninja; it refuses .cu without a CUDA build of torch, which checking them
+does not need; and what it cannot build it raises, where an install goes on and leaves the reason.
 """
 
 from __future__ import annotations

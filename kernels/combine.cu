@@ -1,4 +1,5 @@
-// Restore and its derivatives: every token gathers the K rows it needs, so nothing is scattered and nothing added atomically.
+// Restore and its derivatives: every token gathers the K rows it needs, so nothing is scattered and nothing added
+// atomically.
 #include <type_traits>
 
 #include "device.cuh"
@@ -31,8 +32,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs a) 
         Pack<T, V> c{};
         if (a.centroid) c = row_pack<V, T>(a.centroid, i, a.features, f);
 #pragma unroll
-        for (int v = 0; v < V; ++v)
-            acc[v] = add_product(acc[v], w, restored(widen(x.v[v]), widen(row.v[v]), widen(c.v[v])));
+        for (int v = 0; v < V; ++v) acc[v] = add_product(acc[v], w, restored(widen(x.v[v]), widen(row.v[v]), widen(c.v[v])));
     }
     Pack<T, V> out;
 #pragma unroll

@@ -34,9 +34,9 @@ int isa_level() {
     __builtin_cpu_init();
     const auto all = [](auto... has) { return (... && (has != 0)); };
     const bool v3 = all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi2"));
-    const bool v4 = v3 && all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
-                              __builtin_cpu_supports("avx512cd"), __builtin_cpu_supports("avx512dq"),
-                              __builtin_cpu_supports("avx512vl"));
+    const bool v4 =
+        v3 && all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512cd"),
+                  __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
     return std::min(limit, v4 ? 4 : v3 ? 3 : 1);
 }
 struct Loops {
@@ -61,9 +61,10 @@ struct Group {
     int64_t first_row, num_rows, first_cluster, num_clusters;
 };
 
-Group group_of(const int64_t* row_ends, const int64_t* cluster_ends, int64_t expert) {
-    const int64_t row = begin_of(row_ends, expert), cluster = begin_of(cluster_ends, expert);
-    return {row, row_ends[expert] - row, cluster, cluster_ends[expert] - cluster};
+template <class Args>
+Group group_of(const Args& a, int64_t expert) {
+    const int64_t row = begin_of(a.row_ends, expert, a.rows), cluster = begin_of(a.cluster_ends, expert, a.clusters);
+    return {row, end_of(a.row_ends, expert, a.rows) - row, cluster, end_of(a.cluster_ends, expert, a.clusters) - cluster};
 }
 
 // Given the cluster of each row (out.cluster), fill sizes, offsets and order: a stable counting sort.
@@ -137,10 +138,18 @@ void regroup_group(const RegroupArgs& a, const Group& g) {
         if (sizes[c] == 0) empty.push_back(g.first_cluster + c);
     }
     if (!empty.empty()) {
-        // Farthest first; among equally far rows the earlier one.
-        std::vector<std::pair<uint32_t, int64_t>> farthest(g.num_rows);
-        for (int64_t i = 0; i < g.num_rows; ++i) farthest[i] = {~ordered(a.distance[g.first_row + i]), g.first_row + i};
-        const auto last = farthest.begin() + std::min<int64_t>(empty.size(), g.num_rows);
+        // Farthest first; among equally far rows the earlier one. The last row of each cluster in this order stays, so that
+        // no cluster is emptied to fill another.
+        const auto farness = [&](int64_t n) { return std::pair<uint32_t, int64_t>{~ordered(a.distance[n]), n}; };
+        std::vector<int64_t> stays(g.num_clusters, -1);
+        for (int64_t n = g.first_row; n < g.first_row + g.num_rows; ++n) {
+            int64_t& row = stays[a.nearest[n] - g.first_cluster];
+            if (row < 0 || farness(row) < farness(n)) row = n;
+        }
+        std::vector<std::pair<uint32_t, int64_t>> farthest;
+        for (int64_t n = g.first_row; n < g.first_row + g.num_rows; ++n)
+            if (stays[a.nearest[n] - g.first_cluster] != n) farthest.push_back(farness(n));
+        const auto last = farthest.begin() + std::min(empty.size(), farthest.size());
         std::partial_sort(farthest.begin(), last, farthest.end());
         for (auto it = farthest.begin(); it != last; ++it) a.cluster[it->second] = empty[it - farthest.begin()];
     }
@@ -157,7 +166,7 @@ struct NearestWork {
 NearestWork nearest_work(const NearestArgs& a, int64_t panel) {
     NearestWork work;
     for (int64_t e = 0; e < a.experts; ++e) {
-        const Group g = group_of(a.row_ends, a.cluster_ends, e);
+        const Group g = group_of(a, e);
         RowBlock block{g.first_row, 0, g.first_cluster, g.num_clusters, int64_t(work.panels.size())};
         for (int64_t p = 0; p * panel < g.num_clusters; ++p) work.panels.emplace_back(block, p);
         for (int64_t r = 0; r < g.num_rows; r += kBlockRows) {
@@ -182,7 +191,7 @@ int lsh_hash_cpu(const HashArgs& a) {
 int lsh_plan_cpu(const PlanArgs& a) {
     parallel_for(a.experts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t e = begin; e < end; ++e) {
-            const Group g = group_of(a.row_ends, a.cluster_ends, e);
+            const Group g = group_of(a, e);
             if (g.num_rows) plan_group(a, g);
         }
     });
@@ -191,7 +200,7 @@ int lsh_plan_cpu(const PlanArgs& a) {
 
 int lsh_regroup_cpu(const RegroupArgs& a) {
     parallel_for(a.experts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t e = begin; e < end; ++e) regroup_group(a, group_of(a.row_ends, a.cluster_ends, e));
+        for (int64_t e = begin; e < end; ++e) regroup_group(a, group_of(a, e));
     });
     return 0;
 }

@@ -1,5 +1,5 @@
-// The loops of the CPU twins. cpu_rows.cpp and cpu_matrix.cpp are compiled once per instruction set (LSH_ISA) and each fill a
-// table; cpu.cpp picks a table at run time, so that a build made on one machine runs on another.
+// The loops of the CPU twins. cpu_rows.cpp and cpu_matrix.cpp are compiled once per instruction set (LSH_ISA) and each fill
+// a table; cpu.cpp picks a table at run time, so that a build made on one machine runs on another.
 #pragma once
 
 #include "kernels.h"
@@ -19,9 +19,9 @@ struct RowLoops {
 
 // Rows of one expert that are compared to its centroids together, or the rows of a projection.
 struct RowBlock {
-    int64_t first_row, num_rows;          // at most kBlockRows
-    int64_t first_column, num_columns;    // centroids of the expert, or columns of the projection
-    int64_t first_panel;                  // where they are packed
+    int64_t first_row, num_rows;        // at most kBlockRows
+    int64_t first_column, num_columns;  // centroids of the expert, or columns of the projection
+    int64_t first_panel;                // where they are packed
 };
 constexpr int64_t kBlockRows = 64;
 

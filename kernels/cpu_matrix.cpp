@@ -38,8 +38,7 @@ void multiply_tile(const A* const* rows, const A* panel, int64_t features, bool 
     using V = typename Vector<A>::type;
     V acc[kTileRows][kVectors];
     for (int r = 0; r < kTileRows; ++r)
-        for (int v = 0; v < kVectors; ++v)
-            acc[r][v] = first ? V{} : reinterpret_cast<const V*>(tile)[r * kTileVectors + v];
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? V{} : reinterpret_cast<const V*>(tile)[r * kTileVectors + v];
     for (int64_t d = 0; d < features; ++d) {
         const V* column = reinterpret_cast<const V*>(panel + d * Vector<A>::panel);
         V b[kVectors];
@@ -134,7 +133,7 @@ void nearest(const NearestArgs& a, const RowBlock& block, int64_t num_panels) {
     constexpr int64_t P = Vector<A>::panel, lanes = Vector<A>::lanes;
     A* buffer = sizeof(T) == sizeof(A) ? nullptr : new A[kBlockRows * a.features];
     const A* rows[kBlockRows];
-    row_pointers<T>(static_cast<const T*>(a.rows), a.index, block, a.features, buffer, rows);
+    row_pointers<T>(static_cast<const T*>(a.source), a.index, block, a.features, buffer, rows);
 
     alignas(kVectorBytes) A tiles[kBlockRows * P] = {};
     V best[kBlockRows];
@@ -193,8 +192,7 @@ void project(const ProjectArgs& a, const RowBlock& block) {
         const int64_t width = a.columns - column < P ? a.columns - column : P;
         multiply_panel<float>(rows, block.num_rows, a.packed + column * a.features, width, a.features, tiles);
         for (int64_t r = 0; r < block.num_rows; ++r)
-            for (int64_t j = 0; j < width; ++j)
-                a.out[(block.first_row + r) * a.columns + column + j] = tiles[r * P + j];
+            for (int64_t j = 0; j < width; ++j) a.out[(block.first_row + r) * a.columns + column + j] = tiles[r * P + j];
     }
     delete[] buffer;
 }

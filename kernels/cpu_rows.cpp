@@ -17,7 +17,7 @@ void prefetch(const T* x, int64_t width) {
 void hash_rows(const HashArgs& a, int64_t begin, int64_t end) {
     int64_t expert = upper_bound(a.row_ends, a.experts, begin);
     for (int64_t n = begin; n < end; ++n) {
-        while (n >= a.row_ends[expert]) ++expert;
+        while (expert < a.experts && n >= a.row_ends[expert]) ++expert;
         uint64_t key = uint64_t(expert);
         const float* p = a.projection + source_of(a.index, n) * a.num_hashes * a.width;
         for (int q = 0; q < a.num_hashes; ++q, p += a.width) {

@@ -1,7 +1,7 @@
 // What the CUDA files share: launching, vector access, and the few block-wide algorithms that planning needs.
 //
-// Everything is deterministic: sums run in a fixed order, and the only atomics are on integers. The tests compile these files
-// as C++ against tests/kernels/emulator.h (LSH_EMULATED), which runs the threads of a block as coroutines.
+// Everything is deterministic: sums run in a fixed order, and the only atomics are on integers. The tests compile these
+// files as C++ against tests/kernels/emulator.h (LSH_EMULATED), which runs the threads of a block as coroutines.
 #pragma once
 
 #if defined(LSH_EMULATED)
@@ -27,8 +27,8 @@ LSH_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The position of this thread in a flat grid.
 LSH_DEVICE int64_t flat_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// A grid with a thread for each V features of each row: neighbouring threads along x, rows along y where a row does not fill a
-// block. No thread divides.
+// A grid with a thread for each V features of each row: neighbouring threads along x, rows along y where a row does not fill
+// a block. No thread divides.
 constexpr int kRowThreads = 256;
 
 struct RowGrid {
@@ -145,14 +145,23 @@ LSH_DEVICE void scan_digits(unsigned* base) {
     }
 }
 
+template <class T>
+LSH_DEVICE void swap_pointers(T*& a, T*& b) {
+    T* const other = a;
+    a = b;
+    b = other;
+}
+
 // Sort `count` pairs by the lowest `bits` of their keys, stably (radix sort, 8 bits a pass; passes in which all digits agree
 // are skipped). Pairs start in buffer 0; returns the buffer they end in. Ends with a barrier.
 template <int kThreads>
 LSH_DEVICE int sort_pairs(const Pairs& pairs, int64_t count, int bits, SortMemory<kThreads>& memory) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    // Pointers that change places; an array indexed by the pass would lie in local memory.
+    uint64_t *keys = pairs.keys[0], *other_keys = pairs.keys[1];
+    uint32_t *values = pairs.values[0], *other_values = pairs.values[1];
     int current = 0;
     for (int shift = 0; shift < bits; shift += 8) {
-        const uint64_t* keys = pairs.keys[current];
         for (int d = threadIdx.x; d < kDigits; d += kThreads) memory.base[d] = 0;
         if (threadIdx.x == 0) memory.trivial = 0;
         __syncthreads();
@@ -188,11 +197,13 @@ LSH_DEVICE int sort_pairs(const Pairs& pairs, int64_t count, int bits, SortMemor
             __syncthreads();
             if (i < count) {
                 const unsigned to = memory.count[warp][digit] + rank;
-                pairs.keys[1 - current][to] = key;
-                pairs.values[1 - current][to] = pairs.values[current][i];
+                other_keys[to] = key;
+                other_values[to] = values[i];
             }
             __syncthreads();
         }
+        swap_pointers(keys, other_keys);
+        swap_pointers(values, other_values);
         current = 1 - current;
     }
     __syncthreads();

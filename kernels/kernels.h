@@ -1,12 +1,12 @@
 // The C interface of the kernels: plain structs and functions, no torch, no C++ types.
 //
-// Every operation exists twice, as lsh_<name>_cpu and lsh_<name>_cuda, and computes the same thing. Pointers are to contiguous
-// arrays; shapes are in the comments. Legend: N rows sorted by expert, D features, C clusters, E experts, T tokens, K slots per
-// token, Q hashes. A null optional pointer means "not there". All sizes are 64 bits. A function
-// returns 0, or a CUDA error code.
+// Every operation exists twice, as lsh_<name>_cpu and lsh_<name>_cuda, and computes the same thing. Pointers are to
+// contiguous arrays; shapes are in the comments. Legend: N rows sorted by expert, D features, C clusters, E experts, T
+// tokens, K slots per token, Q hashes. A null optional pointer means "not there". All sizes are 64 bits. A function returns
+// 0, or a CUDA error code.
 //
-// Rows need not be materialised: where an operation takes `index` [N], row n is row index[n] of a source with M rows (its token);
-// without, row n is row n, and M = N.
+// Rows need not be materialised: where an operation takes `index` [N], row n is row index[n] of a source with M rows (its
+// token); without, row n is row n, and M = N.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ struct ProjectArgs {
 
 // The nearest centroid of each row among those of its expert.
 struct NearestArgs {
-    const void* rows;             // [M, D]
+    const void* source;           // [M, D]
     const int64_t* index;         // [N] optional
     const void* centroids;        // [C, D]
     const int64_t* row_ends;      // [E]
@@ -61,11 +61,11 @@ struct NearestArgs {
     int64_t* cluster;             // [N] out
     void* distance;               // [N] out: squared distance, fp32 (fp64 for fp64)
     void* scratch;                // CUDA: fp32 [C]. CPU: packed centroids, see kPanel
-    int64_t num_rows, clusters, features, experts;
+    int64_t rows, clusters, features, experts;
     DType dtype;
 };
 
-// Give each expert's empty clusters its farthest rows, one each, and put the clusters in order.
+// Give each expert's empty clusters its farthest rows, one each, though no cluster its last; and put the clusters in order.
 struct RegroupArgs {
     const int64_t* nearest;       // [N] cluster of each row
     const float* distance;        // [N]
@@ -119,8 +119,8 @@ struct DotsArgs {
     DType dtype;
 };
 
-// out[t] = sum_k (weight[t, k] * grad[t] - sum[i] / size[i]) + grad_centroid[i] / size[i], i = index[t, k]; the bracket is zero
-// for clusters of one row. The first part is there with grad and sum, the second with grad_centroid.
+// out[t] = sum_k (weight[t, k] * grad[t] - sum[i] / size[i]) + grad_centroid[i] / size[i], i = index[t, k]; the bracket is
+// zero for clusters of one row. The first part is there with grad and sum, the second with grad_centroid.
 struct SpreadArgs {
     const void* grad;           // [T, D] optional
     const void* weight;         // [T, K] optional
@@ -135,12 +135,12 @@ struct SpreadArgs {
 
 enum WireFormat : int32_t { kFp8 = 0, kInt8 = 1, kInt4 = 2 };
 
-// Rows to bytes: each number divided by the row's scale |x|_max / largest, rounded; then the scale (fp32). A row of the payload
-// has wire_bytes(format, D) bytes.
+// Rows to bytes: each number divided by the row's scale |x|_max / largest, rounded; then the scale (fp32). A row of the
+// payload has wire_bytes(format, D) bytes.
 struct EncodeArgs {
-    const void* rows;      // [C, D]
-    const float* noise;    // [C, D] optional, in [0, 1): round up with the probability of the remainder (not for fp8)
-    uint8_t* payload;      // [C, wire_bytes] out
+    const void* rows;    // [C, D]
+    const float* noise;  // [C, D] optional, in [0, 1): round up with the probability of the remainder (not for fp8)
+    uint8_t* payload;    // [C, wire_bytes] out
     int64_t num_rows, features;
     WireFormat format;
     DType dtype;
@@ -160,8 +160,8 @@ constexpr int64_t kPanel = 48;
 // Long clusters are summed by windows of this many rows, so that no thread walks a hot cluster alone.
 constexpr int64_t kWindow = 128;
 
-#define LSH_DECLARE(name, Args)          \
-    int lsh_##name##_cpu(const Args&);   \
+#define LSH_DECLARE(name, Args)        \
+    int lsh_##name##_cpu(const Args&); \
     int lsh_##name##_cuda(const Args&, void* stream);
 
 extern "C" {

@@ -1,5 +1,5 @@
-// The three PTX instructions behind a tensor-core tile: copy to shared memory, load fragments, multiply. Fragment layouts are
-// those of the PTX manual for mma.m16n8k16; tests/kernels/emulator.h has them again in plain C++.
+// The three PTX instructions behind a tensor-core tile: copy to shared memory, load fragments, multiply. Fragment layouts
+// are those of the PTX manual for mma.m16n8k16; tests/kernels/emulator.h has them again in plain C++.
 #pragma once
 
 #include "arithmetic.h"
@@ -40,10 +40,9 @@ static __device__ __forceinline__ void multiply_accumulate(float (&acc)[4], cons
 }
 static __device__ __forceinline__ void multiply_accumulate(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                                            Half) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace megatron_lsh

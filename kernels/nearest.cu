@@ -1,5 +1,5 @@
-// Nearest centroid: tiles of a matrix product whose epilogue keeps the best column of each row, so that the [N, C] scores never
-// exist in memory. A block owns kRows rows of one expert and runs over all its centroids.
+// Nearest centroid: tiles of a matrix product whose epilogue keeps the best column of each row, so that the [N, C] scores
+// never exist in memory. A block owns kRows rows of one expert and runs over all its centroids.
 //
 // bf16 and fp16 use the tensor cores (mma.sync m16n8k16, fp32 accumulation); fp32, and widths that are no multiple of 8, use
 // ordinary fused multiply-adds.
@@ -42,8 +42,8 @@ LSH_DEVICE Task find_task(const NearestArgs& a) {
         int64_t before = 0;
         for (int64_t first = 0; first < a.experts; first += kWarpSize) {
             const int64_t e = first + lane;
-            const int64_t row = e < a.experts ? begin_of(a.row_ends, e) : 0;
-            const int64_t rows = e < a.experts ? a.row_ends[e] - row : 0;
+            const int64_t row = e < a.experts ? begin_of(a.row_ends, e, a.rows) : 0;
+            const int64_t rows = e < a.experts ? end_of(a.row_ends, e, a.rows) - row : 0;
             const int64_t tiles = ceil_div(rows, kRows);
             long long end = tiles;
             for (int step = 1; step < kWarpSize; step *= 2) {
@@ -55,8 +55,8 @@ LSH_DEVICE Task find_task(const NearestArgs& a) {
                 const int64_t skip = (tile - (end - tiles)) * kRows;
                 task.first_row = row + skip;
                 task.num_rows = rows - skip < kRows ? rows - skip : kRows;
-                task.first_cluster = begin_of(a.cluster_ends, e);
-                task.num_clusters = a.cluster_ends[e] - task.first_cluster;
+                task.first_cluster = begin_of(a.cluster_ends, e, a.clusters);
+                task.num_clusters = end_of(a.cluster_ends, e, a.clusters) - task.first_cluster;
             }
             before = __shfl_sync(kFullWarp, end, kWarpSize - 1);
         }
@@ -93,7 +93,7 @@ LSH_DEVICE void write_results(const NearestArgs& a, const Task& task, const Best
     const int lane = threadIdx.x % kWarpSize;
     for (int r = threadIdx.x / kWarpSize; r < task.num_rows; r += kThreads / kWarpSize) {
         const int64_t n = task.first_row + r;
-        const T* x = static_cast<const T*>(a.rows) + source_of(a.index, n) * a.features;
+        const T* x = static_cast<const T*>(a.source) + source_of(a.index, n) * a.features;
         float square = 0.0f;
         for (int64_t d = lane; d < a.features; d += kWarpSize) square += widen(x[d]) * widen(x[d]);
         for (int step = kWarpSize / 2; step > 0; step /= 2) square += __shfl_xor_sync(kFullWarp, square, step);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const NearestArgs a) {
                 const bool row_there = inside && r < task.num_rows, column_there = inside && column + r < task.num_clusters;
                 const int64_t source = row_there ? source_of(a.index, task.first_row + r) : 0;
                 const int64_t centroid = task.first_cluster + column + r;
-                rows[d][r] = row_there ? widen(static_cast<const T*>(a.rows)[source * a.features + depth + d]) : 0.0f;
+                rows[d][r] = row_there ? widen(static_cast<const T*>(a.source)[source * a.features + depth + d]) : 0.0f;
                 columns[d][r] =
                     column_there ? widen(static_cast<const T*>(a.centroids)[centroid * a.features + depth + d]) : 0.0f;
             }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const NearestArgs a) {
     for (int i = 0; i < 2; ++i) {
         const int r = (threadIdx.x + i * kThreads) / pieces;
         const int64_t n = task.first_row + (r < task.num_rows ? r : task.num_rows - 1);
-        row_source[i] = static_cast<const T*>(a.rows) + source_of(a.index, n) * a.features;
+        row_source[i] = static_cast<const T*>(a.source) + source_of(a.index, n) * a.features;
     }
     const auto copy = [&](int stage, int64_t column, int64_t depth) {
 #pragma unroll
@@ -225,8 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const NearestArgs a) {
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
 #pragma unroll
-                    for (int n = 0; n < 8; ++n)
-                        multiply_accumulate(acc[m][n], row_fragment[m], column_fragment[n], T{});
+                    for (int n = 0; n < 8; ++n) multiply_accumulate(acc[m][n], row_fragment[m], column_fragment[n], T{});
                 }
             }
             __syncthreads();
@@ -268,7 +267,7 @@ int launch(const NearestArgs& a, cudaStream_t s) {
     LSH_LAUNCH(half_norm, unsigned(ceil_div(a.clusters, kThreads / kWarpSize)), kThreads, s, a);
     // At most one partly filled tile per expert; surplus blocks find nothing to do.
     constexpr int tile = kTensorCores ? kTile : kPlainTile;
-    const unsigned blocks = unsigned(a.num_rows / tile + a.experts);
+    const unsigned blocks = unsigned(a.rows / tile + a.experts);
     if constexpr (kTensorCores) {
         const auto kernel = mma_kernel<T>;
         LSH_LAUNCH(kernel, blocks, kThreads, s, a);
@@ -283,7 +282,7 @@ int launch(const NearestArgs& a, cudaStream_t s) {
 
 extern "C" int lsh_nearest_cuda(const NearestArgs& a, void* stream) {
     const auto s = cudaStream_t(stream);
-    const bool tensor_cores = a.features % 8 == 0 && aligned_16(a.rows, a.centroids);
+    const bool tensor_cores = a.features % 8 == 0 && aligned_16(a.source, a.centroids);
     switch (a.dtype) {
         case kFloat32:
             return launch<float, false>(a, s);

@@ -1,5 +1,5 @@
-// Plan and regroup: from keys (or nearest centroids) to clusters in order. One block per expert, whose rows are contiguous, so
-// experts need nothing from each other and the host needs to know nothing.
+// Plan and regroup: from keys (or nearest centroids) to clusters in order. One block per expert, whose rows are contiguous,
+// so experts need nothing from each other and the host needs to know nothing.
 #include <type_traits>
 
 #include "device.cuh"
@@ -26,14 +26,31 @@ struct Group {
 template <class Args>
 LSH_DEVICE Group group_of(const Args& a, int64_t expert) {
     Group g;
-    g.first_row = begin_of(a.row_ends, expert);
-    g.num_rows = a.row_ends[expert] - g.first_row;
-    g.first_cluster = begin_of(a.cluster_ends, expert);
-    g.num_clusters = a.cluster_ends[expert] - g.first_cluster;
+    g.first_row = begin_of(a.row_ends, expert, a.rows);
+    g.num_rows = end_of(a.row_ends, expert, a.rows) - g.first_row;
+    g.first_cluster = begin_of(a.cluster_ends, expert, a.clusters);
+    g.num_clusters = end_of(a.cluster_ends, expert, a.clusters) - g.first_cluster;
     for (int i = 0; i < 2; ++i) g.keys[i] = a.scratch + i * a.rows + g.first_row;
     for (int i = 0; i < 4; ++i) g.values[i] = reinterpret_cast<uint32_t*>(a.scratch + (2 + i) * a.rows) + g.first_row;
     g.per_cluster = a.scratch + 6 * a.rows + g.first_cluster;
     return g;
+}
+
+// The values in the buffer that sort_pairs ended in. (Not values[buffer]: an array indexed at run time lies in local
+// memory.)
+LSH_DEVICE const uint32_t* sorted_values(const Group& g, int buffer) { return buffer ? g.values[1] : g.values[0]; }
+
+// What the ends leave over belongs to no expert: rows behind the last one's stay in order, clusters behind its are empty.
+template <class Args>
+LSH_DEVICE void settle_rest(const Args& a) {
+    for (int64_t n = end_of(a.row_ends, a.experts - 1, a.rows) + threadIdx.x; n < a.rows; n += kThreads) {
+        a.cluster[n] = 0;
+        a.order[n] = n;
+    }
+    for (int64_t c = end_of(a.cluster_ends, a.experts - 1, a.clusters) + threadIdx.x; c < a.clusters; c += kThreads) {
+        a.sizes[c] = 0;
+        a.offsets[c] = a.rows;
+    }
 }
 
 // Bits needed to write numbers below `count`.
@@ -57,7 +74,7 @@ LSH_DEVICE void order_group(const Args& a, const Group& g, Memory& memory) {
     const Pairs pairs{{g.keys[0], g.keys[1]}, {g.values[0], g.values[1]}};
     const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, bit_length(g.num_clusters), memory);
     for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads)
-        a.order[g.first_row + i] = g.first_row + g.values[sorted][i];
+        a.order[g.first_row + i] = g.first_row + sorted_values(g, sorted)[i];
     int64_t offset = g.first_row;
     for (int64_t first = 0; first < g.num_clusters; first += kThreads) {
         const int64_t c = first + threadIdx.x;
@@ -81,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_kernel(const PlanArgs a) {
     const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, a.num_hashes * a.code_bits, memory);
     for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
         if (sorted) g.keys[0][i] = g.keys[1][i];
-        g.values[2][i] = g.values[sorted][i];
+        g.values[2][i] = sorted_values(g, sorted)[i];
     }
 }
 
@@ -90,7 +107,9 @@ __global__ void __launch_bounds__(kLinkThreads) link_kernel(const PlanArgs a) {
     const int64_t n = flat_index() / kWarpSize;
     if (n >= a.rows) return;
     const int lane = threadIdx.x % kWarpSize;
-    const Group g = group_of(a, upper_bound(a.row_ends, a.experts, n));
+    const int64_t expert = upper_bound(a.row_ends, a.experts, n);
+    if (expert == a.experts) return;  // a row behind the last expert's
+    const Group g = group_of(a, expert);
     const int64_t i = n - g.first_row;
     double gap = 0;
     if (i > 0) {
@@ -126,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1) cut_kernel(const PlanArgs a) {
     // The strengths are in keys[1]; the sorted keys in keys[0] are not needed any more.
     const Pairs pairs{{g.keys[1], g.keys[0]}, {g.values[0], g.values[1]}};
     const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, 64, memory);
-    for (int64_t i = threadIdx.x; i < g.num_clusters; i += kThreads) starts[g.values[sorted][i]] = 1;
+    for (int64_t i = threadIdx.x; i < g.num_clusters; i += kThreads) starts[sorted_values(g, sorted)[i]] = 1;
     __syncthreads();
     int64_t carry = -1;
     for (int64_t first = 0; first < g.num_rows; first += kThreads) {
@@ -156,9 +175,35 @@ __global__ void __launch_bounds__(kThreads, 1) cut_kernel(const PlanArgs a) {
         a.cluster[g.first_row + i] = g.first_cluster + number_of[a.cluster[g.first_row + i]];
     __syncthreads();
     order_group(a, g, memory);
+    if (blockIdx.x + 1 == gridDim.x) settle_rest(a);
 }
 
-// Give the k empty clusters of an expert its k farthest rows, then put its clusters in order.
+// Put the rows, farthest first, into the empty clusters, one each. The last row of each cluster in this order stays, so that
+// no cluster is emptied to fill another. Ends with a barrier.
+LSH_DEVICE void move_farthest(const RegroupArgs& a, const Group& g, const uint32_t* farthest, const uint64_t* empty,
+                              int64_t empties) {
+    int64_t* last_of = a.offsets;  // position of each cluster's last row; offsets are not known yet
+    for (int64_t c = threadIdx.x; c < g.num_clusters; c += kThreads) last_of[g.first_cluster + c] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
+        int64_t* last = last_of + a.nearest[g.first_row + farthest[i]];
+        atomicMax(reinterpret_cast<unsigned long long*>(last), (unsigned long long)(i));
+    }
+    __syncthreads();
+    int64_t moved = 0;
+    for (int64_t first = 0; first < g.num_rows && moved < empties; first += kThreads) {
+        const int64_t i = first + threadIdx.x;
+        const int64_t n = i < g.num_rows ? g.first_row + farthest[i] : 0;
+        const unsigned may_move = i < g.num_rows && last_of[a.nearest[n]] != i;
+        unsigned total;
+        const int64_t position = moved + exclusive_sum<kThreads>(may_move, &total);
+        if (may_move && position < empties) a.cluster[n] = int64_t(empty[position]);
+        moved += total;
+    }
+    __syncthreads();
+}
+
+// Give the k empty clusters of an expert k of its farthest rows, then put its clusters in order.
 __global__ void __launch_bounds__(kThreads, 1) regroup_kernel(const RegroupArgs a) {
     __shared__ Memory memory;
     const Group g = group_of(a, blockIdx.x);
@@ -190,11 +235,10 @@ __global__ void __launch_bounds__(kThreads, 1) regroup_kernel(const RegroupArgs 
         __syncthreads();
         const Pairs pairs{{g.keys[0], g.keys[1]}, {g.values[0], g.values[1]}};
         const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, 32, memory);
-        for (int64_t i = threadIdx.x; i < empties && i < g.num_rows; i += kThreads)
-            a.cluster[g.first_row + g.values[sorted][i]] = int64_t(empty[i]);
-        __syncthreads();
+        move_farthest(a, g, sorted_values(g, sorted), empty, empties);
     }
     order_group(a, g, memory);
+    if (blockIdx.x + 1 == gridDim.x) settle_rest(a);
 }
 
 }  // namespace

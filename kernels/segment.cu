@@ -1,8 +1,9 @@
-// Compress: the mean (or weighted sum) of each cluster's rows, read where they lie and written where they travel from. A thread
-// owns 16 bytes' worth of one cluster's features and walks the cluster's rows in order, four loads in flight.
+// Compress: the mean (or weighted sum) of each cluster's rows, read where they lie and written where they travel from. A
+// thread owns 16 bytes' worth of one cluster's features and walks the cluster's rows in order, four loads in flight.
 //
-// A cluster may hold thousands of rows (think of padding). So that no thread walks them alone, windows of kWindow rows in cluster
-// order that lie within one cluster are summed first, by threads of their own; the walk then takes a window for a row.
+// A cluster may hold thousands of rows (think of padding). So that no thread walks them alone, windows of kWindow rows in
+// cluster order that lie within one cluster are summed first, by threads of their own; the walk then takes a window for a
+// row.
 #include <type_traits>
 
 #include "device.cuh"

@@ -83,7 +83,7 @@ class _Plan:
         moves_C = (lengths > 1).repeat_interleave(lengths).to(device) & (clusters.sizes_C > 1)
         moves_N = moves_C.index_select(0, clusters.cluster_N)
         if member_C is not None:
-            moves_N = moves_N.index_fill(0, member_C, False)
+            moves_N = moves_N & ~_are_sent(clusters, member_C)
         row_M = clusters.order_N[moves_N.index_select(0, clusters.order_N)]
         cluster_M = clusters.cluster_N.index_select(0, row_M)
         sizes_C = torch.bincount(cluster_M, minlength=clusters.num_clusters)
@@ -94,6 +94,13 @@ class _Plan:
         ends = [0, *ends_C.tolist()]
         parts = [(slice(ends[c.start], ends[c.stop]), c) for c in blocks if ends[c.start] < ends[c.stop]]
         return _Plan(row_M, kept, parts)
+
+
+def _are_sent(clusters: Clusters, member_C: Tensor) -> Tensor:
+    """bool [N]: the rows that are their own cluster's member. (An empty cluster's member is another's row.)"""
+    numbers_C = torch.arange(clusters.num_clusters, device=member_C.device)
+    owns_C = clusters.cluster_N.index_select(0, member_C) == numbers_C
+    return torch.zeros_like(clusters.cluster_N).scatter_add_(0, member_C, owns_C.long()) > 0
 
 
 def _blocks(counts: list[int], most: int) -> list[slice]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.ops import choose
+from megatron_lsh.ops import accumulator, choose
 
 
 class _Members(torch.autograd.Function):
@@ -57,8 +57,10 @@ def compress_to_members(
 def nearest_members(rows_ND: Tensor, clusters: Clusters) -> Tensor:
     """int64 [C]: of each cluster the row nearest to its mean, the first of equals."""
     mean_CD = choose(rows_ND).segment(rows_ND, None, None, *clusters.segments, True)
-    distance_N = (rows_ND - mean_CD.index_select(0, clusters.cluster_N)).square().sum(1)
+    difference_ND = rows_ND - mean_CD.index_select(0, clusters.cluster_N)
+    # Squares of fp16 overflow from 256 on, their sums earlier.
+    distance_N = difference_ND.to(accumulator(rows_ND.dtype)).square().sum(1)
     order_N = torch.argsort(distance_N, stable=True)
     order_N = order_N[torch.argsort(clusters.cluster_N[order_N], stable=True)]
-    # An empty cluster (its rows coincide with another's) gets a neighbouring one's first row, which does no harm.
+    # Refinement leaves no cluster empty. One that is gets the first row of the cluster after it, or the last cluster's last.
     return order_N[clusters.offsets_C.clamp(max=max(clusters.num_rows - 1, 0))]

@@ -3,7 +3,7 @@
     cluster(n) = argmin_j |x_n - c_j|^2 = argmax_j (x_n . c_j - |c_j|^2 / 2)     over the centroids of n's expert
 
 Hashing finds a start; one such step brings the residuals most of the way to what k-means would reach (docs/lsh.md).
-A centroid that loses all its rows is given the row of its expert that is farthest from its own centroid.
+A centroid that loses all its rows is given a row of its expert that is far from its own centroid and not the last there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def refine(
         steps: rounds of reassignment.
         index_N: int64; row n is then ``rows_ND[index_N[n]]``.
 
-    A cluster can end up empty where rows coincide; its centroid is then zero.
+    No cluster of the result is empty.
     """
     if clusters.num_clusters == clusters.num_rows:
         return clusters

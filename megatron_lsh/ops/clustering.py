@@ -5,6 +5,7 @@ The ideas are explained in ``lsh/``; here is the arithmetic that ``PlainOps`` an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -104,16 +105,17 @@ def _link_strength(codes_NQ: Tensor, projection_NP: Tensor, expert_N: Tensor) ->
     strength_N = torch.full(codes_NQ.shape[:1], -2.0, dtype=torch.float64, device=codes_NQ.device)
     lcp_N = (codes_NQ[1:] == codes_NQ[:-1]).cumprod(1).sum(1)
     gap_N = (projection_NP[1:] - projection_NP[:-1]).double().square().sum(1)
-    # One number orders both criteria: the gap takes off less than 1, so it only decides among equal prefixes.
+    # One number orders both criteria: the gap takes off at most 1, so it only decides among equal prefixes. An infinite gap,
+    # or one that is no number, takes off 1.
     linked_N = expert_N[1:] == expert_N[:-1]
-    strength_N[1:] = torch.where(linked_N, lcp_N - gap_N / (gap_N + 1), -2.0)
+    strength_N[1:] = torch.where(linked_N, lcp_N - (gap_N / (gap_N + 1)).nan_to_num(1.0), -2.0)
     return strength_N
 
 
 def nearest_centroid(
     rows_ND: Tensor, centroids_CD: Tensor, row_counts: Sequence[int], centroid_counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of each row among those of its expert.
+    """The nearest centroid of each row among those of its expert; the first where no distance is a number.
 
     Args:
         rows_ND, centroids_CD: both sorted by expert, one dtype.
@@ -132,7 +134,8 @@ def nearest_centroid(
         strict=True,
     ):
         if rows.shape[0]:
-            best = torch.max(rows @ centroids.T - half_norm, dim=1)
+            scores = (rows @ centroids.T - half_norm).nan_to_num_(-math.inf, math.inf, -math.inf)
+            best = torch.max(scores, dim=1)
             nearest.append(best.indices + first)
             score.append(best.values)
         first += centroids.shape[0]
@@ -145,16 +148,24 @@ def nearest_centroid(
 def refill_empty(
     cluster_N: Tensor, distance_N: Tensor, counts_E: Tensor, clusters_E: Tensor, num_clusters: int
 ) -> Tensor:
-    """Give the k empty clusters of each expert its k rows with the largest distance, one each: int64 [N]."""
-    if num_clusters == 0:
+    """Give the k empty clusters of each expert k of its rows, one each: those with the largest distance: int64 [N].
+
+    The last row of a cluster in this order stays, so that no cluster is emptied to fill another. Of equal distances the
+    earlier row's counts as larger, NaN as the largest.
+    """
+    if num_clusters == 0 or cluster_N.shape[0] == 0:
         return cluster_N
     expert_N = expert_of_row(counts_E, cluster_N.shape[0])
     expert_C = expert_of_row(clusters_E, num_clusters)
-    empty_C = cluster_sizes(cluster_N, num_clusters) == 0
+    sizes_C = cluster_sizes(cluster_N, num_clusters)
+    empty_C = sizes_C == 0
     empties_E = torch.zeros_like(counts_E).scatter_add_(0, expert_C, empty_C.long())
-    # Rows of each expert, farthest first; and of each expert's clusters, the empty ones first.
     farthest_N = torch.argsort(distance_N, descending=True, stable=True)
-    farthest_N = farthest_N[torch.argsort(expert_N[farthest_N], stable=True)]
+    by_cluster_N = farthest_N[torch.argsort(cluster_N[farthest_N], stable=True)]
+    last_C = by_cluster_N[(sizes_C.cumsum(0) - 1).clamp(min=0)]
+    stays_N = torch.zeros_like(cluster_N).scatter_add_(0, last_C, (~empty_C).long())
+    # Rows of each expert, those that may move first, of these the farthest; and of its clusters, the empty ones first.
+    farthest_N = farthest_N[torch.argsort((expert_N * 2 + stays_N)[farthest_N], stable=True)]
     emptiest_C = torch.argsort(expert_C * 2 + (~empty_C).long(), stable=True)
     first_row_E, first_cluster_E = counts_E.cumsum(0) - counts_E, clusters_E.cumsum(0) - clusters_E
     rank_N = torch.arange(cluster_N.shape[0], device=cluster_N.device) - first_row_E[expert_N]

@@ -19,7 +19,10 @@ SCALE_BYTES = 4
 def encode(rows_CD: Tensor, noise_CD: Tensor | None, format: str) -> Tensor:
     """uint8 [C, bytes]; see ``PlainOps.encode``."""
     largest = LARGEST[format]
-    scale_C1 = (rows_CD.abs().amax(1).float() / largest).unsqueeze(1)
+    magnitude_C = rows_CD.abs().amax(1).float()
+    # By a tensor: on a GPU torch turns the division by a Python number into a product with its reciprocal, and the kernel on
+    # the other end of the wire would have another scale.
+    scale_C1 = (magnitude_C / magnitude_C.new_full((), largest)).unsqueeze(1)
     # A row of zeros keeps scale 0 and divides by 1. A non-finite row yields a non-finite scale, so it stays visible.
     scaled_CD = rows_CD.float() / torch.where(scale_C1 == 0, 1.0, scale_C1)
     if format == "fp8":

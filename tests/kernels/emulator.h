@@ -1,7 +1,7 @@
-// CUDA on a CPU, for tests: just enough of the language to compile the .cu files as C++ and run them. Every thread of a block is a
-// coroutine; it runs until it meets a barrier or a warp-wide instruction, where it waits for the others. Blocks run one after
-// the other. Threads are resumed in random order, and some warps only when the others can go no further, so that a missing barrier
-// shows up as a wrong number sooner or later.
+// CUDA on a CPU, for tests: just enough of the language to compile the .cu files as C++ and run them. Every thread of a
+// block is a coroutine; it runs until it meets a barrier or a warp-wide instruction, where it waits for the others. Blocks
+// run one after the other. Threads are resumed in random order, and some warps only when the others can go no further, so
+// that a missing barrier shows up as a wrong number sooner or later.
 //
 // This checks indexing, tiling, fragment layouts and synchronisation. It says nothing about speed.
 #pragma once
@@ -234,6 +234,12 @@ template <class T>
 T atomicMin(T* to, T value) {
     const T before = *to;
     *to = std::min(before, value);
+    return before;
+}
+template <class T>
+T atomicMax(T* to, T value) {
+    const T before = *to;
+    *to = std::max(before, value);
     return before;
 }
 

@@ -96,6 +96,41 @@ def test_plan_reads_through_an_index(backend: Backend) -> None:
         assert torch.equal(values, expected)
 
 
+def test_rows_and_clusters_that_no_expert_owns(backend: Backend) -> None:
+    """On the CPU an error. A GPU's counts cannot be read without waiting, so its kernels stay inside their arrays."""
+    case = Case([40, 25], 12, device=backend.device)
+    rows, clusters = case.num_rows + 5, case.num_clusters + 2
+    projection = case.floats(rows, 12)
+    key = backend.ops.hash(projection, None, case.row_ends, 3, 3)
+    plan = (key, projection, None, case.row_ends, case.cluster_ends, clusters, 3, 3)
+    nearest = torch.zeros(rows, dtype=torch.int64, device=backend.device)
+    nearest[40:] = case.budgets[0]
+    regroup = (nearest, case.floats(rows).abs(), case.row_ends, case.cluster_ends, clusters)
+    if backend.name == "cpu":
+        for name, arguments in (("plan", plan), ("regroup", regroup)):
+            with pytest.raises(RuntimeError, match="row_ends must rise to the number of rows, 70"):
+                getattr(backend.ops, name)(*arguments)
+        return
+    for cluster, order, sizes, offsets in (backend.ops.plan(*plan), backend.ops.regroup(*regroup)):
+        assert torch.equal(order.sort().values.cpu(), torch.arange(rows)) and order[-5:].tolist() == [*range(65, 70)]
+        assert ((cluster >= 0) & (cluster < clusters)).all()
+        assert sizes[-2:].tolist() == [0, 0] and int(sizes.sum()) == 65 and offsets[-2:].tolist() == [rows, rows]
+
+
+def test_an_expert_without_clusters_for_its_rows_is_an_error() -> None:
+    ends = (torch.tensor([3, 5]), torch.tensor([2, 2]))
+    with pytest.raises(RuntimeError, match="expert 1 has 2 rows and 0 clusters"):
+        torch.ops.megatron_lsh.regroup(torch.zeros(5, dtype=torch.int64), torch.zeros(5), *ends, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_of_another_device_are_refused() -> None:
+    rows, order, one = torch.ones(2, 8, device="cuda"), torch.arange(2), torch.ones(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="order must be on the same device"):
+        torch.ops.megatron_lsh.segment(rows, None, None, order, order, one, False)
+
+
 @pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_regroup(backend: Backend, counts: list[int], crowded: bool) -> None:
@@ -111,6 +146,7 @@ def test_regroup(backend: Backend, counts: list[int], crowded: bool) -> None:
     refilled = refill_empty(nearest, distance, counts_E, budgets_E, case.num_clusters) if case.num_rows else nearest
     expected = Clusters.from_assignment(refilled, cluster_sizes(refilled, case.num_clusters), budgets_E)
     check_plan(case, got, expected)
+    assert (got[2] > 0).all(), "no cluster is emptied to fill another"
 
 
 # Nearest.

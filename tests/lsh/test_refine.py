@@ -1,10 +1,14 @@
 """Refinement: one k-means step per expert, empty clusters refilled."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh.lsh import Clusters, compress, nearest_centroid, refine, residual_energy, row_budgets
+from megatron_lsh.ops import choose, reference_only
 
 
 def random_start(rows, counts, rate, seed):
@@ -66,9 +70,19 @@ def test_an_empty_cluster_gets_the_farthest_row():
     assert refine(rows, start, torch.tensor([5])).sizes_C.sum() == 5
 
 
-def test_coinciding_rows_may_leave_clusters_empty_but_finite():
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_no_cluster_is_emptied_to_fill_another(by_kernels):
+    """Row 4 is the farthest from its centroid, and alone in its cluster: it stays, and row 0 moves in its stead."""
+    nearest, distance = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0.2, 0.1, 0.0, 0.1, 5.0])
+    with nullcontext() if by_kernels else reference_only():
+        cluster, *_, sizes, _ = choose(distance).regroup(nearest, distance, torch.tensor([5]), torch.tensor([3]), 3)
+    assert cluster.tolist() == [2, 0, 0, 0, 1] and sizes.tolist() == [3, 1, 1]
+
+
+def test_coinciding_rows_stay_finite():
     rows = torch.ones(6, 3, requires_grad=True)
     clusters = refine(rows, random_start(rows, torch.tensor([6]), 0.5, 0), torch.tensor([6]))
+    assert (clusters.sizes_C > 0).all()
     centroids, kept = compress(rows, clusters, with_residual=True)
     (centroids.sum() + kept.square().sum()).backward()
     assert centroids.isfinite().all() and rows.grad.isfinite().all()

@@ -71,6 +71,40 @@ def skip_on_two_ranks() -> tuple[list[bool], list[float]]:
     return [result.skipped for result in results], [result.loss for result in results]
 
 
+def rows_that_are_not_finite() -> list[bool]:
+    """Poison what enters the MoE layers, on one rank; their rows are hashed, clustered and restored before anybody looks."""
+    cfg = tiny_config("--expert-model-parallel-size 2 --moe-token-dispatcher-type lsh --lsh-target-rate 0.3", 2)
+    ctx = initialize(cfg.parallel)
+    run = set_up(cfg, tiny_task(cfg), ctx)
+    batches, before = run.batches("train"), _everything(run)
+
+    def skips(poison: Tensor, tokens: int) -> bool:
+        def poisoned(module: nn.Module, arguments: Any, x_SBD: Tensor) -> Tensor:
+            noise_SBD = torch.zeros_like(x_SBD)
+            noise_SBD[: tokens if ctx.rank == 1 else 0] = poison
+            return x_SBD + noise_SBD
+
+        hook = run.model.embedding.register_forward_hook(poisoned)
+        skipped = run.step(batches, 0, False).skipped
+        hook.remove()
+        return skipped
+
+    skipped = []
+    infinite = torch.tensor(float("inf"))
+    nan = infinite * 0  # on x86 the NaN that arithmetic makes has its sign bit set
+    for poison in (infinite, -infinite, nan, -nan):
+        for tokens in (1, 32):
+            skipped.append(skips(poison, tokens))
+            _assert_same(before, _everything(run))
+    skipped.append(run.step(batches, 0, False).skipped)
+    shutdown(ctx)
+    return skipped
+
+
+def test_rows_that_are_not_finite_skip_the_step_and_nothing_else() -> None:
+    assert run_distributed_test(rows_that_are_not_finite, 2) == [[True] * 8 + [False]] * 2
+
+
 def _everything(run: Any) -> dict[str, Any]:
     return {
         "model": copy_state([*run.model.parameters(), *run.model.buffers()]),
