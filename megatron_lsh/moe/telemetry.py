@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_lsh.moe.gauges import Gauge, Reduced
 from megatron_lsh.moe.layer_pass import LayerRecord
-from megatron_lsh.parallel.context import Group, ParallelContext
+from megatron_lsh.parallel.collectives import all_reduce_
+from megatron_lsh.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class MoETelemetry:
         largest_LM = packed_L2S[:, 0, [names.index(name) for name in largest]]
         load = torch.cat([record.load_E for record in records]) if records else packed_L2S.new_zeros(0)
         for tensor, op in ((packed_L2S, dist.ReduceOp.SUM), (load, dist.ReduceOp.SUM), (largest_LM, dist.ReduceOp.MAX)):
-            _reduce_over(tensor, ctx.world, op)
+            all_reduce_(tensor, ctx.world, op)
         load_of = load.cpu().split([record.load_E.shape[0] for record in records])
         reports = []
         for number, load_E, (sums, added), most in zip(
@@ -129,8 +129,3 @@ class MoETelemetry:
 
     def _all(self) -> Iterable[Gauge]:
         return self._gauges.values()
-
-
-def _reduce_over(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType) -> None:
-    if group.process_group is not None and group.size > 1:
-        dist.all_reduce(tensor, op, group=group.process_group)
