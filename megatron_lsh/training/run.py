@@ -86,6 +86,11 @@ class Run:
         """Whether the validations say that more training is of no use."""
         return self.task.early_stopping is not None and self.task.early_stopping.stopped
 
+    def evaluates(self, name: str) -> bool:
+        """Whether there is a "valid" or "test" set, and something to find out about it."""
+        wanted = self.cfg.training.eval_iters > 0 or self.task.evaluator is not None
+        return wanted and getattr(self.datasets, name) is not None
+
     def batches(self, name: str, consumed_samples: int = 0) -> BatchIterator:
         """This rank's micro-batches of the "train", "valid" or "test" set. Raises DataError if there is no such set."""
         dataset = getattr(self.datasets, name)
@@ -213,6 +218,8 @@ def _restore(run: Run) -> None:
     result = together(run.ctx, lambda: run.checkpoints.load(run.checkpoint_state()))
     if result is not None and not result.weights_only:
         run.state = TrainState.from_state_dict(result.progress)
+        if not run.cfg.checkpoint.load_optim:
+            run.step.schedule.move_to(run.state.scheduled_samples)
         _compare_data(run, result)
         _restore_dispatchers(run, result)
         if run.task.early_stopping is not None and result.extra.get("early_stopping") is not None:

@@ -160,6 +160,11 @@ class Schedule:
             group["lr"] = self.learning_rate
             group["weight_decay"] = self.weight_decay if group.get("decay", True) else 0.0
 
+    def move_to(self, samples: int) -> None:
+        """Go on after ``samples`` samples of the curve, as a run without the optimizer's state does (--no-load-optim)."""
+        self.samples = samples
+        self.step(0)
+
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, **asdict(self.shape)}
 
@@ -174,8 +179,7 @@ class Schedule:
             if not self.use_checkpoint:
                 raise ConfigError(_differences(saved, self.shape))
             self.shape = saved
-        self.samples = int(state["samples"])
-        self.step(0)
+        self.move_to(int(state["samples"]))
 
 
 def _differences(saved: ScheduleShape, wanted: ScheduleShape) -> str:

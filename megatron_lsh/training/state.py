@@ -25,6 +25,10 @@ class TrainState:
     """the same of the losses beside it, by name"""
     interval_steps: int = 0
     interval_skipped: int = 0
+    scheduled_samples: int = 0
+    """sequences of the iterations that were not skipped: where the learning-rate schedule is, even without its own state"""
+    evaluation_due: bool = False
+    """whether the validation that follows this iteration is yet to be made, because the run was told to stop here"""
 
     def advance(self, result: StepResult, samples: int) -> None:
         """Count one iteration over `samples` sequences."""
@@ -36,6 +40,7 @@ class TrainState:
             self.interval_skipped += 1
         else:
             self.consecutive_nan_iterations = 0
+            self.scheduled_samples += samples
             self.interval_loss += result.loss
             for name, loss in result.further.items():
                 self.interval_further[name] = self.interval_further.get(name, 0.0) + loss
@@ -53,4 +58,8 @@ class TrainState:
     def from_state_dict(cls, state: dict[str, Any]) -> TrainState:
         """Unknown entries (of a newer version) are ignored, missing ones start at their default."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in state.items() if name in known})
+        loaded = cls(**{name: value for name, value in state.items() if name in known})
+        if "scheduled_samples" not in state:
+            skipped = loaded.skipped_iterations * loaded.consumed_samples // max(loaded.iteration, 1)
+            loaded.scheduled_samples = loaded.consumed_samples - skipped
+        return loaded

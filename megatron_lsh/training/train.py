@@ -67,6 +67,11 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
     cfg, state, reporter = run.cfg, run.state, run.reporter
     total, batch = reporter.figures.train_iters, reporter.figures.global_batch_size
     since_report = 0
+    if state.evaluation_due and not _catch_up(run, stop):
+        return False
+    if state.iteration >= total or run.stopped_early:
+        reporter.print(f"> nothing left to train: {_why_complete(run)}")
+        return True
     with run.batches("train", state.consumed_samples) as batches, Profiling(cfg, run.ctx) as profiling:
         reporter.watch.lap()
         while state.iteration < total and not run.stopped_early:
@@ -83,17 +88,47 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
             _stop_if_never_finite(run)
 
             ends = state.iteration == total
-            leaves = not ends and (result.stop or _multiple(state.iteration, cfg.training.exit_interval))
-            if ends or (not leaves and _multiple(state.iteration, cfg.training.eval_interval)):
-                _evaluate(run, "validation", stop, final=ends)
+            state.evaluation_due = run.evaluates("valid") and (
+                ends or _multiple(state.iteration, cfg.training.eval_interval)
+            )
+            if state.evaluation_due and not result.stop:
+                state.evaluation_due = not _evaluate(run, "validation", stop, final=ends)
                 ends = ends or run.stopped_early
+            stopped = result.stop or state.evaluation_due  # an evaluation that is still due was broken off
+            complete = ends and not state.evaluation_due
+            leaves = not complete and (stopped or _multiple(state.iteration, cfg.training.exit_interval))
             if ends or leaves or _multiple(state.iteration, cfg.checkpoint.save_interval):
                 _save(run)
             if leaves:
-                why = stop.reason if result.stop else "reached --exit-interval"
-                reporter.print(f"> {why}: stopped after iteration {state.iteration} of {total}")
+                _tell_end(run, stop.reason if stopped else "reached --exit-interval")
                 return False
     return True
+
+
+def _catch_up(run: Run, stop: StopRequest) -> bool:
+    """Make the validation that a stopped run left to this one. False if this one is told to stop as well."""
+    state, ends = run.state, run.state.iteration >= run.reporter.figures.train_iters
+    state.evaluation_due = not _evaluate(run, "validation", stop, final=ends)
+    if state.evaluation_due:
+        _tell_end(run, stop.reason)
+    elif ends or run.stopped_early:
+        _save(run)  # nothing else will note that it was made
+    return not state.evaluation_due
+
+
+def _tell_end(run: Run, why: str) -> None:
+    later = "; the validation due there is left to the run that resumes" if run.state.evaluation_due else ""
+    total = run.reporter.figures.train_iters
+    run.reporter.print(f"> {why}: stopped after iteration {run.state.iteration} of {total}{later}")
+
+
+def _why_complete(run: Run) -> str:
+    training, state = run.cfg.training, run.state
+    if run.stopped_early:
+        return f"--early-stopping-patience ended this run after iteration {state.iteration}"
+    if training.train_samples is not None:
+        return f"the checkpoint has seen {state.consumed_samples} samples, and --train-samples is {training.train_samples}"
+    return f"the checkpoint is at iteration {state.iteration}, and the run has {run.reporter.figures.train_iters}"
 
 
 def _report(run: Run, result: StepResult, iterations: int) -> None:
@@ -116,15 +151,14 @@ def _stop_if_never_finite(run: Run) -> None:
     )
 
 
-def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: int | None = None) -> None:
-    """Loss on the "validation" or "test" set, written to all outputs. Nothing if there is no such set.
+def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: int | None = None) -> bool:
+    """Loss on the "validation" or "test" set, written to all outputs. False if some rank was told to stop meanwhile.
 
     `weights`: the iteration after which the model had the weights that it has, if it is not the last one.
     """
     split = "valid" if name == "validation" else name
-    nothing_to_do = run.cfg.training.eval_iters == 0 and run.task.evaluator is None
-    if nothing_to_do or getattr(run.datasets, split) is None:
-        return
+    if not run.evaluates(split):
+        return True
     # The model runs as in the iteration just done; a run that only evaluates has none and must be told.
     run.model.set_iteration(max(run.state.iteration - 1, 0), run.step.total_iterations)
     run.place.enter(f"{name} evaluation", run.state.iteration)
@@ -134,12 +168,12 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
         with run.reporter.watch.paused(), run.telemetry.paused(), exactly:
             figures = _figures(run, split, stop)
         if figures is None:
-            return
+            return False
         outcomes[dispatch] = figures
     if run.task.evaluator is None:
         losses = {dispatch: figures["loss"] for dispatch, figures in outcomes.items()}
         run.reporter.evaluation(run.state.iteration, name, losses, final=final)
-        return
+        return True
     after = run.state.iteration if weights is None else weights
     per_epoch = None if run.cfg.training.skip_train else run.cfg.training.eval_interval
     run.reporter.figures_of(
@@ -147,6 +181,7 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
     )
     if name == "validation" and not run.cfg.training.skip_train:
         _watch(run, next(iter(outcomes.values())))
+    return True
 
 
 def _figures(run: Run, split: str, stop: StopRequest) -> dict[str, float] | None:

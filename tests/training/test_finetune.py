@@ -185,7 +185,7 @@ def test_it_learns_and_keeps_the_best(
 
 def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{MODEL} {RUN} {sets(folder, 'train', 'valid')} --epochs 4 --early-stopping-patience 3 --pooling mean"
-    for name, stops in (("one", [""]), ("two", ["--exit-interval 13", "--exit-interval 27", ""])):
+    for name, stops in (("one", [""]), ("two", ["--exit-interval 10", "--exit-interval 13", "--exit-interval 27", ""])):
         save = f"--save {tmp_path}/{name} --metrics-jsonl {tmp_path}/{name}.jsonl"
         for number, stop in enumerate(stops):
             finetune(monkeypatch, f"{flags} {save} {stop}" + (f" --load {tmp_path}/{name}" if number else ""))

@@ -1,0 +1,72 @@
+"""A run in pieces is the run in one piece: its validations, learning rates, length and optimizer settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lsh.training.train import train
+from megatron_lsh.training.writers import read_jsonl
+from tests.training.helpers import tiny_config, tiny_task
+from tests.training.test_signals import During
+
+EVALUATED = "--train-iters 8 --eval-interval 2 --global-batch-size 2"
+
+
+def go(folder: Path, flags: str, event: During | None = None) -> Any:
+    """Train, from the checkpoint in `folder` if there is one; returns the state at the end."""
+    cfg = tiny_config(f"{flags} --save {folder}/c --load {folder}/c --metrics-jsonl {folder}/m.jsonl")
+    return train(cfg, tiny_task(cfg, event) if event is not None else tiny_task(cfg))
+
+
+def values(folder: Path, *keys: str) -> list[tuple[Any, ...]]:
+    """(iteration, values) of the records that have all of `keys`."""
+    records = read_jsonl(folder / "m.jsonl")
+    return [(r["iteration"], *(r[key] for key in keys)) for r in records if all(key in r for key in keys)]
+
+
+# Validations
+
+
+def test_the_validation_due_at_exit_interval_is_made(tmp_path: Path) -> None:
+    go(tmp_path / "one", EVALUATED)
+    go(tmp_path / "two", f"{EVALUATED} --exit-interval 4")
+    assert [iteration for iteration, _ in values(tmp_path / "two", "validation_loss")] == [2, 4]
+    go(tmp_path / "two", EVALUATED)
+    assert values(tmp_path / "two", "validation_loss") == values(tmp_path / "one", "validation_loss")
+
+
+@pytest.mark.parametrize("arrives", [3, 4, 7, 8])
+def test_a_signal_leaves_the_validation_that_is_due_to_the_resumed_run(
+    arrives: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal during iteration 3 or 7 is heard of in the next one, one during 4 or 8 in the validation that follows."""
+    go(tmp_path / "one", EVALUATED)
+    stopped = go(tmp_path / "two", EVALUATED, During(arrives, 0, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert stopped.iteration == (4 if arrives < 5 else 8) and stopped.evaluation_due
+    assert "the validation due there is left to the run that resumes" in capsys.readouterr().out
+    assert not go(tmp_path / "two", EVALUATED).evaluation_due
+    assert values(tmp_path / "two", "validation_loss") == values(tmp_path / "one", "validation_loss")
+    go(tmp_path / "two", EVALUATED)  # it was noted that it has been made
+    assert len(values(tmp_path / "two", "validation_loss")) == 4
+
+
+def test_a_complete_run_says_that_nothing_is_left_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    go(tmp_path, "--train-iters 2 --eval-iters 0")
+    go(tmp_path, "--train-iters 2 --eval-iters 0")
+    assert "> nothing left to train: the checkpoint is at iteration 2, and the run has 2" in capsys.readouterr().out
+
+
+# Learning rates
+
+
+def test_the_schedule_goes_on_without_the_optimizers_state(tmp_path: Path) -> None:
+    flags = "--train-iters 12 --lr-decay-style cosine --lr-warmup-iters 4 --eval-iters 0 --global-batch-size 2"
+    go(tmp_path / "one", flags)
+    go(tmp_path / "two", f"{flags} --exit-interval 8 --no-save-optim")
+    go(tmp_path / "two", f"{flags} --no-load-optim")
+    assert values(tmp_path / "two", "learning_rate") == values(tmp_path / "one", "learning_rate")
