@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, TAKEN_AS, VALUE
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.config_file import read_config_file
+from megatron_lsh.config.from_checkpoint import with_checkpoint_args
 from megatron_lsh.config.nearest import nearest_flag
 from megatron_lsh.config.settings import (
     Setting,
@@ -69,10 +70,14 @@ def parse_args(
     if problems:
         raise ConfigError("\n".join(problems))
 
+    notices = reader.notices()
+    if values.get("use_checkpoint_args"):
+        values, taken = with_checkpoint_args(values, settings)
+        notices.append(taken)
     cfg = config_class()
     for name, value in values.items():
         settings[name].set(cfg, value)
-    cfg.notices += reader.notices()
+    cfg.notices += notices
     return cfg
 
 

@@ -282,8 +282,8 @@ REJECTED: Mapping[str, str] = MappingProxyType(
             "there is one format; load with --load and save with --save", "--ckpt-convert-format --ckpt-convert-save"
         ),
         **_rejected(
-            "settings from a checkpoint are not implemented; pass its config.json with --config",
-            "--use-checkpoint-args --use-mp-args-from-checkpoint-args",
+            "a layout from a checkpoint is not implemented; a checkpoint fits any: give --tensor-model-parallel-size",
+            "--use-mp-args-from-checkpoint-args",
         ),
         **_rejected(
             "non-persistent checkpoints are not implemented; use --save-interval with --save-retain-interval",

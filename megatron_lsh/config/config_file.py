@@ -60,22 +60,22 @@ def read_document(path: str) -> Any:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--config ({shown(path)}) must be a readable file of text: {reason}") from error
+        raise ConfigError(f"--config ({shown(path, 1000)}) must be a readable file of text: {reason}") from error
     except ValueError as error:  # a null byte in the name
-        raise ConfigError(f"--config ({shown(path)}) must be a readable file of text: {error}") from error
+        raise ConfigError(f"--config ({shown(path, 1000)}) must be a readable file of text: {error}") from error
     try:
         return json.loads(text, object_pairs_hook=_without_doubles)
     except RecursionError as error:
-        raise ConfigError(f"--config ({shown(path)}) must be a YAML file: this one is nested too deeply") from error
+        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply") from error
     except ValueError:
         pass
     try:
         return yaml.load(text, _Loader)
     # ValueError: a date that does not exist, a number with too many digits
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(f"--config ({shown(path)}) must be a YAML file: {_where(error)}") from error
+        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: {_where(error)}") from error
     except RecursionError as error:
-        raise ConfigError(f"--config ({shown(path)}) must be a YAML file: this one is nested too deeply") from error
+        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply") from error
 
 
 def _where(error: Exception) -> str:
@@ -104,7 +104,7 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
         ConfigError: if the file cannot be read, or names a section that does not exist or a setting twice.
     """
     document = read_document(path)
-    path = shown(path)
+    path = shown(path, 1000)
     if document is None:
         return {}
     if not isinstance(document, dict):

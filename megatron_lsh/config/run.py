@@ -80,6 +80,10 @@ class CheckpointConfig:
     load_rng: bool = flag(True, "Loading of the random number generators' state", off="--no-load-rng")
     finetune: bool = flag(False, "Load weights only: iteration, optimizer and RNG start afresh")
     pretrained_checkpoint: str | None = flag(None, "Folder with weights to start from when --load has no checkpoint")
+    use_checkpoint_args: bool = flag(
+        False,
+        "Take the model's shape and its tokenizer from the checkpoint in --load or --pretrained-checkpoint, if there is one",
+    )
     ckpt_step: int | None = flag(None, "Load this iteration instead of the newest", at_least=0)
     exit_on_missing_checkpoint: bool = flag(False, "Exit when --load has no checkpoint")
     ckpt_format: str = flag(

@@ -159,10 +159,10 @@ def named(path: str, value: Any) -> str:
     return f"{path} ({'absent' if value is None else shown(value) or repr('')})"
 
 
-def shown(value: Any) -> str:
-    """A value in an error: the first 80 characters, and what no terminal should get written as escapes."""
+def shown(value: Any, most: int = 80) -> str:
+    """A value in an error: the first ``most`` characters, and what no terminal should get written as escapes."""
     text = str(value)
-    text = text if len(text) <= 80 else text[:77] + "..."
+    text = text if len(text) <= most else text[: most - 3] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

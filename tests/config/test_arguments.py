@@ -19,6 +19,7 @@ from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import MIXTRAL, SMALL, small
 
 SETTINGS = settings_of(Config)
+ALONE = {name: setting for name, setting in SETTINGS.items() if name != "use_checkpoint_args"}  # needs --load
 
 
 def problems(*argv: str) -> list[str]:
@@ -52,7 +53,7 @@ def test_no_flags_gives_the_defaults() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.fixed_dictionaries({}, optional={name: values_of(setting) for name, setting in SETTINGS.items()}))
+@given(st.fixed_dictionaries({}, optional={name: values_of(setting) for name, setting in ALONE.items()}))
 def test_every_setting_is_read_from_the_command_line(values: dict[str, Any]) -> None:
     expected = Config()
     words: list[str] = []
@@ -62,7 +63,7 @@ def test_every_setting_is_read_from_the_command_line(values: dict[str, Any]) -> 
     assert parse_args(words) == expected
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ALONE)
 def test_every_setting_alone(name: str) -> None:
     setting = SETTINGS[name]
     value: Any = {bool: not setting.default, int: 7, float: 0.25, str: setting.choices[-1] if setting.choices else "s"}
@@ -294,3 +295,29 @@ def test_a_saved_config_can_be_run_again_and_changed(tmp_path: Path) -> None:
     assert wider == small("--hidden-size 128", world_size=4)
     assert wider.model.ffn_hidden_size == 512 and wider.training.global_batch_size == 8
     assert json.loads(path.read_text())["config"]["model"]["ffn_hidden_size"] == 256
+
+
+def test_the_shape_of_the_model_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    saved = small("--moe-router-topk 4 --swiglu --tokenizer-type ByteTokenizer --lr 7")
+    folder = tmp_path / "iter_0000020"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(saved))
+    words = ["--use-checkpoint-args", "--load", str(tmp_path), "--hidden-size", "128", "--moe-router-topk", "2"]
+    assert parse_args(words).notices == [f"--use-checkpoint-args: no checkpoint in {tmp_path}, so the command line stands"]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    cfg = parse_args(words)
+    assert cfg.notices == [
+        f"--use-checkpoint-args: the model's shape and its tokenizer are those of {folder}/config.json"
+    ]
+    assert (cfg.model.num_layers, cfg.moe.num_experts, cfg.data.tokenizer_type) == (4, 8, "ByteTokenizer")
+    assert cfg.model.hidden_size == 128  # as in Megatron-LM the command line wins with sizes,
+    assert cfg.model.swiglu and cfg.moe.moe_router_topk == 4  # and the checkpoint with the rest
+    assert cfg.optimizer.lr is None and cfg.model.ffn_hidden_size is None  # not of the shape; derived
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
+    assert "no checkpoint" in parse_args(words).notices[0]
+    with pytest.raises(ConfigError, match="must be off without a checkpoint: set --load"):
+        parse_args(["--use-checkpoint-args"])
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must be the configuration of a checkpoint"):
+        parse_args(words)
