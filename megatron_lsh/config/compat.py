@@ -65,7 +65,7 @@ NO_EFFECT: Mapping[str, NoEffect] = MappingProxyType(
             "--overlap-param-gather-with-optimizer-step --no-overlap-p2p-communication "
             "--overlap-p2p-communication-warmup-flush --tp-comm-overlap --overlap-moe-expert-parallel-comm "
             "--ep-overlap-early-attn-memory-release --delay-wgrad-compute --defer-embedding-wgrad-compute "
-            "--moe-shared-expert-overlap --disable-gloo-process-groups --ddp-average-in-collective",
+            "--disable-gloo-process-groups --ddp-average-in-collective",
             values="--nccl-communicator-config-path --ddp-bucket-size --tp-comm-overlap-cfg --wgrad-deferral-limit "
             "--moe-flex-dispatcher-backend --moe-deepep-num-sms --moe-hybridep-num-sms "
             "--microbatch-group-size-per-virtual-pipeline-stage",

@@ -11,7 +11,7 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.gauges import Gauge, max_over_mean, of_load, per_micro_batch, quantile
-from megatron_lsh.moe.layer_pass import LayerPass, Noise, ReplayMemo
+from megatron_lsh.moe.layer_pass import Deferred, LayerPass, Noise, ReplayMemo
 from megatron_lsh.moe.registry import GAUGES as DISPATCHER_GAUGES
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.moe.router import TopKRouter
@@ -62,6 +62,7 @@ class MoELayer(nn.Module):
         self.shared_experts = (
             SharedExperts(model_cfg, moe_cfg, ctx) if moe_cfg.moe_shared_expert_intermediate_size else None
         )
+        self._shared_first = moe_cfg.moe_shared_expert_overlap and self.shared_experts is not None
         spec = DispatcherSpec(moe_cfg, lsh_cfg, ctx, model_cfg.hidden_size, moe_cfg.num_experts, layer)
         self.dispatcher = build_dispatcher(spec)
         self._record = telemetry.layer(layer, moe_cfg.num_experts, (*GAUGES, *self.dispatcher.gauges))
@@ -92,7 +93,15 @@ class MoELayer(nn.Module):
         if not p.replay:
             p.add_load(routing.tokens_per_expert_E)
             p.add(load_balancing_loss=routing.load_balancing_loss, z_loss=routing.z_loss)
+        shared = self._shared_output(x_SBD, p) if self._shared_first else None
         y_TD = self.dispatcher(x_TD, routing, self.experts, p)
         if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_SBD).flatten(0, 1)
+            shared = shared or self._shared_output(x_SBD, p)
+            y_TD = y_TD + shared().flatten(0, 1)
         return y_TD.view_as(x_SBD), routing.aux_loss
+
+    def _shared_output(self, x_SBD: Tensor, p: LayerPass) -> Deferred[Tensor]:
+        """Of the shared expert: computed while the dispatcher's rows travel, or when it is asked for."""
+        shared_experts = self.shared_experts
+        assert shared_experts is not None
+        return p.defer(lambda: shared_experts(x_SBD))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.config.model import ModelConfig
-from megatron_lsh.config.moe import MoEConfig
+from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.shared_experts import SharedExperts
@@ -17,6 +17,7 @@ from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.parameters import initialize_parameters
 from megatron_lsh.parallel.testing import run_distributed_test
+from tests.moe.test_dispatchers import make_layer, run, tokens
 
 S, B, D, F = 4, 2, 8, 16
 CPU = offline_context(device="cpu")
@@ -77,3 +78,26 @@ def _check_split() -> None:
 
 def test_split_over_tensor_parallel_ranks() -> None:
     run_distributed_test(_check_split, 2)
+
+
+def overlapped_is_not_overlapped() -> None:
+    """The same outputs to the bit, and the same gradients but for the order of their sums, whatever way rows take."""
+    ctx = initialize(ParallelConfig(expert_model_parallel_size=2))
+    x = tokens(ctx.rank)
+    for dispatcher in ("alltoall", "lsh"):
+        found = []
+        for overlap in (False, True):
+            settings = {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_overlap": overlap}
+            layer, _ = make_layer(ctx, dispatcher, LSHConfig(lsh_target_rate=0.4), **settings)
+            order: list[str] = []
+            layer.shared_experts.register_forward_hook(lambda *_, order=order: order.append("shared"))  # type: ignore[union-attr]
+            layer.experts.register_forward_hook(lambda *_, order=order: order.append("experts"))
+            found.append(run(layer, x))
+            assert order == (["shared", "experts"] if overlap else ["experts", "shared"])
+        assert torch.equal(found[0]["y"], found[1]["y"])
+        for name, expected in found[0].items():
+            torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_shared_expert_runs_while_rows_travel() -> None:
+    run_distributed_test(overlapped_is_not_overlapped, 2)
