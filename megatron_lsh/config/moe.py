@@ -93,8 +93,8 @@ class LSHConfig:
 
     lsh_clustering: str = flag(
         "budget",
-        "budget: exactly --lsh-target-rate of each expert's rows travel; bucket: one centroid per distinct code, the "
-        "paper's method, whose rate depends on the data",
+        "budget: a share of each expert's rows travels, --lsh-target-rate at most; bucket: one centroid per distinct code, "
+        "the paper's method, whose rate depends on the data",
         choices=("bucket", "budget"),
     )
     lsh_target_rate: float = flag(
