@@ -10,7 +10,7 @@ from megatron_lsh.lsh.cluster import Clusters, cluster_by_code
 from megatron_lsh.lsh.compress import compress, residual_energy
 from megatron_lsh.lsh.fused import clusters_of_slots, compress_tokens, restore_tokens
 from megatron_lsh.lsh.hash import hash_rows, make_rotation, project
-from megatron_lsh.lsh.interpolate import interpolate
+from megatron_lsh.lsh.interpolate import interpolate, prepare_interpolation
 from megatron_lsh.lsh.members import compress_to_members, nearest_members
 from megatron_lsh.lsh.refine import refine
 from megatron_lsh.lsh.restore import restore, straight_through
@@ -33,6 +33,7 @@ __all__ = [
     "make_rotation",
     "nearest_centroid",
     "nearest_members",
+    "prepare_interpolation",
     "project",
     "refine",
     "residual_energy",

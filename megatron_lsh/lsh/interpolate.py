@@ -18,8 +18,9 @@ then, and B^3 operations invert K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,10 +56,40 @@ def interpolate(
 
     Arithmetic is in fp32, or fp64 with fp64 rows; `s` carries no gradient.
     """
+    prepared = prepare_interpolation(
+        rows_ND, representatives_CD, clusters, member_C, block=block, ridge=ridge, width=width
+    )
+    return prepared(expert_out_CD)
+
+
+def prepare_interpolation(
+    rows_ND: Tensor,
+    representatives_CD: Tensor,
+    clusters: Clusters,
+    member_C: Tensor | None = None,
+    *,
+    block: int = BLOCK,
+    ridge: float = RIDGE,
+    width: float = WIDTH,
+) -> Callable[[Tensor], Tensor]:
+    """The first half of :func:`interpolate`: all that needs no output, so that it can run while rows travel.
+
+    Returns:
+        The second half, from ``expert_out_CD`` to the restored outputs [N, D]; called once.
+    """
     if clusters.num_clusters == clusters.num_rows:
-        return expert_out_CD.index_select(0, clusters.cluster_N)
-    plan = _Plan.of(clusters, member_C, block)
-    return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, plan, ridge, width)
+        return lambda expert_out_CD: expert_out_CD.index_select(0, clusters.cluster_N)
+    plan, systems, dtype = _Plan.of(clusters, member_C, block), [], accumulator(rows_ND.dtype)
+    with torch.no_grad():
+        rows_MD = rows_ND.index_select(0, plan.row_M)
+        for n, c in plan.parts:
+            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], dtype)
+            systems.append(_System.of(rows_nD, centres_BD, ridge, width))
+
+    def finish(expert_out_CD: Tensor) -> Tensor:
+        return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, plan, systems)
+
+    return finish
 
 
 @dataclass(frozen=True)
@@ -118,24 +149,20 @@ def _blocks(counts: list[int], most: int) -> list[slice]:
     return found
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """The function fitted for one block, n rows and B representatives, and what its derivative needs.
+class _System(NamedTuple):
+    """What the function of one block, n rows and B representatives, owes to where they are: k(x), K and (K + ridge I)^-1.
 
-    Rows, representatives and outputs come shifted to the mean of the representatives and of their outputs: it changes no
-    distance, and keeps their rounding small.
+    Rows and representatives come shifted to the mean of the representatives: it changes no distance, and keeps their
+    rounding small.
     """
-
-    SIZE: ClassVar[int] = 5
 
     scale: Tensor
     around_nB: Tensor
     among_BB: Tensor
     inverse_BB: Tensor
-    weights_BD: Tensor
 
     @staticmethod
-    def of(rows_nD: Tensor, centres_BD: Tensor, outputs_BD: Tensor, ridge: float, width: float) -> _Fit:
+    def of(rows_nD: Tensor, centres_BD: Tensor, ridge: float, width: float) -> _System:
         # Between two of B points |c_i - c_j|^2 is on average twice their variance.
         spread = centres_BD.square().sum() * (2 / centres_BD.shape[0])
         scale = (width * spread).clamp(min=1e-20)
@@ -146,11 +173,21 @@ class _Fit:
         # Its condition number is at most B / ridge, and one product with the inverse is several times faster than two
         # triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps it positive.
         inverse_BB = torch.cholesky_inverse(torch.linalg.cholesky_ex(system_BB)[0])
-        return _Fit(scale, around_nB, among_BB, inverse_BB, inverse_BB @ outputs_BD)
+        return _System(scale, around_nB, among_BB, inverse_BB)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The SIZE fields in their order."""
-        return self.scale, self.around_nB, self.among_BB, self.inverse_BB, self.weights_BD
+
+class _Fit(NamedTuple):
+    """The function fitted for one block, and what its derivative needs. Outputs come less their mean."""
+
+    scale: Tensor
+    around_nB: Tensor
+    among_BB: Tensor
+    inverse_BB: Tensor
+    weights_BD: Tensor
+
+    @staticmethod
+    def of(system: _System, outputs_BD: Tensor) -> _Fit:
+        return _Fit(*system, system.inverse_BB @ outputs_BD)
 
     def change(self, own_n: Tensor) -> Tensor:
         """f(x_n) - f(c_own(n)), [n, D]."""
@@ -200,29 +237,25 @@ class _Interpolate(torch.autograd.Function):
         representatives_CD: Tensor,
         clusters: Clusters,
         plan: _Plan,
-        ridge: float,
-        width: float,
+        systems: list[_System],
     ) -> Tensor:
         ctx.clusters, ctx.plan, ctx.out_dtype = clusters, plan, expert_out_CD.dtype
         ctx.dtype = dtype = accumulator(rows_ND.dtype)
         ctx.ops = choose(rows_ND.new_empty(0, dtype=dtype))
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
-        rows_MD = rows_ND.index_select(0, plan.row_M)
-        change_MD = torch.empty_like(rows_MD, dtype=dtype)
+        change_MD = rows_ND.new_empty(len(plan.row_M), rows_ND.shape[1], dtype=dtype)
         kept: list[Tensor] = []
-        for n, c in plan.parts:
-            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], dtype)
-            outputs_BD = expert_out_CD[c].to(change_MD.dtype)
-            outputs_BD = outputs_BD - outputs_BD.mean(0)
-            fit = _Fit.of(rows_nD, centres_BD, outputs_BD, ridge, width)
+        for (n, c), system in zip(plan.parts, systems, strict=True):
+            outputs_BD = expert_out_CD[c].to(dtype)
+            fit = _Fit.of(system, outputs_BD - outputs_BD.mean(0))
             change_MD[n] = fit.change(plan.clusters.cluster_N[n] - c.start)
-            kept += fit.tensors()
+            kept += fit
         # Not as attributes: what is saved is dropped under activation recomputation.
         ctx.save_for_backward(rows_ND, representatives_CD, *kept)
         return restored_ND.index_add_(0, plan.row_M, change_MD.to(restored_ND.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         plan: _Plan = ctx.plan
         rows_ND, representatives_CD, *kept = ctx.saved_tensors
         grad_ND = grads[0].to(ctx.dtype).contiguous()
@@ -231,12 +264,13 @@ class _Interpolate(torch.autograd.Function):
         grad_out_CD = ctx.ops.segment(grad_ND, None, None, *ctx.clusters.segments, False)
         grad_centres_CD = torch.zeros_like(sums_CD)
         for n, c in plan.parts:
-            fit, kept = _Fit(*kept[: _Fit.SIZE]), kept[_Fit.SIZE :]
+            size = len(_Fit._fields)
+            fit, kept = _Fit(*kept[:size]), kept[size:]
             centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], ctx.dtype)
             grad_MD[n], grad_centres_CD[c], of_outputs_BD = fit.backward(grad_MD[n], sums_CD[c], rows_nD, centres_BD)
             grad_out_CD[c] += of_outputs_BD
         grad_rows_ND = torch.zeros_like(rows_ND).index_copy_(0, plan.row_M, grad_MD.to(rows_ND.dtype))
-        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_centres_CD.to(rows_ND.dtype), None, None, None, None
+        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_centres_CD.to(rows_ND.dtype), None, None, None
 
 
 def _shifted(centres_BD: Tensor, rows_nD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

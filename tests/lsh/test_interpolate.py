@@ -70,6 +70,19 @@ def test_gradcheck_at_fixed_scale(inputs):
     assert torch.autograd.gradcheck(function, (rows, torch.tanh(points @ weight).detach().requires_grad_()))
 
 
+def test_the_first_half_needs_no_output_and_both_equal_the_whole(inputs):
+    """It runs while rows travel. To the bit, gradients included."""
+    rows, weight = inputs
+    member_C = lsh.nearest_members(rows, WIDE)
+    points, _ = lsh.compress_to_members(rows, WIDE, member_C, with_residual=False)
+    finish = lsh.prepare_interpolation(rows, points, WIDE, member_C, block=4)
+    out = torch.tanh(points @ weight)
+    halves, whole = finish(out), lsh.interpolate(out, rows, points, WIDE, member_C, block=4)
+    assert torch.equal(halves, whole)
+    gradients = [torch.autograd.grad(y.pow(3).sum(), inputs, retain_graph=True) for y in (halves, whole)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=9), st.integers(2, 64))
 @settings(max_examples=60, deadline=None)
 def test_blocks_are_equal_runs_of_one_experts_clusters(counts, most):

@@ -89,7 +89,7 @@ class LSHCompressor(nn.Module):
             record(rows_ND.detach(), None, sent.rows_CD.detach(), clusters, p, members=sent.member_C is not None)
 
         def prepare() -> Restore:
-            finish = self.restore(rows_ND, sent, clusters, rows.counts_E)
+            finish = p.time("lsh_restore_time_ms", lambda: self.restore(rows_ND, sent, clusters, rows.counts_E))
             return lambda out_CD: rows.outputs(p.time("lsh_restore_time_ms", finish, out_CD))
 
         return sent.rows_CD, clusters.counts_E, prepare
@@ -173,7 +173,7 @@ def interpolated(block: int) -> RestoreRows:
     """``--lsh-residual interpolate``: E(c) + f(x) - f(c), with f fitted to all pairs (c, E(c)) of a block."""
 
     def restore(rows_ND: Tensor, sent: Sent, clusters: Clusters, counts_E: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda out_CD: lsh.interpolate(out_CD, rows_ND, sent.rows_CD, clusters, sent.member_C, block=block)
+        return lsh.prepare_interpolation(rows_ND, sent.rows_CD, clusters, sent.member_C, block=block)
 
     return restore
 
