@@ -106,3 +106,31 @@ def test_batch_file_resumes_after_requeue_and_after_sigterm(cluster: LocalCluste
     assert f"finished at iteration {TRAIN_ITERS}" in third
     assert iterations(third)[-1] == TRAIN_ITERS
     assert cluster.job_field(job, "Restarts") == "2"
+
+
+MEET = """
+import torch
+import torch.distributed as dist
+from megatron_lsh.config.parallel import ParallelConfig
+from megatron_lsh.parallel.initialize import initialize
+ctx = initialize(ParallelConfig(device="cpu", distributed_timeout_minutes=2))
+total = torch.ones(1)
+if ctx.world.size > 1:
+    dist.all_reduce(total)
+print(f"rank {ctx.rank} of {ctx.world.size} local {ctx.local_rank} nodes {ctx.node_of_rank} sum {total.item()}", flush=True)
+"""
+
+
+def test_tasks_of_srun_without_torchrun_are_one_run_and_the_batch_script_is_alone(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    (tmp_path / "meet.py").write_text(MEET)
+    python = f"{shlex.quote(sys.executable)} -W ignore {tmp_path / 'meet.py'}"
+    batch, log = tmp_path / "batch.sh", tmp_path / "meet.out"
+    # The names of the nodes do not resolve on this machine, hence the address.
+    batch.write_text(f"#!/bin/bash\n{python}\nMASTER_ADDR=127.0.0.1 srun {python}\n")
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    cluster.run("sbatch", "--wait", "--nodes=2", "--ntasks=2", f"--output={log}", str(batch), cwd=ROOT, env=env)
+    alone, *both = [line for line in log.read_text().splitlines() if line.startswith("rank")]
+    assert alone == "rank 0 of 1 local 0 nodes (0,) sum 1.0"
+    assert sorted(both) == [f"rank {rank} of 2 local 0 nodes (0, 1) sum 2.0" for rank in (0, 1)]
