@@ -65,6 +65,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     reading = parser.add_argument_group("reading")
     reading.add_argument("--ckpt-step", type=int, help="iteration to read (default: what the tracker file says)")
     reading.add_argument("--max-position-embeddings", type=int, help="from hf: use the model for shorter contexts only")
+    reading.add_argument(
+        "--ignore-settings",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="from hf: keys of config.json that are not known here and of which you know that they change nothing",
+    )
     reading.add_argument("--vocab-size", type=int, help="from megatron: tokens before padding (default: all rows)")
     writing = parser.add_argument_group("writing")
     writing.add_argument("--model-type", help="to hf: the architecture (default: the one that fits)")
@@ -139,7 +146,7 @@ def _open(args: argparse.Namespace) -> Source:
     if not args.load.is_dir():
         raise CheckpointError(f"--load {args.load} is not a folder: give the one that holds the checkpoint")
     if args.source == "hf":
-        return load_hf(args.load, args.max_position_embeddings)
+        return load_hf(args.load, args.max_position_embeddings, args.ignore_settings)
     if args.source == "native":
         return load_native(args.load, args.ckpt_step)
     return load_megatron(args.load, args.ckpt_step, args.vocab_size)

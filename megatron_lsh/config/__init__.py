@@ -12,7 +12,7 @@ from megatron_lsh.config.run import CheckpointConfig, DataConfig, LoggingConfig
 from megatron_lsh.config.serialize import describe, from_dict, to_dict, to_json
 from megatron_lsh.config.t5 import T5Config, T5Settings
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
-from megatron_lsh.config.validate import assumed_world_size, validate
+from megatron_lsh.config.validate import assumed_world_size, check_model, validate
 from megatron_lsh.config.vocab import padded_vocab_size
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "T5Settings",
     "TrainingConfig",
     "assumed_world_size",
+    "check_model",
     "describe",
     "from_dict",
     "moe_layer_pattern",

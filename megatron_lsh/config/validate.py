@@ -58,6 +58,26 @@ def validate(cfg: C, world_size: int) -> C:
     return cfg
 
 
+def check_model(cfg: Config) -> None:
+    """The rules for the model alone: sizes, attention, experts. For settings that come from another framework's file.
+
+    Args:
+        cfg: not changed.
+
+    Raises:
+        ConfigError: with one line per problem.
+    """
+    cfg = copy.deepcopy(cfg)
+    check = Checker(cfg)
+    check.forget_derived()
+    check.every_value()
+    check.required("num_layers", "hidden_size", "num_attention_heads")
+    derive(cfg, check, 1)
+    _check_model(cfg, check)
+    _check_moe(cfg, check)
+    check.finish()
+
+
 def assumed_world_size(cfg: Config) -> int:
     """Number of ranks to validate for: --world-size under --dry-run, else the environment's WORLD_SIZE, else 1.
 

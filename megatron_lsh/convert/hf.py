@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lsh.config import Config
 from megatron_lsh.convert.files import read_json, write_json
-from megatron_lsh.convert.hf_config import choose_family, read_hf_config, write_hf_config
+from megatron_lsh.convert.hf_config import (
+    choose_family,
+    folded_multipliers,
+    further_layers,
+    misfits,
+    read_hf_config,
+    write_hf_config,
+)
 from megatron_lsh.convert.safetensors import FLOATS, SafetensorsReader, SafetensorsWriter
 from megatron_lsh.convert.source import (
     VOCABULARY,
@@ -32,6 +40,7 @@ from megatron_lsh.convert.tables import (
     Row,
     fused_name,
     hub_names,
+    layer_of,
     per_expert,
 )
 from megatron_lsh.errors import CheckpointError
@@ -45,23 +54,31 @@ _COMPLETE = "the checkpoint is incomplete or of another model; download it again
 class HuggingFaceSource:
     """A folder that ``save_pretrained`` wrote or that was downloaded from the hub. Reads headers only, at first.
 
+    Args:
+        max_position_embeddings: the model is to be used for contexts of this length only.
+        ignored: keys of config.json, unknown here, of which the user knows that they change nothing.
+
     Raises CheckpointError: an unsupported architecture or setting, a missing file, a tensor that is missing, left over or
     of a wrong shape, each by name.
     """
 
-    def __init__(self, folder: str | Path, max_position_embeddings: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, max_position_embeddings: int | None = None, ignored: Collection[str] = ()
+    ) -> None:
         folder = Path(folder)
         self.what = str(folder)
-        config = read_json(folder / "config.json", "--load takes a folder with the files of one Hugging Face model")
-        self.family, self.cfg, self.notices = read_hf_config(
-            config, str(folder / "config.json"), max_position_embeddings
-        )
+        where = folder / "config.json"
+        config = read_json(where, "--load takes a folder with the files of one Hugging Face model")
+        self.family, self.cfg, self.notices = read_hf_config(config, str(where), max_position_embeddings, ignored)
+        self._factors = folded_multipliers(config, str(where), self.family, self.cfg)
+        self._further = further_layers(config, str(where), self.family)
+        self._tied = bool(config.get("tie_word_embeddings"))
         self._model = ModelShape.from_config(self.cfg.model)
         files, notices = _weight_files(folder)
         self.notices += notices
         self._reader = SafetensorsReader(files)
         self._rows: dict[str, tuple[Row, int]] = {}
-        self._fused: set[str] = set()
+        self._whole: dict[str, str] = {}  # native tensors that the files hold as they are -> their names there
         self.tensors: dict[str, TensorSpec] = {}
         dtypes = self._account()
         self.origin = Origin(config, small_files(folder), dtypes)
@@ -70,31 +87,36 @@ class HuggingFaceSource:
         spec = self.tensors[name]
         if name in VOCABULARY:
             return vocabulary_pieces(name, spec, required_vocab(self.cfg))
-        return row_by_row(name, spec) if per_expert(self._rows[name][0]) else whole(name, spec)
+        return row_by_row(name, spec) if ".experts." in name else whole(name, spec)
 
     def read(self, rows: Rows) -> Tensor:
         spec = self.tensors[rows.name]
         if rows.name in VOCABULARY and rows.first >= required_vocab(self.cfg):
             return torch.zeros(rows.count, *spec.shape[1:], dtype=spec.dtype)
         row, layer = self._rows[rows.name]
-        if rows.name in self._fused:
-            fused = fused_name(row, layer)
-            assert fused is not None
-            return self._reader.read(fused, rows.first, rows.count)
+        if rows.name in self._whole:
+            return self._scaled(rows.name, [self._reader.read(self._whole[rows.name], rows.first, rows.count)])[0]
         if not per_expert(row):
-            parts = [self._reader.read(name) for name in hub_names(row, layer)]
-            return row.layout.join([part.to(spec.dtype) for part in parts], self._model)
+            parts = [self._reader.read(name).to(spec.dtype) for name in hub_names(row, layer)]
+            return row.layout.join(self._scaled(rows.name, parts), self._model)
         experts = []
         for expert in range(rows.first, rows.first + rows.count):
             parts = [self._reader.read(name).to(spec.dtype) for name in hub_names(row, layer, expert)]
             experts.append(row.layout.join(parts, self._model))
         return experts[0].unsqueeze(0) if len(experts) == 1 else torch.stack(experts)
 
+    def _scaled(self, native: str, parts: list[Tensor]) -> list[Tensor]:
+        """With the family's multipliers folded in; of queries, keys and values, the queries."""
+        factor = self._factor(native)
+        return parts if factor is None else [parts[0].float() * factor, *parts[1:]]
+
+    def _factor(self, native: str) -> float | None:
+        return next((factor for end, factor in self._factors.items() if native.endswith(end)), None)
+
     def culprits(self, rows: Rows) -> list[str]:
         row, layer = self._rows[rows.name]
-        fused = fused_name(row, layer)
-        if rows.name in self._fused and fused is not None:
-            return [fused]
+        if rows.name in self._whole:
+            return [self._whole[rows.name]]
         experts = range(rows.first, rows.first + rows.count) if per_expert(row) else [None]
         names = [name for expert in experts for name in hub_names(row, layer, expert)]
         return [name for name in names if not torch.isfinite(self._reader.read(name)).all()]
@@ -105,17 +127,12 @@ class HuggingFaceSource:
         problems: list[str] = []
         used: set[str] = set()
         dtypes: dict[str, torch.dtype] = {}
-        for native, shape in model_shapes(self.cfg).items():
+        for native, shape in model_shapes(self.cfg, len(found) + len(self._reader.others)).items():
             match = self.family.row(native)
             if match is None:
                 raise CheckpointError(f"{self.what}: a {self.family.model_type} has no {native}: report this as a bug")
-            self._rows[native] = row, layer = match
-            fused = fused_name(row, layer)
-            if fused in found:
-                self._fused.add(native)
-                expected = {fused: shape}
-            else:
-                expected = hub_shapes(self.family, native, shape, self.cfg)
+            self._rows[native] = match
+            expected = self._expected(native, shape)
             parts = {name: found[name] for name in expected if name in found}
             absent = [name for name in expected if name not in found and name not in self._reader.others]
             problems += [f"{name} is missing" for name in absent]
@@ -128,7 +145,10 @@ class HuggingFaceSource:
             used |= set(parts)
             kinds = [part.dtype for part in parts.values()]
             dtype = reduce(torch.promote_types, kinds) if kinds else torch.float32
-            dtypes |= {name: part.dtype for name, part in parts.items() if part.dtype != dtype}
+            if self._factor(native) is not None:
+                dtype = torch.float32
+            else:
+                dtypes |= {name: part.dtype for name, part in parts.items() if part.dtype != dtype}
             self.tensors[native] = TensorSpec(shape, dtype)
         problems += [
             f"{name} in {self._reader.file_of(name).name} is of type {kind}, which must be one of {', '.join(FLOATS)}: "
@@ -137,14 +157,40 @@ class HuggingFaceSource:
             if not IGNORED.fullmatch(name)
         ]
         extra = [name for name in found if name not in used and not IGNORED.fullmatch(name)]
-        if extra == ["lm_head.weight"] and self._repeats_embedding():
-            extra = []
+        if "lm_head.weight" in extra and self._repeats_embedding():
+            extra.remove("lm_head.weight")
+        further = [name for name in extra if layer_of(name) in self._further]
+        if further:
+            extra = [name for name in extra if layer_of(name) not in self._further]
+            self.notices.append(
+                f"{self.what}: {len(further)} tensors of layers that predict further tokens are left out"
+            )
         problems += [f"{name} in {self._reader.file_of(name).name} is left over" for name in extra]
         fail(self.what, problems, _COMPLETE)
         return dtypes
 
+    def _expected(self, native: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Name and shape of what the files should hold of a native tensor. Notes where they hold it as it is."""
+        row, layer = self._rows[native]
+        fused = fused_name(row, layer)
+        if fused is not None and fused in self._reader.tensors:
+            self._whole[native] = fused
+        elif ".experts." in native and not per_expert(row):
+            (self._whole[native],) = hub_names(row, layer)
+        elif native == "output_layer.weight" and self._tied:
+            self._whole[native] = "model.embed_tokens.weight"
+        if native not in self._whole:
+            if per_expert(row) and shape[0] > len(self._reader.tensors):
+                raise CheckpointError(f"{self.what}: {shape[0]} experts are not in these files: {_COMPLETE}")
+            return hub_shapes(self.family, native, shape, self.cfg)
+        if native in VOCABULARY:
+            shape = (required_vocab(self.cfg), *shape[1:])
+        return {self._whole[native]: shape}
+
     def _repeats_embedding(self) -> bool:
         """Whether an output layer that the settings tie to the embedding is stored a second time, and equal."""
+        if not self._tied:
+            return False
         output, embedding = self._reader.read("lm_head.weight"), self._reader.read("model.embed_tokens.weight")
         if not torch.equal(output, embedding):
             raise CheckpointError(
@@ -221,6 +267,7 @@ class HuggingFaceWriter:
         self._folder = folder
         self.family = _family(source, model_type)
         self.specs = hub_specs(source, self.family)
+        self._config = self._checked_config()
         self._writer = SafetensorsWriter(folder, self.specs, max_shard)
 
     def write(self, read: Callable[[Rows], Tensor]) -> None:
@@ -231,10 +278,9 @@ class HuggingFaceWriter:
                     self._writer.write(name, tensor)
             self._writer.finish()
 
-    def finish(self) -> None:
-        """Write the small files. Raises OSError."""
+    def _checked_config(self) -> dict[str, Any]:
+        """config.json, which reads back as the model that it was written for, whatever was taken over from the origin's."""
         origin = self._source.origin
-        origin.copy_files(self._folder)
         sizes: dict[torch.dtype, int] = {}
         for spec in self.specs.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
@@ -242,6 +288,17 @@ class HuggingFaceWriter:
         same = origin.hf_config if origin.hf_config.get("model_type") == self.family.model_type else {}
         tokens = {key: value for key, value in origin.hf_config.items() if key.endswith("_token_id")}
         config = write_hf_config(self._source.cfg, self.family, dtype, {**tokens, **same})
+        reasons = misfits(self._source.cfg, self.family, config)
+        if reasons:
+            raise CheckpointError(
+                f"{self._source.what}: config.json would describe another model: {'; '.join(reasons)}"
+            )
+        return config
+
+    def finish(self) -> None:
+        """Write the small files. Raises OSError."""
+        config = self._config
+        self._source.origin.copy_files(self._folder)
         write_json(self._folder / "config.json", config)
         generation = self._folder / "generation_config.json"
         if not generation.exists():

@@ -108,21 +108,31 @@ class SafetensorsWriter:
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
         ]  # fmt: skip
         self._expected = iter([(number, name) for number, shard in enumerate(shards) for name in shard])
+        self._number, self._name = 0, ""
+        self._missing = 0  # bytes of the tensor that is being written
         self._stream: BinaryIO | None = None
         self._current = -1
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor. Raises OSError; ValueError if it is not the next one, or not as announced."""
-        number, expected = next(self._expected, (-1, None))
-        spec = self._shards[number].get(name)
-        if name != expected or spec != TensorSpec(tuple(tensor.shape), tensor.dtype):
+        """Append the next tensor, or its first rows, or the rows that follow.
+
+        Raises OSError; ValueError if it is not the next one, or not as announced.
+        """
+        if not self._missing:
+            self._number, self._name = next(self._expected, (-1, ""))
+        spec = self._shards[self._number].get(self._name)
+        if spec is not None and not self._missing:
+            self._missing = spec.nbytes
+        fits = spec is not None and tensor.shape[1:] == spec.shape[1:] and tensor.dtype == spec.dtype
+        if name != self._name or not fits or tensor.nbytes > self._missing:
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} was not announced next, but {expected} {spec}"
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} was not announced next, but {self._name} {spec}"
             )
-        if number != self._current:
-            self._open(number)
+        if self._number != self._current:
+            self._open(self._number)
         assert self._stream is not None
         self._stream.write(bytes_of(tensor.contiguous()))
+        self._missing -= tensor.nbytes
 
     def _open(self, number: int) -> None:
         self._close()
@@ -147,7 +157,7 @@ class SafetensorsWriter:
 
     def finish(self) -> None:
         """Close the last file and write the index. Raises ValueError if tensors are missing, OSError."""
-        left = next(self._expected, None)
+        left = (self._number, self._name) if self._missing else next(self._expected, None)
         if left is not None:
             raise ValueError(f"{left[1]} was announced but not written")
         self._close()

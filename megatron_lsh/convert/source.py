@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.config import Config, padded_vocab_size
-from megatron_lsh.errors import CheckpointError
+from megatron_lsh.errors import CheckpointError, MegatronLSHError
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
@@ -145,11 +145,33 @@ def plain(cfg: Config) -> Config:
     return cfg
 
 
-def model_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+def model_shapes(cfg: Config, tensors: int | None = None) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model that `cfg` describes, read off the model itself (allocating nothing).
 
-    Without what a compressing dispatcher learns, see ``plain``. Raises ConfigError for settings that no model can have.
+    Without what a compressing dispatcher learns, see ``plain``.
+
+    Args:
+        tensors: how many there are in the files; a model of more layers is not even built.
+
+    Raises:
+        ConfigError: settings that no model can have.
+        CheckpointError: more layers than tensors, or sizes beyond what any machine can count.
     """
+    layers = cfg.model.num_layers or 0
+    if tensors is not None and layers > tensors:
+        raise CheckpointError(
+            f"{layers} layers cannot be in {tensors} tensors: settings and files are not of one model"
+        )
+    try:
+        return _model_shapes(cfg)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        if isinstance(error, MegatronLSHError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"no model can have these sizes ({reason}): correct the settings") from None
+
+
+def _model_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     ctx = offline_context()
     model = GPTModel(plain(cfg), padded_rows(cfg), ctx, MoETelemetry(ctx.device))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

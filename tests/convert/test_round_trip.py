@@ -162,3 +162,37 @@ def test_verification_notices_a_changed_copy(tmp_path: Path) -> None:
     digests["gone"] = "0"
     with pytest.raises(CheckpointError, match="gone was not written"):
         verify_copy(digests, load_native(tmp_path / "native"))
+
+
+def test_multipliers_are_folded(tmp_path: Path) -> None:
+    """Granite scales embeddings, attention, residuals and logits; here weights are, and a tied output is untied."""
+    factors = {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+    }
+    said: list[str] = []
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        save_tiny(folder / "hf", "granitemoe", tie_word_embeddings=tied, **factors)
+        checks = Checks(logits_with=folder / "hf", say=said.append)
+        save_native(load_hf(folder / "hf"), folder / "native", checks=checks)
+        save_hf(load_native(folder / "native"), folder / "back", checks=QUIET)
+        before, after = (hf_logits(load_pretrained(folder / name), prompts()) for name in ("hf", "back"))
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert sum("agree" in line for line in said) == 2
+
+
+def test_groups_of_experts(tmp_path: Path) -> None:
+    """A group's score is the sum of two experts' in transformers, and of topk / groups experts' here: the same for these."""
+    settings = {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
+    save_tiny(tmp_path / "hf", "glm4_moe", **settings)
+    said: list[str] = []
+    source = load_hf(tmp_path / "hf")
+    assert source.cfg.moe.moe_router_num_groups == 4 and source.cfg.model.rotary_percent == 0.5
+    save_native(source, tmp_path / "native", checks=Checks(logits_with=tmp_path / "hf", say=said.append))
+    assert any("agree" in line for line in said)
+    save_tiny(tmp_path / "other", "glm4_moe", **{**settings, "topk_group": 3})
+    with pytest.raises(CheckpointError, match=r"topk_group \(3\) must be half of num_experts_per_tok \(4\)"):
+        load_hf(tmp_path / "other")

@@ -98,9 +98,9 @@ def test_real_models_are_whole(kind: str) -> None:
         (MIXTRAL, {"model_type": "deepseek_v3"}, r"model_type \(deepseek_v3\) must be one of mixtral, qwen3_moe"),
         (MIXTRAL, {"model_type": None}, r"model_type \(absent\) must be one of"),
         (MIXTRAL, {"hidden_size": None}, r"hidden_size \(absent\) must be given"),
-        (MIXTRAL, {"num_hidden_layers": "32"}, r"num_hidden_layers \(32\) must be a positive number"),
+        (MIXTRAL, {"num_hidden_layers": "32"}, r"num_hidden_layers \(32\) must be a whole number .*, not a text"),
         (MIXTRAL, {"hidden_act": "gelu"}, r"hidden_act \(gelu\) must be silu"),
-        (MIXTRAL, {"sliding_window": 4096}, r"sliding_window \(4096\) must be absent or at least the 32768 positions"),
+        (MIXTRAL, {"sliding_window": 4096}, r"sliding_window \(4096\) must be null or at least the 32768 positions"),
         (MIXTRAL, {"quantization_config": {"bits": 4}}, r"quantization_config .* must be"),
         (MIXTRAL, {"rope_theta": 10000.5}, r"rope_theta \(10000.5\) must be a whole number"),
         (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling .*yarn.* of type default"),
@@ -115,6 +115,34 @@ def test_real_models_are_whole(kind: str) -> None:
 def test_what_cannot_be_computed_is_refused(base: dict[str, object], change: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_hf_config({**base, **change}, "config.json")
+
+
+def test_what_is_absent_means_what_it_means_to_transformers() -> None:
+    mistral = {key: value for key, value in MIXTRAL.items() if "expert" not in key} | {"model_type": "mistral"}
+    assert read_hf_config(mistral, "config.json")[1].model.max_position_embeddings == 32768
+    del mistral["sliding_window"]
+    with pytest.raises(
+        CheckpointError, match=r"sliding_window \(absent, which to transformers means 4096\) must be null"
+    ):
+        read_hf_config(mistral, "config.json")
+    qwen = {key: value for key, value in QWEN3.items() if "expert" not in key and key not in ("head_dim", *_OF_MOE)}
+    assert read_hf_config({**qwen, "model_type": "qwen3"}, "config.json")[1].model.kv_channels == 128
+
+
+_OF_MOE = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob")
+
+
+@pytest.mark.parametrize("key", ["qk_clip", "embedding_multiplier", "no_rope_layers", "per_layer_config"])
+def test_keys_that_nobody_knows_are_refused(key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{key} \(2.0\) must be absent, .*give --ignore-settings {key}"):
+        read_hf_config({**MIXTRAL, key: 2.0}, "config.json")
+    _, _, notices = read_hf_config({**MIXTRAL, key: 2.0}, "config.json", ignored=[key])
+    assert f"{key} (2.0) is ignored, as you asked" in notices[0]
+
+
+def test_a_model_that_training_refuses_is_not_converted() -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be trained here: moe.moe_router_topk \(1\) must be at least 2"):
+        read_hf_config({**MIXTRAL, "num_experts_per_tok": 1}, "config.json")
 
 
 def test_settings_that_vary() -> None:

@@ -10,8 +10,10 @@ import transformers
 from torch import Tensor, nn
 
 VOCAB = 67  # neither a multiple of 128 nor even
-FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "llama", "mistral", "qwen3")
-MOE_FAMILIES = FAMILIES[:4]
+MOE_FAMILIES = (
+    "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "dots1", "glm4_moe", "solar_open", "minimax_m2", "granitemoe",
+)  # fmt: skip
+FAMILIES = (*MOE_FAMILIES, "llama", "mistral", "qwen3", "qwen2")
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -26,6 +28,10 @@ _COMMON = {
     "pad_token_id": None,
 }
 _SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_BALANCED = {
+    "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2,
+    "routed_scaling_factor": 2.5, "norm_topk_prob": True, "head_dim": 16, "pad_token_id": 0,
+}  # fmt: skip
 _SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "head_dim": 8},
     "qwen3_moe": {**_SPARSE, "norm_topk_prob": True, "head_dim": 16, "tie_word_embeddings": True},
@@ -40,6 +46,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "qwen2": {"head_dim": 12},
+    "dots1": {**_BALANCED, "first_k_dense_replace": 1},
+    "glm4_moe": {**_BALANCED, "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True},
+    "solar_open": {**_BALANCED, "attention_bias": True},
+    "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "rotary_dim": 8},
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 3, "attention_multiplier": 8**-0.5},
 }
 
 
@@ -48,7 +60,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
-    """Random weights; norms and biases off one and zero, so that none hides."""
+    """Random weights; norms and biases, of experts too, off one and zero, so that none hides."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
@@ -57,6 +69,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
                 param.add_(torch.randn_like(param) * 0.2)
             elif param.dim() == 2 and param.abs().max() == 0:
                 param.normal_(0.0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
         model.tie_weights()
     return model.to(dtype).eval()
 
