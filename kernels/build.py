@@ -209,17 +209,19 @@ class KernelResources:
     architecture: str
     registers: int
     spilled_bytes: int
+    stack_bytes: int  # arrays that are indexed at run time
 
 
 def resources(ptxas_output: str) -> list[KernelResources]:
     """Parse the output of ``-Xptxas -v``."""
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\w+)'.*?"
-        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers",
         re.DOTALL,
     )
     return [
-        KernelResources(m["name"], m["arch"], int(m["registers"]), int(m["stores"]) + int(m["loads"]))
+        KernelResources(m["name"], m["arch"], int(m["registers"]), int(m["stores"]) + int(m["loads"]), int(m["stack"]))
         for m in pattern.finditer(ptxas_output)
     ]
 
@@ -270,7 +272,8 @@ def main() -> None:
         sys.exit(f"kernels do not compile: {error}")
     for output in outputs.values():
         for k in resources(output):
-            print(f"{k.architecture} {k.registers:4d} registers {k.spilled_bytes:5d} B spilled  {k.name}")
+            used = f"{k.registers:4d} registers {k.spilled_bytes:5d} B spilled {k.stack_bytes:5d} B of stack"
+            print(f"{k.architecture} {used}  {k.name}")
 
 
 if __name__ == "__main__":

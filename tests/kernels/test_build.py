@@ -27,7 +27,7 @@ def test_kernels_are_there_where_a_compiler_is(build: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_nvcc_compiles_every_kernel_without_spills(build: ModuleType) -> None:
+def test_nvcc_compiles_every_kernel_into_registers(build: ModuleType) -> None:
     """For sm_80 and sm_90, warnings as errors; about twenty seconds, kept for the next run."""
     try:
         nvcc = build.find_nvcc()
@@ -54,7 +54,7 @@ def test_nvcc_compiles_every_kernel_without_spills(build: ModuleType) -> None:
         "encode",
     ):
         assert any(f"{name}_kernel" in kernel.name for kernel in found), name
-    assert not [kernel for kernel in found if kernel.spilled_bytes]
+    assert not [kernel for kernel in found if kernel.spilled_bytes or kernel.stack_bytes]
 
 
 def test_resources_are_read_from_ptxas(build: ModuleType) -> None:
@@ -64,7 +64,7 @@ ptxas info    : Function properties for _Z3oneILi8EEvPf
     16 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 47 registers, used 1 barriers, 16 bytes cumulative stack size
 """
-    assert build.resources(output) == [build.KernelResources("_Z3oneILi8EEvPf", "sm_90", 47, 32)]
+    assert build.resources(output) == [build.KernelResources("_Z3oneILi8EEvPf", "sm_90", 47, 32, 16)]
 
 
 def test_loader_and_builder_agree_on_what_sources_are(build: ModuleType) -> None:
