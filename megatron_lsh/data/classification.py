@@ -230,12 +230,17 @@ def _encode(example: Example, tokenizer: Tokenizer, encoding: Encoding) -> tuple
     return encoding.encode([encoding.bare(tokenizer.tokenize(text)) for text in example.texts], example.where)
 
 
+def samples_per_epoch(examples: int, batch: int) -> int:
+    """Samples from one end of an epoch to the next: whole global batches."""
+    return -(-examples // batch) * batch
+
+
 class TrainingOrder:
     """Training samples in the order of the run; a ``Dataset``. `samples_per_epoch`: whole global batches, see above."""
 
     def __init__(self, source: ClassificationSet, batch: int, seed: int, num_samples: int) -> None:
         self._source, self._seed, self._num_samples = source, seed, num_samples
-        self.samples_per_epoch = -(-len(source) // batch) * batch
+        self.samples_per_epoch = samples_per_epoch(len(source), batch)
         self._order = lru_cache(maxsize=2)(self._shuffled)  # of the epoch that is read, and the next one
 
     def __len__(self) -> int:
@@ -250,9 +255,8 @@ class TrainingOrder:
         return state.permutation(len(self._source))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            f"{self._source.fingerprint()} {self._seed} {self.samples_per_epoch}".encode()
-        ).hexdigest()
+        """Of the texts and their order, which the batch size does not change."""
+        return hashlib.sha256(f"{self._source.fingerprint()} {self._seed}".encode()).hexdigest()
 
 
 class EvaluationOrder:

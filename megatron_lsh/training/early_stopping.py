@@ -33,13 +33,14 @@ class EarlyStopping:
     best: dict[str, float] = field(default_factory=dict)
     """figures of the best evaluation"""
     best_iteration: int | None = None
+    best_epoch: float | None = None
     waited: int = 0
 
-    def observe(self, iteration: int, figures: Mapping[str, float]) -> bool:
+    def observe(self, iteration: int, figures: Mapping[str, float], epoch: float | None = None) -> bool:
         """Take note of a validation; returns whether it is the best so far."""
         value = figures[self.figure]
         if self.best_iteration is None or value > self.best[self.figure]:
-            self.best, self.best_iteration, self.waited = dict(figures), iteration, 0
+            self.best, self.best_iteration, self.best_epoch, self.waited = dict(figures), iteration, epoch, 0
             return True
         self.waited += 1
         return False
@@ -50,13 +51,19 @@ class EarlyStopping:
         return self.patience is not None and self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_iteration": self.best_iteration, "waited": self.waited}
+        return {
+            "best": self.best,
+            "best_iteration": self.best_iteration,
+            "best_epoch": self.best_epoch,
+            "waited": self.waited,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the saved run was; `figure` and `patience` are the command line's."""
         if state["best_iteration"] is not None and self.figure not in state["best"]:
             return  # judged by another figure: that best is none of ours
         self.best, self.best_iteration, self.waited = dict(state["best"]), state["best_iteration"], state["waited"]
+        self.best_epoch = state.get("best_epoch")  # a checkpoint of before this was saved has none
 
 
 class BestWeights:

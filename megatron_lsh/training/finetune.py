@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from megatron_lsh.data.classification import (
     EvaluationOrder,
     TrainingOrder,
     class_names,
+    samples_per_epoch,
     tokenize_sets,
 )
 from megatron_lsh.data.labelled import read_sets
@@ -120,6 +122,7 @@ def finetune_task(cfg: FinetuneConfig, data: Prepared) -> Task:
         # An evaluation of a head that starts afresh would mean nothing: then the checkpoint must have it.
         fresh_parameters=() if cfg.training.skip_train else fresh_parameters(cfg),
         unused_parameters=unused_parameters(cfg),
+        samples_per_epoch=partial(samples_per_epoch, len(train)) if train is not None else None,
         tokens_per_sample=train.mean_length if train is not None else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +55,8 @@ class Task:
     fresh_parameters: tuple[str, ...] = ()
     unused_parameters: tuple[str, ...] = ()
     """heads that a pretraining checkpoint lacks or has in addition, see ``TrainingState``"""
+    samples_per_epoch: Callable[[int], int] | None = None
+    """global batch size -> sequences from one end of an epoch to the next; None where a run is not counted in epochs"""
     tokens_per_sample: float | None = None
     """mean length of a sample, where it is not that of the model"""
 
@@ -85,6 +87,22 @@ class Run:
     def stopped_early(self) -> bool:
         """Whether the validations say that more training is of no use."""
         return self.task.early_stopping is not None and self.task.early_stopping.stopped
+
+    @property
+    def epoch(self) -> float | None:
+        """How often the training data has been seen; None where a run is not counted in epochs."""
+        per_epoch = self.task.samples_per_epoch
+        if per_epoch is None:
+            return None
+        return self.state.consumed_samples / per_epoch(required(self.cfg.training.global_batch_size))
+
+    @property
+    def at_evaluation(self) -> bool:
+        """Whether a validation follows the iteration just done: at the end of an epoch, or by --eval-interval."""
+        if self.epoch is not None:
+            return self.epoch == int(self.epoch)
+        interval = self.cfg.training.eval_interval
+        return interval is not None and self.state.iteration % interval == 0
 
     def evaluates(self, name: str) -> bool:
         """Whether there is a "valid" or "test" set, and something to find out about it."""
@@ -141,7 +159,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
     cfg.model.vocab_size = vocab_size  # the model must know which ids are padding, and so must whoever loads it later
     padded = padded_vocab_size(vocab_size, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
     batch = required(cfg.training.global_batch_size)
-    planned = required(cfg.training.train_iters) * batch
+    planned = cfg.training.train_samples or required(cfg.training.train_iters) * batch
     datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, planned)))
 
     place.enter("building the model", 0)
@@ -177,7 +195,6 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
     best_weights = None
     if task.early_stopping is not None and checkpoint.save is not None and not cfg.training.skip_train:
         best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout))
-    together(ctx, lambda: save_config(cfg, ctx))
     figures = _figures(cfg, ctx, padded, task.tokens_per_sample or tokens_per_sample(cfg))
     reporter = Reporter(cfg.logging, ctx, figures, cfg.moe.moe_per_layer_logging)
     run = Run(
@@ -187,7 +204,8 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
     )  # fmt: skip
     place.enter("loading a checkpoint", 0)
     _restore(run)
-    needed = run.state.consumed_samples + (figures.train_iters - run.state.iteration) * batch
+    together(ctx, lambda: save_config(cfg, ctx))
+    needed = run.state.consumed_samples + (run.reporter.figures.train_iters - run.state.iteration) * batch
     if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read
         run.datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, needed)))
     together(ctx, lambda: run.reporter.open(run.state.iteration))
@@ -220,6 +238,7 @@ def _restore(run: Run) -> None:
         run.state = TrainState.from_state_dict(result.progress)
         if not run.cfg.checkpoint.load_optim:
             run.step.schedule.move_to(run.state.scheduled_samples)
+        _set_length(run, result)
         _compare_data(run, result)
         _restore_dispatchers(run, result)
         if run.task.early_stopping is not None and result.extra.get("early_stopping") is not None:
@@ -228,6 +247,37 @@ def _restore(run: Run) -> None:
         set_rng_state(result.rng)
     else:
         seed_everything(derive_seed(run.cfg.training.seed, "training", run.state.iteration), run.ctx)
+
+
+def _set_length(run: Run, result: LoadResult) -> None:
+    """A length in samples or epochs stays what it is under another batch size: iterations follow from what is left."""
+    training, state, per_epoch = run.cfg.training, run.state, run.task.samples_per_epoch
+    batch = required(training.global_batch_size)
+    before = result.config.get("training", {}).get("global_batch_size") or batch
+    left = None
+    if training.train_samples is not None:
+        left = training.train_samples - state.consumed_samples
+    elif per_epoch is not None and before != batch:
+        epochs = required(training.train_iters) * batch // per_epoch(batch)
+        # An epoch is made of whole batches: of a begun one, those that fit into what was seen count.
+        done, seen = divmod(state.consumed_samples, per_epoch(before))
+        state.consumed_samples = done * per_epoch(batch) + seen // batch * batch
+        left = epochs * per_epoch(batch) - state.consumed_samples
+    elif per_epoch is not None:
+        left = required(training.train_iters) * batch - state.consumed_samples
+    if left is not None:
+        training.train_iters = state.iteration + max(left, 0) // batch
+        run.cfg.derived["train_iters"] = training.train_iters
+        run.step = replace(run.step, total_iterations=training.train_iters)
+        run.reporter.figures = replace(run.reporter.figures, train_iters=training.train_iters)
+    if before != batch and run.ctx.rank == 0:
+        total = required(training.train_iters)
+        samples = state.consumed_samples + max(total - state.iteration, 0) * batch
+        print(
+            f"WARNING: the global batch size is {batch}, and was {before} in the checkpoint: the run ends after iteration "
+            f"{total}, with {samples} samples",
+            flush=True,
+        )
 
 
 def _restore_dispatchers(run: Run, result: LoadResult) -> None:

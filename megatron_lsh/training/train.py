@@ -88,9 +88,7 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
             _stop_if_never_finite(run)
 
             ends = state.iteration == total
-            state.evaluation_due = run.evaluates("valid") and (
-                ends or _multiple(state.iteration, cfg.training.eval_interval)
-            )
+            state.evaluation_due = run.evaluates("valid") and (ends or run.at_evaluation)
             if state.evaluation_due and not result.stop:
                 state.evaluation_due = not _evaluate(run, "validation", stop, final=ends)
                 ends = ends or run.stopped_early
@@ -175,9 +173,10 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
         run.reporter.evaluation(run.state.iteration, name, losses, final=final)
         return True
     after = run.state.iteration if weights is None else weights
-    per_epoch = None if run.cfg.training.skip_train else run.cfg.training.eval_interval
+    best = run.task.early_stopping
+    epoch = run.epoch if weights is None or best is None else best.best_epoch
     run.reporter.figures_of(
-        name, outcomes, run.state.iteration, after, None if per_epoch is None else after / per_epoch
+        name, outcomes, run.state.iteration, after, None if run.cfg.training.skip_train else epoch
     )
     if name == "validation" and not run.cfg.training.skip_train:
         _watch(run, next(iter(outcomes.values())))
@@ -201,7 +200,7 @@ def _watch(run: Run, figures: dict[str, float]) -> None:
     watcher, iteration = run.task.early_stopping, run.state.iteration
     if watcher is None:
         return
-    better = watcher.observe(iteration, figures)
+    better = watcher.observe(iteration, figures, run.epoch)
     keeper = run.best_weights
     if better and keeper is not None:
         with run.reporter.watch.paused():

@@ -196,6 +196,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, tmp_path: Path, mo
     assert watchers[0] == watchers[1] and watchers[0]["best_iteration"] is not None
 
 
+def test_epochs_stay_epochs_under_another_batch_size(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """76 texts: 10 iterations an epoch of 8, and 19 of 4. Stopped after 24 texts of the second one."""
+    flags = f"{MODEL} {RUN} {sets(folder, 'train', 'valid', 'test')} --epochs 4 --save {tmp_path}/run"
+    flags += f" --metrics-jsonl {tmp_path}/m.jsonl"
+    finetune(monkeypatch, f"{flags} --exit-interval 13")
+    capsys.readouterr()
+    state = finetune(monkeypatch, f"{flags} --load {tmp_path}/run --global-batch-size 4")
+    assert (state.iteration, state.consumed_samples) == (13 + 13 + 2 * 19, 4 * 76)
+    found = [(record["epoch"], record["iteration"]) for record in validations(tmp_path / "m.jsonl")]
+    assert found == [(1, 10), (2, 26), (3, 45), (4, 64)]
+    out = capsys.readouterr().out
+    assert "the global batch size is 4, and was 8 in the checkpoint" in out and "training data" not in out
+    best = max(validations(tmp_path / "m.jsonl"), key=lambda record: record["validation_accuracy"])
+    assert f"test after epoch {best['epoch']:g} (iteration {best['iteration']})" in out
+
+
 @pytest.mark.parametrize("backbone", ["bert", "t5"])
 def test_other_backbones_learn(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
     positions = "--position-embedding-type relative" if backbone == "t5" else ""

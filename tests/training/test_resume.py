@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -70,3 +71,32 @@ def test_the_schedule_goes_on_without_the_optimizers_state(tmp_path: Path) -> No
     go(tmp_path / "two", f"{flags} --exit-interval 8 --no-save-optim")
     go(tmp_path / "two", f"{flags} --no-load-optim")
     assert values(tmp_path / "two", "learning_rate") == values(tmp_path / "one", "learning_rate")
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(("batch", "iterations"), [(8, 12), (2, 24), (6, 13)])
+def test_train_samples_is_the_length_whatever_the_batch_size_was(
+    batch: int, iterations: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 samples in 8 iterations of 4, and then what is left of 64."""
+    flags = "--train-samples 64 --eval-iters 0 --lr-decay-style cosine"
+    go(tmp_path, f"{flags} --global-batch-size 4 --exit-interval 8")
+    state = go(tmp_path, f"{flags} --global-batch-size {batch}")
+    assert state.iteration == iterations and state.consumed_samples == 32 + (iterations - 8) * batch
+    assert 64 - batch < state.consumed_samples <= 64
+    said = f"WARNING: the global batch size is {batch}, and was 4 in the checkpoint: the run ends after iteration"
+    assert f"{said} {iterations}, with {state.consumed_samples} samples" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert saved["config"]["training"]["train_iters"] == iterations
+    assert go(tmp_path, f"{flags} --global-batch-size {batch}").iteration == iterations
+
+
+def test_a_changed_batch_is_announced_for_a_length_in_iterations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(tmp_path, "--train-iters 4 --eval-iters 0 --global-batch-size 4 --exit-interval 2")
+    state = go(tmp_path, "--train-iters 4 --eval-iters 0 --global-batch-size 2")
+    assert (state.iteration, state.consumed_samples) == (4, 12)
+    assert "the run ends after iteration 4, with 12 samples" in capsys.readouterr().out
