@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_lsh.moe.gauges import Gauge, averaged, busiest, summed
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.wire import WireCodec
+from megatron_lsh.parallel.collectives import all_gather_single, reduce_scatter_single
 from megatron_lsh.parallel.context import Group
 
 GAUGES = (
@@ -121,7 +122,7 @@ class Transport(ABC):
         gathered = counts_E.new_empty(size * counts_E.shape[0])
 
         began = p.clock()
-        work = _all_gather(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
+        work = all_gather_single(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
         p.since(began, "alltoall_time_ms")
 
         def arrive() -> Plan:
@@ -266,12 +267,12 @@ class AllGatherTransport(Transport):
         if outward:
             padded = payload.new_zeros(block, payload.shape[1])
             padded[: payload.shape[0]] = payload
-            work = _all_gather(everything, padded, group=group, async_op=True)
+            work = all_gather_single(everything, padded, group=group, async_op=True)
         else:
             # Each row has one expert, hence one non-zero contribution: the sum is exact, of encoded bytes too.
             everything.index_copy_(0, sort_R, payload)
             returned = payload.new_empty(block, payload.shape[1])
-            work = _reduce_scatter(returned, everything, group=group, async_op=True)
+            work = reduce_scatter_single(returned, everything, group=group, async_op=True)
 
         def land() -> Tensor:
             work.wait()
@@ -411,11 +412,6 @@ def _from_bytes(payload: Tensor, parts: list[tuple[torch.Size, torch.dtype]]) ->
         columns.clone(memory_format=torch.contiguous_format).view(dtype).view(payload.shape[0], *shape)
         for columns, (shape, dtype) in zip(payload.split(widths, 1), parts, strict=True)
     ]
-
-
-# torch 2.13 renamed two collectives and warns about the old names; torch 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
