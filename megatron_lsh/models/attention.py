@@ -32,8 +32,8 @@ class _Attention(nn.Module):
         shape = ModelShape.from_config(cfg)
         if shape.query_groups % ctx.tp.size:
             raise ConfigError(
-                f"key/value heads ({shape.query_groups}) must be divisible by --tensor-model-parallel-size "
-                f"({ctx.tp.size}); lower the latter or raise --num-query-groups"
+                f"model.num_query_groups ({shape.query_groups}) must be divisible by parallel.tensor_model_parallel_size "
+                f"({ctx.tp.size}): change --num-query-groups or --tensor-model-parallel-size"
             )
         self.ctx = ctx
         self.shape = shape

@@ -66,7 +66,7 @@ class LanguageModelEmbedding(nn.Module):
         self.position_embeddings: PositionEmbedding | None = None
         if cfg.position_embedding_type == "learned_absolute" and cfg.add_position_embedding:
             if cfg.max_position_embeddings is None:
-                raise ConfigError("learned positions need --max-position-embeddings; give it, or use rope")
+                raise ConfigError("model.max_position_embeddings (absent) must be given: set --max-position-embeddings")
             self.position_embeddings = PositionEmbedding(cfg.max_position_embeddings, shape.hidden, ctx, init)
         self.tokentype_embeddings: TokenTypeEmbedding | None = None
         if num_token_types:

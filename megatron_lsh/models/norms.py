@@ -103,6 +103,7 @@ def build_head_norm(
         return build_norm(cfg, head_dim, ctx, sharded_input=ctx.tp.size > 1)
     if cfg.normalization != "RMSNorm":
         raise ConfigError(
-            f"--qk-layernorm-width full needs --normalization RMSNorm (it is {cfg.normalization}): change one of them"
+            f"model.qk_layernorm_width ({cfg.qk_layernorm_width}) must be head with model.normalization "
+            f"({cfg.normalization}): set --normalization RMSNorm or drop --qk-layernorm-width"
         )
     return FullWidthRMSNorm(heads * head_dim, cfg.norm_epsilon, ctx)

@@ -43,7 +43,10 @@ class RecomputePlan:
         """Raises ConfigError for an unknown module or an impossible number of layers."""
         unknown = set(cfg.recompute_modules) - set(MODULES)
         if unknown:
-            raise ConfigError(f"--recompute-modules ({', '.join(sorted(unknown))}) must be among {', '.join(MODULES)}")
+            raise ConfigError(
+                f"recompute.recompute_modules ({', '.join(sorted(unknown))}) must be one of {', '.join(MODULES)}: change "
+                "--recompute-modules"
+            )
         granularity = cfg.recompute_granularity or ("selective" if cfg.recompute_activations else None)
         modules = frozenset(cfg.recompute_modules if granularity == "selective" else ())
         if moe.moe_layer_recompute:
@@ -52,7 +55,10 @@ class RecomputePlan:
             return cls(modules=modules)
         layers = 1 if cfg.recompute_num_layers is None else cfg.recompute_num_layers
         if not 1 <= layers <= num_layers:
-            raise ConfigError(f"--recompute-num-layers ({layers}) must lie between 1 and --num-layers ({num_layers})")
+            raise ConfigError(
+                f"recompute.recompute_num_layers ({layers}) must be at least 1 and at most model.num_layers ({num_layers}): "
+                "change --recompute-num-layers or --num-layers"
+            )
         if cfg.recompute_method == "block":
             return cls(full_layers=layers, modules=modules)
         return cls(full_layers=num_layers, chunk=layers, modules=modules)

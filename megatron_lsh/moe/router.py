@@ -274,13 +274,16 @@ def _checked_sizes(model_cfg: ModelConfig, moe_cfg: MoEConfig) -> tuple[int, int
     """(E, D); raises ConfigError on settings that no router can have."""
     num_experts, topk = moe_cfg.num_experts, moe_cfg.moe_router_topk
     if num_experts is None or model_cfg.hidden_size is None:
-        raise ConfigError("a router needs --num-experts and --hidden-size")
+        raise ConfigError("moe.num_experts and model.hidden_size must be given: set --num-experts and --hidden-size")
     if not 1 <= topk <= num_experts:
-        raise ConfigError(f"--moe-router-topk ({topk}) must be between 1 and --num-experts ({num_experts})")
+        raise ConfigError(
+            f"moe.moe_router_topk ({topk}) must be at least 1 and at most moe.num_experts ({num_experts}): change "
+            "--moe-router-topk or --num-experts"
+        )
     if moe_cfg.moe_router_enable_expert_bias and moe_cfg.moe_router_score_function != "sigmoid":
         raise ConfigError(
-            "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid "
-            f"(got {moe_cfg.moe_router_score_function}): the bias is added to scores between 0 and 1"
+            "moe.moe_router_enable_expert_bias (True) must be off with moe.moe_router_score_function "
+            f"({moe_cfg.moe_router_score_function}): set --moe-router-score-function sigmoid"
         )
     return num_experts, model_cfg.hidden_size
 

@@ -131,7 +131,7 @@ def test_query_and_key_norms_over_all_heads() -> None:
         torch.testing.assert_close(attention(x), before, rtol=1e-3, atol=1e-3)
         packed[0, 0] *= 50
     assert (attention(x) - before).abs().max() > 1e-2
-    with pytest.raises(ConfigError, match="--qk-layernorm-width full needs --normalization RMSNorm"):
+    with pytest.raises(ConfigError, match=r"model.qk_layernorm_width \(full\) must be head with model.normalization"):
         make_attention(qk_layernorm=True, qk_layernorm_width="full")
     with pytest.raises(ConfigError, match=r"qk_layernorm_width \(full\) must be head with .*\(LayerNorm\)"):
         validate(make_config(qk_layernorm=True, qk_layernorm_width="full"), 1)
@@ -152,5 +152,5 @@ def test_document_mask_separates_documents() -> None:
 def test_heads_must_fit_the_ranks() -> None:
     ctx = offline_context(ParallelLayout(4, tp=4))
     cfg = make_config(group_query_attention=True, num_query_groups=2)
-    with pytest.raises(ConfigError, match=r"key/value heads \(2\) must be divisible"):
+    with pytest.raises(ConfigError, match=r"model.num_query_groups \(2\) must be divisible"):
         SelfAttention(cfg.model, ctx, RecomputePlan())

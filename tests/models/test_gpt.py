@@ -222,10 +222,10 @@ def test_a_tied_embedding_counts_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_size": None}, r"--hidden-size \(None\)"),
-        ({"ffn_hidden_size": None}, r"--ffn-hidden-size \(None\)"),
-        ({"hidden_size": 30}, r"--hidden-size \(30\) must be divisible by --num-attention-heads \(4\)"),
-        ({"group_query_attention": True, "num_query_groups": 3}, r"--num-query-groups \(3\)"),
+        ({"hidden_size": None}, r"model.hidden_size \(absent\) must be at least 1: set --hidden-size"),
+        ({"ffn_hidden_size": None}, r"model.ffn_hidden_size \(absent\)"),
+        ({"hidden_size": 30}, r"model.hidden_size \(30\) must be divisible by model.num_attention_heads \(4\): change"),
+        ({"group_query_attention": True, "num_query_groups": 3}, r"model.num_query_groups \(3\)"),
         ({"max_position_embeddings": None}, "--max-position-embeddings"),
     ],
 )

@@ -132,9 +132,9 @@ def test_chunks() -> None:
     [
         (
             {"recompute_granularity": "selective", "recompute_modules": ["attention"]},
-            r"--recompute-modules \(attention\)",
+            r"recompute.recompute_modules \(attention\)",
         ),
-        ({"recompute_granularity": "full", "recompute_num_layers": 9}, r"--recompute-num-layers \(9\)"),
+        ({"recompute_granularity": "full", "recompute_num_layers": 9}, r"recompute.recompute_num_layers \(9\)"),
     ],
 )
 def test_impossible_plans(settings: dict[str, Any], message: str) -> None:

@@ -365,7 +365,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_user_errors() -> None:
-    with pytest.raises(ConfigError, match=r"moe-router-topk \(7\).*num-experts \(6\)"):
+    with pytest.raises(ConfigError, match=r"moe_router_topk \(7\).*num_experts \(6\)"):
         make_router(moe_router_topk=7)
     with pytest.raises(ConfigError, match="sigmoid"):
         make_router(moe_router_enable_expert_bias=True)
