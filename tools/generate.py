@@ -25,6 +25,7 @@ from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.checkpoint.manifest import MANIFEST
 from megatron_lsh.config import Config, padded_vocab_size, to_dict
 from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.convert.files import read_json
 from megatron_lsh.convert.native import HF, find_native, read_config
 from megatron_lsh.convert.source import VOCABULARY
 from megatron_lsh.data.prompts import prompt_ids, read_prompts
@@ -128,13 +129,25 @@ def run(job: Job) -> None:
         ctx,
         vocab_size=job.tokenizer.vocab_size,
         context_length=job.cfg.model.max_position_embeddings or job.cfg.model.seq_length or 1024,
-        eod=job.tokenizer.eod,
+        eod=end_tokens(job.folder, job.tokenizer),
         sampling=Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed),
         on_token=None if printer is None else printer.token,
     )
     if printer is not None:
         printer.finish()
     shutdown(ctx)
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Every token that ends a text: the tokenizer's, and those that the files of a converted model name.
+
+    Raises CheckpointError for a damaged file.
+    """
+    ends = {tokenizer.eod}
+    for path in (folder / HF / "config.json", folder / HF / "generation_config.json"):
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
+        ends |= {token for token in (named if isinstance(named, list) else [named]) if type(token) is int}
+    return ends
 
 
 def load_model(job: Job, ctx: ParallelContext) -> GPTModel:

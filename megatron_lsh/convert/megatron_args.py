@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from megatron_lsh.config import Config
+from megatron_lsh.config import Config, check_model
 from megatron_lsh.config.settings import named, settings_of
 from megatron_lsh.convert.source import fail
 from megatron_lsh.convert.torch_file import Inert
+from megatron_lsh.errors import CheckpointError, ConfigError
 
 # Settings that are read from the file's args, which have Megatron-LM's names like ours.
 _SETTINGS = (
@@ -32,8 +34,34 @@ _MUST_BE: Mapping[str, Any] = MappingProxyType(
         "moe_latent_size": None, "window_size": None,
         "moe_apply_probs_on_input": False, "pipeline_model_parallel_size": 1,
         "num_layers_per_virtual_pipeline_stage": None, "is_hybrid_model": False, "softmax_type": "vanilla",
+        "glu_linear_offset": 0.0, "layernorm_zero_centered_gamma": False, "rotary_scaling_factor": 1.0,
+        "mup_embedding_mult": 1.0, "mup_output_mult": 1.0, "mup_width_mult": 1.0, "use_mup": False,
+        "use_rotary_position_embeddings": False, "encoder_num_layers": None, "add_qk_norm": False,
     }
 )  # fmt: skip
+# What a setting whose name begins like this does, it does to the model. One that is not known must therefore be off.
+_OF_THE_MODEL = re.compile(
+    r"(activation_|apply_|attention_|attn_|csa_|dsa_|embedding_|engram_|experimental_|final_|glu_|hc_|heterogeneous_|hybrid_|kv_|"
+    r"layernorm_|linear_|logit|mhc_|mla_|moe_|mrope_|mtp_|mup_|no_rope|norm|output_|q_lora|qk_|residual_|rope_|rotary_|scale_|"
+    r"softmax_|squared_|v_head|window_|yarn)"
+)
+# Those that change no number of the trained model, or only with another setting that must be off.
+_WITHOUT_EFFECT = frozenset(
+    """
+    apply_query_key_layer_scaling apply_rope_fusion apply_wd_to_qk_layernorm attention_backend attention_softmax_in_fp32
+    embedding_init_method_std embedding_path kv_lora_rank layernorm_epsilon linear_conv_kernel_dim linear_key_head_dim
+    linear_num_key_heads linear_num_value_heads linear_value_head_dim mla_down_proj_fusion moe_aux_loss_coeff
+    moe_deepep_num_sms moe_enable_deepep moe_enable_routing_replay moe_expert_capacity_factor moe_extended_tp
+    moe_flex_dispatcher_backend moe_grouped_gemm moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+    moe_hybridep_num_sms moe_input_jitter_eps moe_layer_recompute moe_pad_expert_input_to_capacity
+    moe_pad_experts_for_cuda_graph_inference moe_per_layer_logging moe_permute_fusion moe_permute_fusion_into_hybridep
+    moe_router_bias_update_rate moe_router_dtype moe_router_fusion moe_router_load_balancing_type
+    moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_shared_expert_overlap moe_token_dispatcher_type
+    moe_token_drop_policy moe_token_dropping moe_upcycling_granularity moe_use_legacy_grouped_gemm moe_use_upcycling
+    moe_z_loss_coeff mtp_loss_scaling_factor mup_attn_scale_power qk_clip_alpha qk_clip_threshold qk_head_dim
+    qk_pos_emb_head_dim rope_scaling_factor v_head_dim moe_router_force_load_balancing moe_router_topk_limited_devices
+    """.split()  # noqa: SIM905 - readable
+)
 
 
 def config_of(args: argparse.Namespace, what: str) -> Config:
@@ -43,6 +71,11 @@ def config_of(args: argparse.Namespace, what: str) -> Config:
         value = getattr(args, name, neutral)
         if value not in (neutral, None) and not isinstance(value, Inert):
             problems.append(f"{name} ({value}) must be {neutral}")
+    for name, value in sorted(vars(args).items()):
+        unknown = name not in _SETTINGS and name not in _MUST_BE and name not in _WITHOUT_EFFECT
+        on = value is not None and value is not False and not isinstance(value, Inert)
+        if unknown and on and _OF_THE_MODEL.match(name):
+            problems.append(f"{name} ({value}) must be off, because nothing here knows it")
     cfg = Config()
     settings = settings_of(Config)
     for name in _SETTINGS:
@@ -60,6 +93,10 @@ def config_of(args: argparse.Namespace, what: str) -> Config:
     fail(f"args in {what}", problems, "this model is not supported here")
     if not cfg.model.group_query_attention:
         cfg.model.num_query_groups = cfg.model.num_attention_heads or 1
+    try:
+        check_model(cfg)
+    except ConfigError as error:
+        raise CheckpointError(f"args in {what}: this model cannot be trained here: {error}") from None
     return cfg
 
 

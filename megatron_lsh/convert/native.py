@@ -122,6 +122,15 @@ class NativeSource:
         }
         dtypes = saved.extra.get("hf_dtypes", {})
         self.origin = _origin(self.folder, self.cfg, {name: getattr(torch, kind) for name, kind in dtypes.items()})
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        model = self.cfg.data.tokenizer_model
+        if model is not None and not self.origin.files:
+            self.notices.append(
+                f"{self.what}: its tokenizer ({model}) is not there, or of a kind that transformers does not read, so an "
+                "export has neither tokenizer nor end token: give --reference, the folder of a model that has them"
+            )
 
     def pieces(self, name: str) -> list[Rows]:
         if name in VOCABULARY:

@@ -5,7 +5,7 @@ Legend: B prompts, S tokens of one forward pass, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def generate(
     *,
     vocab_size: int,
     context_length: int,
-    eod: int | None = None,
+    eod: int | Collection[int] | None = None,
     sampling: Sampling | None = None,
 ) -> list[int]:
     """Continue one `prompt`; arguments as in ``generate_batch``."""
@@ -59,7 +59,7 @@ def generate_batch(
     *,
     vocab_size: int,
     context_length: int,
-    eod: int | None = None,
+    eod: int | Collection[int] | None = None,
     sampling: Sampling | None = None,
     on_token: Callable[[int, int | None], None] | None = None,
 ) -> list[list[int]]:
@@ -72,10 +72,11 @@ def generate_batch(
         model: a ``GPTModel``, perhaps sharded.
         vocab_size: ids from here on are padding and never drawn.
         context_length: positions the model has. Beyond it, the model goes on with the last half of them as its prompt.
-        eod: ends a text; not returned.
+        eod: the token that ends a text, or all that do; not returned.
         on_token: called with (place of the prompt, token) as soon as a token is drawn, and with None when a text has ended.
     """
     sampling = sampling or Sampling()
+    ends = frozenset(() if eod is None else (eod,) if isinstance(eod, int) else eod)
     with _for_generation(model):
         batch = _Batch(model, prompts, ctx, context_length)
         generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(prompts))]
@@ -86,7 +87,7 @@ def generate_batch(
             for place, token in enumerate(_agree(drawn, ctx)):
                 if not running[place]:
                     continue
-                running[place] = token != eod
+                running[place] = token not in ends
                 if running[place]:
                     batch.rows[place].append(token)
                 if on_token is not None:

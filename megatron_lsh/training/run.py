@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ from megatron_lsh.training.watch import Place
 
 #: (run, "train", "valid" or "test", whether to stop) -> figures of this set by name, "loss" first; None if told to stop.
 Evaluator = Callable[["Run", str, Callable[[], bool]], "dict[str, float] | None"]
+
+
+def _to_save(cfg: Config) -> dict[str, Any]:
+    """Settings as a checkpoint keeps them: files of the tokenizer by their full paths, whatever folder it is read from."""
+    config: dict[str, Any] = to_dict(cfg)["config"]
+    data = config.get("data", {})
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        if data.get(name) and Path(data[name]).exists():  # else the name of one on the hub
+            data[name] = str(Path(data[name]).absolute())
+    return config
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ class Run:
             optimizer=self.step.optimizer,
             schedule=self.step.schedule,
             progress=self.state.state_dict(),
-            config=to_dict(self.cfg)["config"],
+            config=_to_save(self.cfg),
             rng=get_rng_state(),
             extra={
                 "data": train.fingerprint() if train is not None else None,

@@ -95,6 +95,24 @@ def test_texts_longer_than_the_context() -> None:
     assert together[0][:6] == first + second
 
 
+def test_every_end_token_ends_a_text() -> None:
+    model = random_model(configure())
+    prompt = ByteTokenizer().tokenize("import os")
+    free = generate(model, prompt, CTX, vocab_size=257, context_length=48, sampling=GREEDY)
+    second = free[2]
+    ended = generate(model, prompt, CTX, vocab_size=257, context_length=48, eod={256, second}, sampling=GREEDY)
+    assert ended == free[: free.index(second)] and len(ended) < len(free)
+
+
+def test_end_tokens_are_those_of_the_files_too(tmp_path: Path) -> None:
+    tool = load_tool("generate")
+    assert tool.end_tokens(tmp_path, ByteTokenizer()) == {256}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 3}')
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    assert tool.end_tokens(tmp_path, ByteTokenizer()) == {0, 1, 3, 256}
+
+
 def test_draw() -> None:
     logits = torch.tensor([0.0, 3.0, 2.0, 1.0])  # probabilities 0.03, 0.64, 0.24, 0.09
 
