@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
+from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.manager import CheckpointManager
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 
-__all__ = ["CheckpointInfo", "CheckpointManager", "LoadResult", "TrainingState", "inspect"]
+__all__ = ["CheckpointInfo", "CheckpointManager", "LoadResult", "SaveLock", "TrainingState", "inspect"]

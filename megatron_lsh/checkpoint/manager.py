@@ -12,6 +12,7 @@ import torch
 
 from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.agreement import Ranks
+from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.reader import LoadOptions, find_checkpoint, load_checkpoint
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 from megatron_lsh.checkpoint.writer import Snapshot, append_progress, layout_of, take_snapshot, write_checkpoint
@@ -25,11 +26,13 @@ class CheckpointManager:
 
     Args:
         timeout: of the group on which ranks agree; a rank that writes slower than this fails the save.
+        lock: rank 0's right to save in --save, if it has it already; else the manager takes it.
         log_progress: append one line per checkpoint to SAVE/progress.txt.
         notify: called on rank 0 with one line of text for the user, for an asynchronous save from its thread.
 
-    Making it creates a process group (collective) and, with --save, tries out the save folder: a folder that cannot be
-    written, or that not all nodes share, is a CheckpointError before the training starts and not after hours.
+    Making it creates a process group (collective) and, with --save, takes and tries out the save folder: one that another
+    run uses, that cannot be written, or that not all nodes share, is a CheckpointError before the training starts and not
+    after hours. Loading needs no right to save.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class CheckpointManager:
         ctx: ParallelContext,
         *,
         timeout: timedelta = timedelta(minutes=10),
+        lock: SaveLock | None = None,
         log_progress: bool = False,
         notify: Callable[[str], None] | None = None,
     ) -> None:
@@ -49,6 +53,7 @@ class CheckpointManager:
         self._say = notify or _print
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._lock = lock
         if cfg.save is not None:
             self._try_save_folder(Path(cfg.save))
 
@@ -152,6 +157,9 @@ class CheckpointManager:
             self._failure = CheckpointError(f"asynchronous save of iteration {snapshot.iteration} failed: {error}")
 
     def _write(self, root: Path, snapshot: Snapshot, start: float) -> None:
+        lock = self._lock
+        what = f"checkpoint of iteration {snapshot.iteration} could not be saved in {root}"
+        self._ranks.coordinator(what, lambda: lock.confirm() if lock is not None else None)
         folder, manifest = write_checkpoint(root, snapshot, self._ranks)
         seconds = time.monotonic() - start
         size = f"{manifest.total_bytes / 1e6:.1f} MB"
@@ -174,10 +182,12 @@ class CheckpointManager:
         what = f"--save {root} cannot be used"
         probe = root / f".write_test_{time.time_ns()}"
 
-        def create() -> Path:
+        def create() -> tuple[Path, list[str]]:
+            self._lock = self._lock or SaveLock(root)
             root.mkdir(parents=True, exist_ok=True)
+            problems = folders.remove_leftovers(root)
             probe.write_bytes(b"x")
-            return probe
+            return probe, problems
 
         def look() -> None:
             if not shared.exists():
@@ -185,7 +195,9 @@ class CheckpointManager:
                     f"rank {self._ranks.rank} does not see {shared}, which rank 0 wrote: use a folder that all nodes share"
                 )
 
-        shared = self._ranks.coordinator(what, create)
+        shared, problems = self._ranks.coordinator(what, create)
+        for problem in problems:
+            self._notify(f"WARNING: what a save left behind that did not finish could not be removed: {problem}")
         try:
             self._ranks.each(what, look)
         finally:

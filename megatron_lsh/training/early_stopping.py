@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_lsh.checkpoint import CheckpointManager, TrainingState
+from megatron_lsh.checkpoint import CheckpointManager, SaveLock, TrainingState
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.parallel.context import ParallelContext
 
@@ -69,8 +69,10 @@ class EarlyStopping:
 class BestWeights:
     """Keeps the weights of the best evaluation in ``SAVE/best``, and nothing else there. All ranks call its methods."""
 
-    def __init__(self, cfg: CheckpointConfig, ctx: ParallelContext, timeout: timedelta) -> None:
-        """`cfg` has a --save folder. Collective: makes a process group, and tries out the folder."""
+    def __init__(
+        self, cfg: CheckpointConfig, ctx: ParallelContext, timeout: timedelta, lock: SaveLock | None = None
+    ) -> None:
+        """`cfg` has a --save folder, `lock` is of it. Collective: makes a process group, and tries out the folder."""
         self.folder = Path(str(cfg.save)) / BEST
         self._manager = CheckpointManager(
             dataclasses.replace(
@@ -88,6 +90,7 @@ class BestWeights:
             ),
             ctx,
             timeout=timeout,
+            lock=lock,
         )
 
     def save(self, state: TrainingState) -> None:

@@ -28,7 +28,7 @@ from megatron_lsh.training.flops import peak_flops, tokens_per_sample, training_
 from megatron_lsh.training.optimizer import build_optimizer
 from megatron_lsh.training.reporter import Reporter, RunFigures
 from megatron_lsh.training.schedule import Schedule, schedule_shape
-from megatron_lsh.training.startup import describe_dispatch, describe_model, save_config
+from megatron_lsh.training.startup import describe_dispatch, describe_model, save_config, take_save_folder
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import Batch, ForwardStep, Step
 from megatron_lsh.training.upcycling import start_from_dense
@@ -164,6 +164,7 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
         ConfigError, DataError, CheckpointError: on all ranks if on any.
     """
     place = place or Place()
+    lock = together(ctx, lambda: take_save_folder(cfg, ctx))  # before anything is read or built, and long before saving
     place.enter("reading the data", 0)
     tokenizer = together(ctx, lambda: build_tokenizer(cfg.data, cfg.model.vocab_size))
     vocab_size = max(cfg.model.vocab_size or 0, tokenizer.vocab_size)
@@ -200,12 +201,15 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
     )
     timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     checkpoint = start_from_dense(cfg, ctx)
+    if cfg.training.skip_train:
+        checkpoint = replace(checkpoint, save=None)  # a run that only evaluates may look at one that trains
     checkpoints = together(
-        ctx, lambda: CheckpointManager(checkpoint, ctx, timeout=timeout, log_progress=cfg.logging.log_progress)
+        ctx,
+        lambda: CheckpointManager(checkpoint, ctx, timeout=timeout, lock=lock, log_progress=cfg.logging.log_progress),
     )
     best_weights = None
     if task.early_stopping is not None and checkpoint.save is not None and not cfg.training.skip_train:
-        best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout))
+        best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout, lock))
     figures = _figures(cfg, ctx, padded, task.tokens_per_sample or tokens_per_sample(cfg))
     reporter = Reporter(cfg.logging, ctx, figures, cfg.moe.moe_per_layer_logging)
     run = Run(

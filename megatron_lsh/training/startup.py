@@ -13,11 +13,12 @@ from torch import nn
 import megatron_lsh
 from megatron_lsh import ops
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
+from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.manifest import write_atomically
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.config.serialize import describe, to_json
-from megatron_lsh.errors import ConfigError
+from megatron_lsh.errors import CheckpointError, ConfigError
 from megatron_lsh.moe.registry import DispatcherSpec
 from megatron_lsh.moe.registry import describe as describe_dispatcher
 from megatron_lsh.parallel.context import ParallelContext
@@ -51,6 +52,22 @@ def refuse_to_overwrite(cfg: CheckpointConfig) -> None:
     raise ConfigError(
         f"--save {cfg.save} already holds a run: {_what(found)}; {resume}; to start anew, {_anew(cfg.save)}"
     )
+
+
+def take_save_folder(cfg: Config, ctx: ParallelContext) -> SaveLock | None:
+    """Rank 0's right to save in --save; None elsewhere, and for a run that saves nothing.
+
+    Raises:
+        CheckpointError: another run saves there, or the folder cannot be written.
+    """
+    save = cfg.checkpoint.save
+    evaluates = cfg.training.skip_train and not cfg.checkpoint.moe_use_upcycling
+    if ctx.rank != 0 or save is None or evaluates:
+        return None
+    try:
+        return SaveLock(Path(save))
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"--save {save} cannot be used: {error}") from None
 
 
 def _what(found: list[CheckpointInfo]) -> str:
@@ -143,7 +160,7 @@ def save_config(cfg: Config, ctx: ParallelContext) -> None:
 
 
 def _run_folder(cfg: Config) -> Path | None:
-    if cfg.checkpoint.save is not None:
+    if cfg.checkpoint.save is not None and not cfg.training.skip_train:  # which would put its own in the run's place
         return Path(cfg.checkpoint.save)
     if cfg.logging.metrics_jsonl is not None:
         return Path(cfg.logging.metrics_jsonl).parent

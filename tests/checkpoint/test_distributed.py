@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_lsh.errors import CheckpointError
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import run_distributed_test
-from tests.checkpoint.toy import Trainer, manager
+from tests.checkpoint.toy import Trainer, manager, saved_names
 from tests.parallel.toy import batch, config
 
 
@@ -121,13 +122,13 @@ def _failures(root: Path) -> list[str]:
     rng = {"unsafe": Path("x")} if ctx.rank == 1 else {}
     fails(lambda: checkpoints.save(run.state(rng=rng)))
     dist.barrier()
-    assert sorted(path.name for path in save.iterdir()) == ["iter_0000001", "iter_0000002", TRACKER]
+    assert saved_names(save) == ["iter_0000001", "iter_0000002", TRACKER]
 
     # a save folder that cannot be used, and one that is lost in the middle of the run
     on_rank_0(lambda: (root / "file").write_text(""))
     fails(lambda: manager(ctx, root / "file" / "save"))
     lost = manager(ctx, root / "lost")
-    on_rank_0(lambda: ((root / "lost").rmdir(), (root / "lost").write_text("")))
+    on_rank_0(lambda: (shutil.rmtree(root / "lost"), (root / "lost").write_text("")))
     fails(lambda: lost.save(run.state()))
 
     # a damaged shard: all ranks fall back to the same checkpoint

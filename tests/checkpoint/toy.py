@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_lsh.checkpoint import CheckpointManager, LoadResult, TrainingState
+from megatron_lsh.checkpoint.lock import LOCK
 from megatron_lsh.config.parallel import PrecisionConfig
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.parallel.context import ParallelContext
@@ -151,3 +152,8 @@ def manager(ctx: ParallelContext, root: Path, **settings: Any) -> CheckpointMana
     result = CheckpointManager(cfg, ctx, notify=said.append)
     result.said = said  # type: ignore[attr-defined]
     return result
+
+
+def saved_names(root: Path) -> list[str]:
+    """What is in a save folder, but for the lock of the run that saves there."""
+    return sorted(path.name for path in root.iterdir() if path.name != LOCK)
