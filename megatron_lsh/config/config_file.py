@@ -16,11 +16,11 @@ _MOST_NODES = 100_000  # of a document with its aliases written out: a few lines
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently keep the last."""
+    """Refuses a key that is written twice, of which YAML would silently keep the last. All its errors have a place."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = str(key.value)
             if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{shown(name)} is given twice", key.start_mark)
@@ -32,8 +32,18 @@ class _Loader(yaml.SafeLoader):
         if node is None:
             return None
         if _written_out(node, {}) > _MOST_NODES:
-            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_NODES:,} values")
+            problem = f"its aliases stand for more than {_MOST_NODES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return self.construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # a date that does not exist, a number of too many digits, a tag that does not fit
+            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
@@ -56,33 +66,45 @@ def read_document(path: str) -> Any:
         ConfigError: if the file cannot be read or is neither.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--config ({shown(path, 1000)}) must be a readable file of text: {reason}") from error
+        with open(path, "rb") as file:
+            content = file.read()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"--config ({shown(path, 1000)}) must be a readable file of text: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"--config ({shown(path, 1000)}) must be a readable file of text: line {line}: {error}"
+        ) from error
     except ValueError as error:  # a null byte in the name
         raise ConfigError(f"--config ({shown(path, 1000)}) must be a readable file of text: {error}") from error
     try:
         return json.loads(text, object_pairs_hook=_without_doubles)
     except RecursionError as error:
-        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply") from error
+        raise ConfigError(
+            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply"
+        ) from error
     except ValueError:
         pass
     try:
         return yaml.load(text, _Loader)
-    # ValueError: a date that does not exist, a number with too many digits
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: {_where(error)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: {_where(error, text)}") from error
     except RecursionError as error:
-        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply") from error
+        raise ConfigError(
+            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply"
+        ) from error
 
 
-def _where(error: Exception) -> str:
+def _where(error: yaml.YAMLError, text: str) -> str:
     """What is wrong with the file and at which place, on one line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {shown(error.problem)}"
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark) is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {shown(error.problem or error.context, 200)}"
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"line {line}: character {error.character!a} is not allowed"
     return " ".join(str(error).split())
 
 

@@ -161,7 +161,10 @@ def named(path: str, value: Any) -> str:
 
 def shown(value: Any, most: int = 80) -> str:
     """A value in an error: the first ``most`` characters, and what no terminal should get written as escapes."""
-    text = str(value)
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a number of too many digits, a tree of too many levels
+        text = f"{type(value).__name__} too large to show"
     text = text if len(text) <= most else text[: most - 3] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -207,7 +210,10 @@ def _to_float(value: Any) -> float:
 
 def _to_str(value: Any) -> str:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+        text = str(value)
+        if text.isascii() or text.encode("utf-8", "replace").decode() == text:
+            return text
+        raise ValueError("must be UTF-8")  # other bytes of a command line arrive as halves of surrogate pairs
     raise ValueError("must be a string")
 
 

@@ -303,7 +303,9 @@ def test_the_shape_of_the_model_comes_from_the_checkpoint(tmp_path: Path) -> Non
     folder.mkdir()
     (folder / "config.json").write_text(to_json(saved))
     words = ["--use-checkpoint-args", "--load", str(tmp_path), "--hidden-size", "128", "--moe-router-topk", "2"]
-    assert parse_args(words).notices == [f"--use-checkpoint-args: no checkpoint in {tmp_path}, so the command line stands"]
+    assert parse_args(words).notices == [
+        f"--use-checkpoint-args: no checkpoint in {tmp_path}, so the command line stands"
+    ]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
     cfg = parse_args(words)
     assert cfg.notices == [

@@ -24,9 +24,38 @@ FAMILIES: dict[type[Config], list[str]] = {
     T5Config: SMALL,
     FinetuneConfig: [*(word for word in SMALL if word not in ("--mock-data", "--train-iters", "10")), "--task", "cola"],
 }
-INTEGERS = [*"01234578", "-1", "16", "100", "2147483648", str(2**63), "9" * 5000, "1.5", "1e3", "x", "", "0x10", "1_000"]
+INTEGERS = [
+    *"01234578",
+    "-1",
+    "16",
+    "100",
+    "2147483648",
+    str(2**63),
+    "9" * 5000,
+    "1.5",
+    "1e3",
+    "x",
+    "",
+    "0x10",
+    "1_000",
+]
 NUMBERS = [*"012", "-0.0", "1e-320", "1e308", "0.5", "-1", "nan", "inf", "1e999", "x", "", "1e-5", "100"]
-TEXTS = ["", "x", " ", "a\x00b", "\udcff", "..", "-", "--", "-x", "--lr", "[0]*4", "([0]*2+[1]*2)", "[[0]]", "[0]*99999999"]
+TEXTS = [
+    "",
+    "x",
+    " ",
+    "a\x00b",
+    "\udcff",
+    "..",
+    "-",
+    "--",
+    "-x",
+    "--lr",
+    "[0]*4",
+    "([0]*2+[1]*2)",
+    "[[0]]",
+    "[0]*99999999",
+]
 TEXTS += ["1,1,1,1", "0,0", "nan,1", "a=b", "é\u2028\x1b[2J", "0.5", "a" * 300, "--bf16=x", "({" * 500]
 FIX = "set|drop|change|use|give|add|choose|keep|write|raise|lower|see|start|correct|upcycle"
 LINE = re.compile(r".+( must | is unknown; | not supported here: | has .* entries and must).*")
@@ -50,7 +79,9 @@ def command_lines(draw: st.DrawFn) -> tuple[type[Config], list[str]]:
     family = draw(st.sampled_from(list(FAMILIES)))
     flags = settings_of(family)
     # Folders are written in: those that this test would leave behind are left out.
-    names = draw(st.lists(st.sampled_from(sorted(set(flags) - {"save", "tensorboard_dir", "metrics_jsonl"})), max_size=6))
+    names = draw(
+        st.lists(st.sampled_from(sorted(set(flags) - {"save", "tensorboard_dir", "metrics_jsonl"})), max_size=6)
+    )
     return family, FAMILIES[family] + [word for name in names for word in draw(words_for(flags[name]))]
 
 
@@ -65,7 +96,9 @@ def check_message(error: ConfigError) -> None:
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(command_lines(), st.sampled_from([1, 2, 3, 4, 8, 10**6]))
-def test_any_command_line_is_valid_or_refused_in_readable_lines(line: tuple[type[Config], list[str]], ranks: int) -> None:
+def test_any_command_line_is_valid_or_refused_in_readable_lines(
+    line: tuple[type[Config], list[str]], ranks: int
+) -> None:
     family, words = line
     try:
         cfg = parse_finetune_args(words) if family is FinetuneConfig else parse_args(words, family)
@@ -79,7 +112,9 @@ def test_any_command_line_is_valid_or_refused_in_readable_lines(line: tuple[type
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
-KEYS = st.sampled_from([*settings_of(Config), "model", "moe", "version", "config", "derived", "fp16"]) | st.text(max_size=5)
+KEYS = st.sampled_from([*settings_of(Config), "model", "moe", "version", "config", "derived", "fp16"]) | st.text(
+    max_size=5
+)
 DOCUMENTS = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
 )
@@ -116,14 +151,20 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (BOMB, "its aliases stand for more than 100,000 values"),
         ("a: &a {b: *a}", "its aliases stand for more than 100,000 values"),
-        ("num_layers: " + "9" * 5000, "must be a YAML file: Exceeds the limit"),
-        ("seed: 2024-13-45", "must be a YAML file: month must be in 1..12"),
+        ("num_layers: " + "9" * 5000, "must be a YAML file: line 1, column 13: 9+... is no int .Exceeds the limit"),
+        (
+            "seed: 2024-13-45",
+            "must be a YAML file: line 1, column 7: 2024-13-45 is no timestamp .month must be in 1..12",
+        ),
         ("classes: " + "[" * 1000, "nested too deeply"),
         ('{"classes": ' + "[" * 3000, "nested too deeply"),
         ('{"lr": 1e-3, "lr": 2}', "lr is given twice"),
         ("bf16: true\nlr: !!python/object:os.system {}", "line 2, column 5: could not determine a constructor"),
-        (b"\xff\xfe\x00", "must be a readable file of text: 'utf-8' codec"),
-        ('{"version": 1, "config": {"model": {"num_layers": {}}}, "derived": 5}', r"num_layers \(\{\}\) must be an integer"),
+        (b"\xff\xfe\x00", "must be a readable file of text: line 1: 'utf-8' codec"),
+        (
+            '{"version": 1, "config": {"model": {"num_layers": {}}}, "derived": 5}',
+            r"num_layers \(\{\}\) must be an integer",
+        ),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value[:20],
 )
