@@ -27,7 +27,8 @@ E = LOGITS.shape[1]
 def router_giving(logits_TE: Tensor, moe: MoEConfig) -> tuple[TopKRouter, Tensor]:
     """A router and inputs whose logits are those: one feature per expert, and the identity as weight."""
     experts = logits_TE.shape[1]
-    router = TopKRouter(ModelConfig(hidden_size=experts, init_method_std=1.0), moe, offline_context(device="cpu"))
+    model = ModelConfig(hidden_size=experts, init_method_std=1.0, add_bias_linear=False)
+    router = TopKRouter(model, moe, offline_context(device="cpu"))
     with torch.no_grad():
         router.weight.copy_(torch.eye(experts))
     return router, logits_TE.clone()
