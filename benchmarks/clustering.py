@@ -29,9 +29,9 @@ from torch import Tensor
 from benchmarks.common import DATA_FLAGS, progress, table, write_result
 from benchmarks.dispatchers import hadamard_rotation, random_seed_clusters
 from benchmarks.quality import MODEL
-from benchmarks.variants import gpt_task
 from megatron_lsh import lsh
 from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.families import GPT
 from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row
 from megatron_lsh.lsh.interpolate import interpolate
 from megatron_lsh.moe.experts import Experts, Feed
@@ -303,7 +303,7 @@ def main() -> None:
     flags = [*MODEL, *DATA_FLAGS, "--train-iters", arguments.iters, "--eval-iters", 24, "--seed", 1]
     cfg: Config = validate(parse_args(list(map(str, flags))), 1)
     ctx = initialize(cfg.parallel, moe=True)
-    run = set_up(cfg, gpt_task(cfg), ctx)
+    run = set_up(cfg, GPT, ctx)
     started = time.monotonic()
     with run.batches("train") as batches:
         for iteration in range(arguments.iters):

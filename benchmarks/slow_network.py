@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from benchmarks.common import ROOT, progress, table, write_result
 from benchmarks.slow_link import SlowLinks, sent_bytes, set_rate, wait, why_not
-from benchmarks.variants import Bench, Variant, configure, gpt_task
+from benchmarks.variants import Bench, Variant, configure
+from megatron_lsh.families import GPT
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.run import set_up
@@ -56,7 +57,7 @@ def work(arguments: argparse.Namespace) -> None:
     batch = ["--global-batch-size", 8 * arguments.micro_batches * ranks, "--expert-model-parallel-size", ranks]
     cfg = configure([*MODEL, *SHAPES[arguments.shape], *batch, *arguments.flags], ranks)
     ctx = initialize(cfg.parallel, moe=True)
-    run = set_up(cfg, gpt_task(cfg), ctx)
+    run = set_up(cfg, GPT, ctx)
     variants = [Variant(rate, wire) for rate in arguments.rates for wire in arguments.wires]
     with run.batches("train") as batches:
         bench = Bench(run, batches)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.config import Config, parse_args, required, validate
 from megatron_lsh.data.loader import BatchIterator
-from megatron_lsh.models.gpt import build_gpt
-from megatron_lsh.models.transformer import moe_layers
+from megatron_lsh.models.gpt import gpt_stacks
+from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.moe.schedule import Scheduled
-from megatron_lsh.training.run import Run, Task, required
-from pretrain_gpt_moe import build_data, forward_step
+from megatron_lsh.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,9 @@ class Bench:
         cfg, ctx = self.run.cfg, self.run.ctx
         lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=variant.rate or 1.0)
         moe = dataclasses.replace(cfg.moe, moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh")
+        layers = moe_layers(gpt_stacks(cfg))
         hidden, experts = required(cfg.model.hidden_size), required(cfg.moe.num_experts)
-        return [build_dispatcher(DispatcherSpec(moe, lsh, ctx, hidden, experts, layer)) for layer in moe_layers(cfg)]
+        return [build_dispatcher(DispatcherSpec(moe, lsh, ctx, hidden, experts, layer)) for layer in layers]
 
     def step(self) -> dict[str, float]:
         """One training iteration: the wall time of the slowest rank, and what the MoE layers spent it on (mean over the
@@ -91,8 +90,3 @@ def configure(flags: list[Any], ranks: int) -> Config:
     """The checked configuration of a run that saves and writes nothing."""
     length = ["--train-iters", "1000000", "--eval-iters", "0", "--lr", "1e-4", "--lr-decay-style", "constant"]
     return validate(parse_args([*map(str, flags), *length]), ranks)
-
-
-def gpt_task(cfg: Config) -> Task:
-    """The task of pretrain_gpt_moe.py."""
-    return Task(build_gpt, build_data, partial(forward_step, cfg))

@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 8 tools/profile_alltoall.py THE FLAGS OF pretrain_gpt_moe.py [--steps 8] [--json FILE]
 
 Runs a few steps of each kind in turn; saves and loads nothing. Prints the break-even bandwidth, at which LSH stops
-paying, and a prediction for other clusters from a cost model fitted to the measurement
-(megatron_lsh/training/alltoall_profile.py).
+paying, and a prediction for other clusters from a cost model fitted to the measurement (megatron_lsh/plan/cost_model.py).
 """
 
 from __future__ import annotations
@@ -16,23 +15,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the entry script, which is in no package
-
-from megatron_lsh.config import Config, assumed_world_size, parse_args, validate
-from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.config import Config, assumed_world_size, required, validate
+from megatron_lsh.families import GPT
 from megatron_lsh.parallel.initialize import initialize, shutdown
-from megatron_lsh.training.alltoall_profile import (
-    as_json,
-    fit,
-    measure,
-    measured_text,
-    predicted_text,
-    profiling_config,
-)
+from megatron_lsh.plan.cost_model import as_json, fit, measured_text, predicted_text
+from megatron_lsh.training.alltoall_profile import measure, profiling_config
 from megatron_lsh.training.faults import launch
-from megatron_lsh.training.run import Task, required
 from megatron_lsh.training.startup import introduce, set_determinism
-from pretrain_gpt_moe import build_data, forward_step
 
 
 def own_flags() -> argparse.ArgumentParser:
@@ -55,7 +44,7 @@ def main(words: list[str]) -> int:
     own, flags = own_flags().parse_known_args(words)
 
     def configure() -> Config:
-        cfg: Config = parse_args(flags)
+        cfg = GPT.parse(flags)
         return profiling_config(validate(cfg, assumed_world_size(cfg)))
 
     return launch(configure, partial(profile, own))
@@ -63,11 +52,10 @@ def main(words: list[str]) -> int:
 
 def profile(own: argparse.Namespace, cfg: Config) -> None:
     """Measure, and report on rank 0."""
-
     set_determinism(cfg)
     ctx = initialize(cfg.parallel, moe=True)
     introduce(cfg, ctx)
-    exact, lsh = measure(cfg, Task(build_gpt, build_data, partial(forward_step, cfg)), ctx, max(own.steps, 1))
+    exact, lsh = measure(cfg, GPT, ctx, max(own.steps, 1))
     if ctx.rank == 0:
         ranks = ctx.ep.size
         model = fit(exact, lsh, topk=cfg.moe.moe_router_topk, hidden=required(cfg.model.hidden_size), ranks=ranks)

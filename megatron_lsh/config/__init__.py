@@ -2,7 +2,7 @@
 
 from megatron_lsh.config.arguments import parse_args
 from megatron_lsh.config.bert import BertConfig, BertSettings
-from megatron_lsh.config.config import Config
+from megatron_lsh.config.config import Config, required
 from megatron_lsh.config.finetune import FinetuneConfig, FinetuneSettings, parse_finetune_args
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.model import ModelConfig
@@ -42,6 +42,7 @@ __all__ = [
     "padded_vocab_size",
     "parse_args",
     "parse_finetune_args",
+    "required",
     "to_dict",
     "to_json",
     "validate",

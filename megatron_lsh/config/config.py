@@ -42,3 +42,10 @@ class Config:
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     # One line each, to be printed once (by one rank) at start-up: flags without effect, settings changed on the way.
     notices: list[str] = field(default_factory=list, repr=False, compare=False)
+
+
+def required(value: int | None) -> int:
+    """A setting that ``validate`` made sure of."""
+    if value is None:
+        raise ValueError("the configuration was not validated")
+    return value

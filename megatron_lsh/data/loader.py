@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from megatron_lsh.data.bert import BertRecipe
 from megatron_lsh.data.blend import BlendedDataset, BlendSchedule
 from megatron_lsh.data.cache import ArrayCache
-from megatron_lsh.data.gpt import SampleRules
 from megatron_lsh.data.indexed import IndexedDataset
-from megatron_lsh.data.kinds import GPTSamples, PassageSamples
 from megatron_lsh.data.sampler import micro_batch_indices
 from megatron_lsh.data.samples import Corpus, Dataset, SampleKind
 from megatron_lsh.data.spec import DEFAULT_SPLIT, SPLITS, parse_data_path, parse_split, split_documents
-from megatron_lsh.data.t5 import T5Recipe
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.data.vocabulary import check_vocabulary
 from megatron_lsh.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_lsh.config import BertConfig, T5Config
     from megatron_lsh.config.run import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -52,16 +47,16 @@ def _no_barrier() -> None:
     """For a run of one rank."""
 
 
-def build_train_valid_test(
+def build_datasets(
     data: DataConfig,
-    seq_length: int,
     seed: int,
     num_samples: tuple[int, int, int],
     tokenizer: Tokenizer,
+    kind: SampleKind,
     is_builder: bool = True,
     barrier: Barrier = _no_barrier,
 ) -> Datasets:
-    """The three datasets of a run that trains a GPT.
+    """The three datasets of a run, of samples of one kind.
 
     Everything is checked on every rank, so a bad input raises the same error everywhere and no rank is left waiting.
 
@@ -72,66 +67,8 @@ def build_train_valid_test(
 
     Raises:
         ConfigError: if the flags do not belong together.
-        DataError: if a file is missing or damaged, does not fit the tokenizer, or is too small.
+        DataError: if a file is missing or damaged, does not fit the tokenizer or the kind of samples, or is too small.
     """
-    rules = SampleRules(
-        tokenizer.eod, tokenizer.vocab_size, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask
-    )
-    kind = GPTSamples(seq_length, seed, rules)
-    return _build(data, seed, num_samples, tokenizer, kind, is_builder, barrier)
-
-
-def build_bert_datasets(
-    cfg: BertConfig,
-    tokenizer: Tokenizer,
-    num_samples: tuple[int, int, int],
-    is_builder: bool = True,
-    barrier: Barrier = _no_barrier,
-) -> Datasets:
-    """The three datasets of a run that trains a BERT or RoBERTa; as `build_train_valid_test`.
-
-    Raises:
-        ConfigError, DataError: also if the vocabulary lacks a special token, or a file is not split into sentences.
-    """
-    recipe = BertRecipe.of(cfg.bert, _length(cfg.model.seq_length), tokenizer)
-    kind = PassageSamples(recipe, cfg.training.seed)
-    return _build(cfg.data, cfg.training.seed, num_samples, tokenizer, kind, is_builder, barrier)
-
-
-def build_t5_datasets(
-    cfg: T5Config,
-    tokenizer: Tokenizer,
-    num_samples: tuple[int, int, int],
-    is_builder: bool = True,
-    barrier: Barrier = _no_barrier,
-) -> Datasets:
-    """The three datasets of a run that trains a T5; as `build_train_valid_test`.
-
-    Raises:
-        ConfigError, DataError: also if the vocabulary has too few sentinels, or a file is not split into sentences.
-    """
-    encoder, decoder = cfg.t5.encoder_seq_length, cfg.t5.decoder_seq_length
-    common = cfg.model.seq_length
-    recipe = T5Recipe.of(cfg.t5, _length(encoder or common), _length(decoder or common), tokenizer)
-    kind = PassageSamples(recipe, cfg.training.seed)
-    return _build(cfg.data, cfg.training.seed, num_samples, tokenizer, kind, is_builder, barrier)
-
-
-def _length(given: int | None) -> int:
-    if given is None:
-        raise ConfigError("model.seq_length (None) must be set: give --seq-length")
-    return given
-
-
-def _build(
-    data: DataConfig,
-    seed: int,
-    num_samples: tuple[int, int, int],
-    tokenizer: Tokenizer,
-    kind: SampleKind,
-    is_builder: bool,
-    barrier: Barrier,
-) -> Datasets:
     if seed < 0:
         raise ConfigError(f"training.seed ({seed}) must not be negative: choose another --seed")
     if max(num_samples) >= MOST_SAMPLES:

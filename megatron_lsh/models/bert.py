@@ -18,14 +18,19 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.models.language_model import LanguageModel, positions_of
 from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.stacks import stacks_of
+from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init, initialize_parameters, local, parameter
+from megatron_lsh.parallel.parameters import Init, local, parameter
 from megatron_lsh.parallel.tensor_parallel import gather_vocabulary, vocab_parallel_cross_entropy
 
 SEGMENTS = 2
+
+
+def bert_stacks(cfg: BertConfig) -> tuple[Stack, ...]:
+    """The stacks that a BERT of this configuration is made of."""
+    return (Stack(cfg, "encoder", causal=False),)
 
 
 class Dense(nn.Module):
@@ -98,7 +103,7 @@ class BertModel(LanguageModel):
     def __init__(self, cfg: BertConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         binary_head = cfg.bert.bert_binary_head
         super().__init__(cfg, vocab_size, ctx, telemetry, num_token_types=SEGMENTS if binary_head else 0)
-        (stack,) = stacks_of(cfg)
+        (stack,) = bert_stacks(cfg)
         self.encoder = TransformerBlock(stack, ctx, telemetry)
         self.lm_head = BertLMHead(cfg.model, ctx)
         self.output_layer: BertOutputLayer = BertOutputLayer(cfg.model, vocab_size, ctx)
@@ -156,17 +161,3 @@ class BertModel(LanguageModel):
         x_sBD = self.embedding(tokens_BS, positions, token_types_BS)
         encoded: tuple[Tensor, Tensor] = self.encoder(x_sBD, self._side(positions, padding_mask_BS))
         return encoded
-
-
-def build_bert(cfg: BertConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> BertModel:
-    """A BERT with fresh weights on ``ctx.device``: a pure function of ``cfg`` and its seed, whatever the layout.
-
-    Args:
-        vocab_size: padded vocabulary V.
-
-    Raises:
-        ConfigError: for sizes that are missing or do not fit together.
-    """
-    model = BertModel(cfg, vocab_size, ctx, telemetry)
-    initialize_parameters(model, cfg.training.seed)
-    return model

@@ -1,7 +1,7 @@
 """Classification of whole texts: a pretrained GPT, BERT or T5 encoder, pooling, dropout, one linear layer.
 
-The backbone's parameters keep their names, so that a pretraining checkpoint fits; only those that ``fresh_parameters`` names
-are new, and those that ``unused_parameters`` names are left behind in the checkpoint.
+The backbone's parameters keep their names, so that a pretraining checkpoint fits. Those of the heads are new, and those of
+the pretraining's heads are left behind in the checkpoint.
 
 Legend: S sequence, B micro-batch, D hidden, C classes.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.finetune import BertFinetuneConfig, FinetuneConfig, T5FinetuneConfig
 from megatron_lsh.models.bert import BertModel, Dense, Pooler
 from megatron_lsh.models.gpt import GPTModel
@@ -19,21 +18,20 @@ from megatron_lsh.models.language_model import LanguageModel, positions_of
 from megatron_lsh.models.t5 import T5Encoder
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init, initialize_parameters
+from megatron_lsh.parallel.parameters import Init
 from megatron_lsh.parallel.tensor_parallel import vocab_parallel_cross_entropy
 
 HEAD = "classification_head."
+"""beginning of the names of the head's parameters"""
 
 
 class GPTClassifier(GPTModel):
     """A GPT that classifies: by the last token, which has seen all others."""
 
-    def __init__(
-        self, cfg: FinetuneConfig, classes: int, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
-    ) -> None:
+    def __init__(self, cfg: FinetuneConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         self.output_layer = None
-        self.classification_head = _head(self, cfg, classes)
+        self.classification_head = _head(self, cfg)
         self.classify = Classify(cfg)
 
     def forward(  # type: ignore[override]
@@ -48,16 +46,14 @@ class GPTClassifier(GPTModel):
 class BertClassifier(BertModel):
     """A BERT that classifies: by its pooled first token. For a RoBERTa, which has no pooler, a fresh one is added."""
 
-    def __init__(
-        self, cfg: BertFinetuneConfig, classes: int, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
-    ) -> None:
+    def __init__(self, cfg: BertFinetuneConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         del self.lm_head, self.output_layer
         if cfg.bert.bert_binary_head:
             del self.binary_head
         pools = cfg.finetune.pooling == "first"
         self.pooler = (self.pooler or Pooler(cfg.model, ctx)) if pools else None
-        self.classification_head = _head(self, cfg, classes)
+        self.classification_head = _head(self, cfg)
         self.classify = Classify(cfg)
 
     def forward(  # type: ignore[override]
@@ -72,11 +68,9 @@ class BertClassifier(BertModel):
 class T5Classifier(T5Encoder):
     """The encoder of a T5 that classifies: by the mean over its tokens."""
 
-    def __init__(
-        self, cfg: T5FinetuneConfig, classes: int, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
-    ) -> None:
+    def __init__(self, cfg: T5FinetuneConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
-        self.classification_head = _head(self, cfg, classes)
+        self.classification_head = _head(self, cfg)
         self.classify = Classify(cfg)
 
     def forward(self, tokens_BS: Tensor, token_types_BS: Tensor, padding_mask_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,48 +134,6 @@ def pool(hidden_BSD: Tensor, mask_BS: Tensor, pooling: str) -> Tensor:
     return (sums_BD / lengths_B.clamp(min=1).unsqueeze(-1)).to(hidden_BSD.dtype)
 
 
-def make_classifier(
-    cfg: FinetuneConfig, classes: int, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
-) -> LanguageModel:
-    """A classifier without values, whose kind the class of ``cfg`` says.
-
-    Args:
-        classes: C.
-        vocab_size: padded vocabulary.
-
-    Raises:
-        ConfigError: for sizes that are missing or do not fit together.
-    """
-    if isinstance(cfg, T5FinetuneConfig):
-        return T5Classifier(cfg, classes, vocab_size, ctx, telemetry)
-    if isinstance(cfg, BertFinetuneConfig):
-        return BertClassifier(cfg, classes, vocab_size, ctx, telemetry)
-    return GPTClassifier(cfg, classes, vocab_size, ctx, telemetry)
-
-
-def build_classifier(
-    cfg: FinetuneConfig, classes: int, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
-) -> LanguageModel:
-    """`make_classifier` with fresh weights on ``ctx.device``; those that the pretraining model has, too, are its own."""
-    model = make_classifier(cfg, classes, vocab_size, ctx, telemetry)
-    initialize_parameters(model, cfg.training.seed)
-    return model
-
-
-def fresh_parameters(cfg: FinetuneConfig) -> tuple[str, ...]:
-    """Beginnings of the names of parameters that a pretraining checkpoint lacks."""
-    new_pooler = isinstance(cfg, BertConfig) and not cfg.bert.bert_binary_head
-    return (HEAD, "pooler.") if new_pooler else (HEAD,)
-
-
-def unused_parameters(cfg: FinetuneConfig) -> tuple[str, ...]:
-    """Beginnings of the names of parameters of pretraining heads, and of T5's decoder."""
-    if isinstance(cfg, BertFinetuneConfig):
-        return ("lm_head.", "output_layer.", "binary_head.", "pooler.")
-    if isinstance(cfg, T5FinetuneConfig):
-        return ("decoder.", "decoder_relative_pos_emb.", "output_layer.")
-    return ("output_layer.",)
-
-
-def _head(model: LanguageModel, cfg: FinetuneConfig, classes: int) -> Dense:
+def _head(model: LanguageModel, cfg: FinetuneConfig) -> Dense:
+    classes = len(cfg.finetune.classes or ()) or 2  # without the data two, the least there can be
     return Dense(model.shape.hidden, classes, model.ctx, Init("normal", cfg.model.init_method_std))

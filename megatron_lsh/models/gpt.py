@@ -10,12 +10,16 @@ from torch import Tensor
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.cache import KVCache
 from megatron_lsh.models.language_model import LanguageModel, positions_of
-from megatron_lsh.models.stacks import stacks_of
+from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import SideInputs, TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import initialize_parameters
 from megatron_lsh.parallel.tensor_parallel import gather_vocabulary, vocab_parallel_cross_entropy
+
+
+def gpt_stacks(cfg: Config) -> tuple[Stack, ...]:
+    """The stacks that a GPT of this configuration is made of."""
+    return (Stack(cfg, "decoder"),)
 
 
 class GPTModel(LanguageModel):
@@ -23,7 +27,7 @@ class GPTModel(LanguageModel):
 
     def __init__(self, cfg: Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
-        (stack,) = stacks_of(cfg)
+        (stack,) = gpt_stacks(cfg)
         self.decoder = TransformerBlock(stack, ctx, telemetry)
         self.output_layer = self._build_output_layer()
 
@@ -79,17 +83,3 @@ class GPTModel(LanguageModel):
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for rows of up to `capacity` positions, see ``forward``."""
         return KVCache(self.shape.num_layers, capacity)
-
-
-def build_gpt(cfg: Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> GPTModel:
-    """A GPT with fresh weights on ``ctx.device``: a pure function of ``cfg`` and its seed, whatever the layout.
-
-    Args:
-        vocab_size: padded vocabulary V.
-
-    Raises:
-        ConfigError: for sizes that are missing or do not fit together.
-    """
-    model = GPTModel(cfg, vocab_size, ctx, telemetry)
-    initialize_parameters(model, cfg.training.seed)
-    return model

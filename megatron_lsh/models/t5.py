@@ -10,17 +10,40 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_lsh.config.config import Config
 from megatron_lsh.config.t5 import T5Config
 from megatron_lsh.models.attention import padding_attention_mask
 from megatron_lsh.models.language_model import LanguageModel, positions_of
 from megatron_lsh.models.relative import RelativePositionBias
 from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.stacks import stacks_of
+from megatron_lsh.models.stacks import Stack, with_model
 from megatron_lsh.models.transformer import TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init, initialize_parameters
+from megatron_lsh.parallel.parameters import Init
 from megatron_lsh.parallel.tensor_parallel import gather_vocabulary, vocab_parallel_cross_entropy
+
+
+def t5_encoder_stacks(cfg: T5Config) -> tuple[Stack, ...]:
+    """The stacks that are left of a T5 when the decoder is not needed."""
+    return (Stack(_stack_config(cfg, cfg.t5.encoder_num_layers, cfg.t5.encoder_seq_length), "encoder", causal=False),)
+
+
+def t5_stacks(cfg: T5Config) -> tuple[Stack, ...]:
+    """The stacks that a T5 of this configuration is made of, in the order in which a sample passes them."""
+    (encoder,) = t5_encoder_stacks(cfg)
+    decoder = Stack(
+        _stack_config(cfg, cfg.t5.decoder_num_layers, cfg.t5.decoder_seq_length),
+        "decoder",
+        first_layer=encoder.num_layers,
+        memory_length=encoder.seq_length,
+    )
+    return encoder, decoder
+
+
+def _stack_config(cfg: T5Config, num_layers: int | None, seq_length: int | None) -> Config:
+    """`cfg` as one of the stacks sees it: --num-layers and --seq-length stand for what it does not have of its own."""
+    return with_model(cfg, num_layers=num_layers or cfg.model.num_layers, seq_length=seq_length or cfg.model.seq_length)
 
 
 class T5Encoder(LanguageModel):
@@ -29,7 +52,7 @@ class T5Encoder(LanguageModel):
     def __init__(self, cfg: T5Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         self.encoder_relative_pos_emb = _relative_positions(cfg, ctx, bidirectional=True)
-        self.encoder = TransformerBlock(stacks_of(cfg)[0], ctx, telemetry)
+        self.encoder = TransformerBlock(t5_encoder_stacks(cfg)[0], ctx, telemetry)
 
     def encode(self, tokens_BT: Tensor, padding_mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The encoder's normalized output, for other heads. Arguments as in ``T5Model.forward``.
@@ -62,7 +85,7 @@ class T5Model(T5Encoder):
     def __init__(self, cfg: T5Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         self.decoder_relative_pos_emb = _relative_positions(cfg, ctx, bidirectional=False)
-        self.decoder = TransformerBlock(stacks_of(cfg)[1], ctx, telemetry)
+        self.decoder = TransformerBlock(t5_stacks(cfg)[1], ctx, telemetry)
         self.output_layer = self._build_output_layer()
 
     def forward(
@@ -112,17 +135,3 @@ def _relative_positions(cfg: T5Config, ctx: ParallelContext, *, bidirectional: b
 def _bias(table: RelativePositionBias | None, tokens_BS: Tensor) -> Tensor | None:
     bias_1HSS: Tensor | None = None if table is None else table(tokens_BS.shape[1])
     return bias_1HSS
-
-
-def build_t5(cfg: T5Config, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> T5Model:
-    """A T5 with fresh weights on ``ctx.device``: a pure function of ``cfg`` and its seed, whatever the layout.
-
-    Args:
-        vocab_size: padded vocabulary V.
-
-    Raises:
-        ConfigError: for sizes that are missing or do not fit together.
-    """
-    model = T5Model(cfg, vocab_size, ctx, telemetry)
-    initialize_parameters(model, cfg.training.seed)
-    return model

@@ -21,13 +21,11 @@ from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.recompute import RecomputePlan, recomputed
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.stacks import Stack, moe_layers
+from megatron_lsh.models.stacks import Stack
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
-
-__all__ = ["SideInputs", "TransformerBlock", "TransformerLayer", "moe_layers"]
 
 
 class SideInputs(NamedTuple):
@@ -196,7 +194,7 @@ class TransformerBlock(nn.Module):
                 for layer, moe in enumerate(stack.moe_pattern())
             }
         )
-        self.final_layernorm = build_norm(cfg.model, ModelShape.from_config(cfg.model).hidden, ctx)
+        self.final_layernorm = build_norm(cfg.model, stack.shape.hidden, ctx)
 
     def forward(
         self, x_sBD: Tensor, side: SideInputs | None = None, cache: KVCache | None = None

@@ -1,49 +1,57 @@
-"""The loss on data that is not trained on."""
+"""What a model finds on data that is not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_lsh.families import Batch, Judge
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import reshard
-from megatron_lsh.training.losses import mean_of
-from megatron_lsh.training.step import Batch, ForwardStep, to_device
+from megatron_lsh.training.step import to_device
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    forward_step: ForwardStep,
-    batches: Iterator[Batch],
+    judge: Judge,
+    batches: Iterable[Batch],
     ctx: ParallelContext,
-    iterations: int,
-    micro_batches: int,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Mean loss over the loss tokens of `iterations` global batches, the same on every rank. Collective over the world.
+) -> dict[str, float] | None:
+    """The judge's figures over all batches of all ranks, the same on every rank. Collective over the world.
 
     The model runs with the dispatcher it trains with, unless the caller is inside `exact_dispatch`. Returns None if some
     rank asked to stop meanwhile: a run that is told to end must not wait for a long evaluation.
+
+    Args:
+        batches: micro-batches of this rank; at least one, and on every rank equally many.
     """
     was_training = model.training
     model.eval()
+    total: Tensor | None = None
     try:
-        total = [0.0, 0.0]
-        for _ in range(iterations):
-            values = torch.tensor([0.0, 0.0, float(stop_requested())], dtype=torch.float64, device=ctx.device)
-            for _ in range(micro_batches):
-                values[:2] += forward_step(model, to_device(next(batches), ctx.device)).main.sum_and_count()
-            if ctx.world.size > 1:
-                dist.all_reduce(values, group=ctx.world.process_group)
-            *found, stop = values.tolist()
-            if stop:
+        for batch in batches:
+            if _anyone(stop_requested(), ctx):
                 return None
-            total = [before + new for before, new in zip(total, found, strict=True)]
-        return mean_of(total)
+            found = judge.count(model, to_device(batch, ctx.device))
+            total = found if total is None else total + found
     finally:
         model.train(was_training)
         reshard(model)
+    assert total is not None, "nothing to evaluate on"
+    if ctx.dp.size > 1:  # the ranks of a tensor-parallel group saw the same samples
+        dist.all_reduce(total, group=ctx.dp.process_group)
+    return judge.figures(total.cpu())
+
+
+def _anyone(wish: bool, ctx: ParallelContext) -> bool:
+    """Whether any rank has this wish; the same answer on all of them."""
+    if ctx.world.size == 1:
+        return wish
+    wishes = torch.tensor(float(wish), device=ctx.device)
+    dist.all_reduce(wishes, group=ctx.world.process_group)
+    return bool(wishes > 0)

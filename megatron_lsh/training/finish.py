@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_lsh.config import required
 from megatron_lsh.data.prompts import prompt_ids
 from megatron_lsh.training.generate import Sampling, generate
 from megatron_lsh.training.plot import plot_losses
-from megatron_lsh.training.run import Run, required
+from megatron_lsh.training.run import Run
 from megatron_lsh.training.summary import closing_lines
 
 
@@ -39,7 +40,7 @@ def closing_report(run: Run) -> None:
 
 def closing_result(run: Run) -> None:
     """The last line of a run that is judged by more than a loss: its best validation, and its test."""
-    outcomes, watcher = run.reporter.outcomes, run.task.early_stopping
+    outcomes, watcher = run.reporter.outcomes, run.early_stopping
     if not outcomes:
         return
     if run.cfg.training.skip_train:
@@ -74,18 +75,18 @@ def _plot(run: Run) -> str | None:
 
 def _sample(run: Run) -> str | None:
     """Prompt and continuation, or None without --sample-prompt."""
-    prompt = run.cfg.logging.sample_prompt
-    if prompt is None:
+    prompt, tokenizer = run.cfg.logging.sample_prompt, run.tokenizer
+    if prompt is None or tokenizer is None:
         return None
-    tokens = prompt_ids(run.tokenizer, prompt)
+    tokens = prompt_ids(tokenizer, prompt)
     with run.telemetry.paused():
         new = generate(
             run.model,
             tokens,
             run.ctx,
-            vocab_size=run.tokenizer.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             context_length=required(run.cfg.model.seq_length),
-            eod=run.tokenizer.eod,
+            eod=tokenizer.eod,
             sampling=Sampling(max_new_tokens=run.cfg.logging.sample_tokens, seed=run.cfg.training.seed),
         )
-    return run.tokenizer.detokenize(tokens + new)
+    return tokenizer.detokenize(tokens + new)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from megatron_lsh.checkpoint import CheckpointManager, LoadResult, TrainingState
-from megatron_lsh.config import Config, padded_vocab_size, to_dict
+from megatron_lsh.config import Config, padded_vocab_size, required, to_dict
 from megatron_lsh.data.loader import BatchIterator, Datasets
-from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import DataError
+from megatron_lsh.families import Family, Judge
+from megatron_lsh.families.scores import LossJudge
 from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
@@ -23,19 +25,16 @@ from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import shard_model
 from megatron_lsh.parallel.random import derive_seed, get_rng_state, seed_everything, set_rng_state
+from megatron_lsh.plan.flops import peak_flops, training_flops
 from megatron_lsh.training.early_stopping import BestWeights, EarlyStopping
-from megatron_lsh.training.flops import peak_flops, tokens_per_sample, training_flops_per_token
 from megatron_lsh.training.optimizer import build_optimizer
 from megatron_lsh.training.reporter import Reporter, RunFigures
 from megatron_lsh.training.schedule import Schedule, schedule_shape
 from megatron_lsh.training.startup import describe_dispatch, describe_model, save_config, take_save_folder
 from megatron_lsh.training.state import TrainState
-from megatron_lsh.training.step import Batch, ForwardStep, Step
+from megatron_lsh.training.step import Step
 from megatron_lsh.training.upcycling import start_from_dense
 from megatron_lsh.training.watch import Place
-
-#: (run, "train", "valid" or "test", whether to stop) -> figures of this set by name, "loss" first; None if told to stop.
-Evaluator = Callable[["Run", str, Callable[[], bool]], "dict[str, float] | None"]
 
 
 def _to_save(cfg: Config) -> dict[str, Any]:
@@ -48,46 +47,26 @@ def _to_save(cfg: Config) -> dict[str, Any]:
     return config
 
 
-@dataclass(frozen=True)
-class Task:
-    """What an entry script decides: the model, the data and the loss; for fine-tuning also what it is judged by."""
-
-    build_model: Callable[[Any, int, ParallelContext, MoETelemetry], Model]
-    """(configuration, padded vocabulary, context, telemetry) -> model with its initial weights, not yet sharded"""
-    build_data: Callable[[Any, Tokenizer, ParallelContext, tuple[int, int, int]], Datasets]
-    """(..., wanted numbers of train, valid and test samples) -> datasets; collective"""
-    forward_step: ForwardStep
-    loss_tokens: Callable[[Batch], int] = lambda batch: int(batch["loss_mask"].sum())
-    """how many tokens of a micro-batch have a loss"""
-    evaluator: Evaluator | None = None
-    """evaluates a whole set, in place of the mean loss over --eval-iters batches; the validations are then epochs apart"""
-    early_stopping: EarlyStopping | None = None
-    """watches the validations; with --save, the weights of the best are kept, and tested in the end"""
-    fresh_parameters: tuple[str, ...] = ()
-    unused_parameters: tuple[str, ...] = ()
-    """heads that a pretraining checkpoint lacks or has in addition, see ``TrainingState``"""
-    samples_per_epoch: Callable[[int], int] | None = None
-    """global batch size -> sequences from one end of an epoch to the next; None where a run is not counted in epochs"""
-    tokens_per_sample: float | None = None
-    """mean length of a sample, where it is not that of the model"""
-
 
 @dataclass
 class Run:
     """A run, ready to train. Each part is the same object for the whole life of the process."""
 
     cfg: Config
-    task: Task
+    family: Family
     ctx: ParallelContext
-    tokenizer: Tokenizer
-    vocab_size: int
-    """before padding"""
+    tokenizer: Tokenizer | None
+    """None for a family whose samples are no text"""
     datasets: Datasets
     telemetry: MoETelemetry
     model: Model
     step: Step
     state: TrainState
     checkpoints: CheckpointManager
+    judge: Judge
+    """what evaluations find out"""
+    early_stopping: EarlyStopping | None
+    """watches the validations; None for a family that is judged by its loss alone"""
     best_weights: BestWeights | None
     """where the weights of the best validation are kept; None without early stopping, --save or training"""
     reporter: Reporter
@@ -97,12 +76,12 @@ class Run:
     @property
     def stopped_early(self) -> bool:
         """Whether the validations say that more training is of no use."""
-        return self.task.early_stopping is not None and self.task.early_stopping.stopped
+        return self.early_stopping is not None and self.early_stopping.stopped
 
     @property
     def epoch(self) -> float | None:
         """How often the training data has been seen; None where a run is not counted in epochs."""
-        per_epoch = self.task.samples_per_epoch
+        per_epoch = self.family.samples_per_epoch
         if per_epoch is None:
             return None
         return self.state.consumed_samples / per_epoch(required(self.cfg.training.global_batch_size))
@@ -117,7 +96,7 @@ class Run:
 
     def evaluates(self, name: str) -> bool:
         """Whether there is a "valid" or "test" set, and something to find out about it."""
-        wanted = self.cfg.training.eval_iters > 0 or self.task.evaluator is not None
+        wanted = self.cfg.training.eval_iters > 0 or self.family.judge is not None
         return wanted and getattr(self.datasets, name) is not None
 
     def batches(self, name: str, consumed_samples: int = 0) -> BatchIterator:
@@ -149,15 +128,15 @@ class Run:
                 "data": train.fingerprint() if train is not None else None,
                 "lsh_seed": self.cfg.lsh.lsh_seed,
                 "auto_dispatcher": save_decisions(self.model),
-                "early_stopping": None if self.task.early_stopping is None else self.task.early_stopping.state_dict(),
+                "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             },
-            padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.vocab_size),
-            fresh=self.task.fresh_parameters,
-            unused=self.task.unused_parameters,
+            padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.cfg.model.vocab_size or 0),
+            fresh=self.family.fresh_parameters(self.cfg),
+            unused=self.family.unused_parameters,
         )
 
 
-def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = None) -> Run:
+def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | None = None) -> Run:
     """Tokenizer, data, model, optimizer, checkpoint, outputs. Collective. `place`: where the run says what it is doing.
 
     Raises:
@@ -166,20 +145,71 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
     place = place or Place()
     lock = together(ctx, lambda: take_save_folder(cfg, ctx))  # before anything is read or built, and long before saving
     place.enter("reading the data", 0)
-    tokenizer = together(ctx, lambda: build_tokenizer(cfg.data, cfg.model.vocab_size))
-    vocab_size = max(cfg.model.vocab_size or 0, tokenizer.vocab_size)
-    cfg.model.vocab_size = vocab_size  # the model must know which ids are padding, and so must whoever loads it later
-    padded = padded_vocab_size(vocab_size, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
+    tokenizer, padded = _vocabulary(cfg, family, ctx)
     batch = required(cfg.training.global_batch_size)
     planned = cfg.training.train_samples or required(cfg.training.train_iters) * batch
-    datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, planned)))
-
+    datasets = together(ctx, lambda: family.datasets(cfg, tokenizer, ctx, _samples(cfg, planned)))
     place.enter("building the model", 0)
     telemetry = MoETelemetry(ctx.device)
-    model = together(ctx, lambda: task.build_model(cfg, padded, ctx, telemetry))
+    model = together(ctx, lambda: family.build(cfg, padded, ctx, telemetry))
     shard_model(model, ctx, cfg.precision)
-    describe_model(model, vocab_size, padded, ctx)
+    describe_model(model, cfg.model.vocab_size, padded, ctx)
     describe_dispatch(cfg, ctx)
+    step = _step(cfg, family, model, ctx)
+    checkpoint = start_from_dense(cfg, ctx)
+    timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
+    if cfg.training.skip_train:
+        checkpoint = replace(checkpoint, save=None)  # a run that only evaluates may look at one that trains
+    checkpoints = together(
+        ctx,
+        lambda: CheckpointManager(checkpoint, ctx, timeout=timeout, lock=lock, log_progress=cfg.logging.log_progress),
+    )
+    criterion = family.criterion(cfg)
+    best_weights = None
+    if criterion is not None and checkpoint.save is not None and not cfg.training.skip_train:
+        best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout, lock))
+    figures = _figures(cfg, family, ctx, padded)
+    run = Run(
+        cfg=cfg,
+        family=family,
+        ctx=ctx,
+        tokenizer=tokenizer,
+        datasets=datasets,
+        telemetry=telemetry,
+        model=model,
+        step=step,
+        state=TrainState(),
+        checkpoints=checkpoints,
+        judge=LossJudge(step.forward_step) if family.judge is None else family.judge(cfg),
+        early_stopping=None if criterion is None else EarlyStopping(criterion.figure, criterion.patience),
+        best_weights=best_weights,
+        reporter=Reporter(cfg.logging, ctx, figures, cfg.moe.moe_per_layer_logging),
+        place=place,
+    )
+    place.enter("loading a checkpoint", 0)
+    _restore(run)
+    together(ctx, lambda: save_config(cfg, ctx))
+    needed = run.state.consumed_samples + (run.reporter.figures.train_iters - run.state.iteration) * batch
+    if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read
+        run.datasets = together(ctx, lambda: family.datasets(cfg, tokenizer, ctx, _samples(cfg, needed)))
+    together(ctx, lambda: run.reporter.open(run.state.iteration))
+    return run
+
+
+def _vocabulary(cfg: Config, family: Family, ctx: ParallelContext) -> tuple[Tokenizer | None, int]:
+    """(tokenizer, size of the padded vocabulary), or (None, 0); the size before padding becomes part of `cfg`.
+
+    Which ids are padding must be known to the model, and to whoever loads it later.
+    """
+    build = family.tokenizer
+    if build is None:
+        return None, 0
+    tokenizer = together(ctx, lambda: build(cfg))
+    cfg.model.vocab_size = max(cfg.model.vocab_size or 0, tokenizer.vocab_size)
+    return tokenizer, padded_vocab_size(cfg.model.vocab_size, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
+
+
+def _step(cfg: Config, family: Family, model: Model, ctx: ParallelContext) -> Step:
     optimizer = together(ctx, lambda: build_optimizer(model, cfg.optimizer))
     schedule = Schedule(
         optimizer,
@@ -187,44 +217,19 @@ def set_up(cfg: Config, task: Task, ctx: ParallelContext, place: Place | None = 
         override=cfg.optimizer.override_opt_param_scheduler,
         use_checkpoint=cfg.optimizer.use_checkpoint_opt_param_scheduler,
     )
-    step = Step(
+    batch = required(cfg.training.global_batch_size)
+    return Step(
         model=model,
         optimizer=optimizer,
         schedule=schedule,
-        forward_step=task.forward_step,
+        forward_step=partial(family.losses, cfg),
         ctx=ctx,
         micro_batches=batch // (required(cfg.training.micro_batch_size) * ctx.dp.size),
         global_batch_size=batch,
         clip_grad=cfg.optimizer.clip_grad,
         total_iterations=required(cfg.training.train_iters),
-        loss_tokens=task.loss_tokens if cfg.training.calculate_per_token_loss else None,
+        loss_tokens=family.loss_tokens if cfg.training.calculate_per_token_loss else None,
     )
-    timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
-    checkpoint = start_from_dense(cfg, ctx)
-    if cfg.training.skip_train:
-        checkpoint = replace(checkpoint, save=None)  # a run that only evaluates may look at one that trains
-    checkpoints = together(
-        ctx,
-        lambda: CheckpointManager(checkpoint, ctx, timeout=timeout, lock=lock, log_progress=cfg.logging.log_progress),
-    )
-    best_weights = None
-    if task.early_stopping is not None and checkpoint.save is not None and not cfg.training.skip_train:
-        best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout, lock))
-    figures = _figures(cfg, ctx, padded, task.tokens_per_sample or tokens_per_sample(cfg))
-    reporter = Reporter(cfg.logging, ctx, figures, cfg.moe.moe_per_layer_logging)
-    run = Run(
-        cfg=cfg, task=task, ctx=ctx, tokenizer=tokenizer, vocab_size=vocab_size, datasets=datasets, telemetry=telemetry,
-        model=model, step=step, state=TrainState(), checkpoints=checkpoints, best_weights=best_weights, reporter=reporter,
-        place=place,
-    )  # fmt: skip
-    place.enter("loading a checkpoint", 0)
-    _restore(run)
-    together(ctx, lambda: save_config(cfg, ctx))
-    needed = run.state.consumed_samples + (run.reporter.figures.train_iters - run.state.iteration) * batch
-    if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read
-        run.datasets = together(ctx, lambda: task.build_data(cfg, tokenizer, ctx, _samples(cfg, needed)))
-    together(ctx, lambda: run.reporter.open(run.state.iteration))
-    return run
 
 
 def _samples(cfg: Config, train: int) -> tuple[int, int, int]:
@@ -233,15 +238,14 @@ def _samples(cfg: Config, train: int) -> tuple[int, int, int]:
     return (0 if cfg.training.skip_train else train), evaluated, evaluated
 
 
-def _figures(cfg: Config, ctx: ParallelContext, padded: int, sample_tokens: float) -> RunFigures:
+def _figures(cfg: Config, family: Family, ctx: ParallelContext, padded: int) -> RunFigures:
     batch = required(cfg.training.global_batch_size)
-    tokens = round(batch * sample_tokens)
     dtype = torch.bfloat16 if cfg.precision.bf16 else torch.float32
     return RunFigures(
         train_iters=required(cfg.training.train_iters),
         global_batch_size=batch,
-        tokens_per_iteration=tokens,
-        flops_per_iteration=tokens * training_flops_per_token(cfg, padded),
+        tokens_per_iteration=round(batch * family.tokens_per_sample(cfg)),
+        flops_per_iteration=batch * training_flops(family, cfg, padded),
         peak_flops=peak_flops(ctx.device, dtype, cfg.logging.peak_tflops),
     )
 
@@ -256,8 +260,8 @@ def _restore(run: Run) -> None:
         _set_length(run, result)
         _compare_data(run, result)
         _restore_dispatchers(run, result)
-        if run.task.early_stopping is not None and result.extra.get("early_stopping") is not None:
-            run.task.early_stopping.load_state_dict(result.extra["early_stopping"])
+        if run.early_stopping is not None and result.extra.get("early_stopping") is not None:
+            run.early_stopping.load_state_dict(result.extra["early_stopping"])
     if result is not None and result.rng is not None:
         set_rng_state(result.rng)
     else:
@@ -266,7 +270,7 @@ def _restore(run: Run) -> None:
 
 def _set_length(run: Run, result: LoadResult) -> None:
     """A length in samples or epochs stays what it is under another batch size: iterations follow from what is left."""
-    training, state, per_epoch = run.cfg.training, run.state, run.task.samples_per_epoch
+    training, state, per_epoch = run.cfg.training, run.state, run.family.samples_per_epoch
     batch = required(training.global_batch_size)
     before = result.config.get("training", {}).get("global_batch_size") or batch
     left = None
@@ -318,10 +322,3 @@ def _compare_data(run: Run, result: LoadResult) -> None:
 def _vocabulary_parameters(model: nn.Module) -> list[str]:
     names = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
     return [name for name, _ in model.named_parameters() if name in names]
-
-
-def required(value: int | None) -> int:
-    """A setting that validate() made sure of."""
-    if value is None:
-        raise ValueError("the configuration was not validated")
-    return value

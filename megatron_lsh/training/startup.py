@@ -130,14 +130,12 @@ def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
         print(line, flush=True)
 
 
-def describe_model(model: nn.Module, vocab_size: int, padded_vocab_size: int, ctx: ParallelContext) -> None:
-    """Print, on rank 0, the number of parameters."""
+def describe_model(model: nn.Module, vocab_size: int | None, padded_vocab_size: int, ctx: ParallelContext) -> None:
+    """Print, on rank 0, the number of parameters and the size of the vocabulary, if there is one."""
     total, local = num_parameters(model), num_local_parameters(model)
+    vocabulary = f"; vocabulary {vocab_size:,}, padded to {padded_vocab_size:,}" if padded_vocab_size else ""
     if ctx.rank == 0:
-        print(
-            f"parameters: {total:,} in all, {local:,} on rank 0; vocabulary {vocab_size:,}, padded to {padded_vocab_size:,}",
-            flush=True,
-        )
+        print(f"parameters: {total:,} in all, {local:,} on rank 0{vocabulary}", flush=True)
 
 
 def save_config(cfg: Config, ctx: ParallelContext) -> None:

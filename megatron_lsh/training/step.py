@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megatron_lsh.families import Batch, Losses
+from megatron_lsh.families.losses import MAIN, mean_of
 from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import decide, trials
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, finalize_gradients
-from megatron_lsh.training.losses import MAIN, Losses, mean_of
 from megatron_lsh.training.schedule import Schedule
 
-Batch = Mapping[str, Any]
 #: (model, batch on this rank's device) -> losses of the micro-batch
 ForwardStep = Callable[[Any, Batch], Losses]
 

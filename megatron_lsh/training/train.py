@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import islice
 
 from megatron_lsh.config import Config
-from megatron_lsh.models.stacks import moe_layers
+from megatron_lsh.families import Family
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.agreement import failed_everywhere, together
 from megatron_lsh.parallel.data_parallel import global_norm
@@ -16,14 +17,14 @@ from megatron_lsh.training.evaluate import evaluate
 from megatron_lsh.training.faults import StopRequest
 from megatron_lsh.training.finish import closing_report, closing_result
 from megatron_lsh.training.profiling import Profiling
-from megatron_lsh.training.run import Run, Task, set_up
+from megatron_lsh.training.run import Run, set_up
 from megatron_lsh.training.startup import introduce, set_determinism
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import StepResult
 from megatron_lsh.training.watch import SAVING, TRAINING, Place, Watch
 
 
-def train(cfg: Config, task: Task) -> TrainState:
+def train(cfg: Config, family: Family) -> TrainState:
     """Train as `cfg` (validated) says, on the ranks that torchrun started; returns where the run ended.
 
     A signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2), the death of torchrun, --exit-duration-in-mins and --exit-interval
@@ -39,7 +40,7 @@ def train(cfg: Config, task: Task) -> TrainState:
     introduce(cfg, ctx)
     place, timeout = Place(), timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     with Watch(ctx, stop, timeout, place):
-        run = set_up(cfg, task, ctx, place)
+        run = set_up(cfg, family, ctx, place)
         with stop:
             _work(run, stop)
             place.enter(SAVING, run.state.iteration)
@@ -131,7 +132,7 @@ def _why_complete(run: Run) -> str:
 
 def _report(run: Run, result: StepResult, iterations: int) -> None:
     """Gather the figures of a log interval from all ranks and write them."""
-    layers = run.telemetry.collect(run.ctx, iterations) if moe_layers(run.cfg) else []
+    layers = run.telemetry.collect(run.ctx, iterations) if run.model.moe_layers() else []
     norm = float(global_norm(run.model.parameters(), run.ctx)) if run.cfg.logging.log_params_norm else None
     run.reporter.interval(run.state, result, run.step.schedule.learning_rate, iterations, layers, norm)
     run.state.start_interval()
@@ -157,23 +158,24 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
     split = "valid" if name == "validation" else name
     if not run.evaluates(split):
         return True
+    whole = run.family.judge is not None
     # The model runs as in the iteration just done; a run that only evaluates has none and must be told.
     run.model.set_iteration(max(run.state.iteration - 1, 0), run.step.total_iterations)
     run.place.enter(f"{name} evaluation", run.state.iteration)
     outcomes: dict[str, dict[str, float]] = {}
-    for dispatch in _dispatches(run.cfg):
+    for dispatch in _dispatches(run):
         exactly = exact_dispatch(run.model) if dispatch == "exact" else nullcontext()
         with run.reporter.watch.paused(), run.telemetry.paused(), exactly:
-            figures = _figures(run, split, stop)
+            figures = _figures(run, split, stop, whole)
         if figures is None:
             return False
         outcomes[dispatch] = figures
-    if run.task.evaluator is None:
+    if not whole:
         losses = {dispatch: figures["loss"] for dispatch, figures in outcomes.items()}
         run.reporter.evaluation(run.state.iteration, name, losses, final=final)
         return True
     after = run.state.iteration if weights is None else weights
-    best = run.task.early_stopping
+    best = run.early_stopping
     epoch = run.epoch if weights is None or best is None else best.best_epoch
     run.reporter.figures_of(
         name, outcomes, run.state.iteration, after, None if run.cfg.training.skip_train else epoch
@@ -183,21 +185,16 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
     return True
 
 
-def _figures(run: Run, split: str, stop: StopRequest) -> dict[str, float] | None:
-    """What an evaluation of a set finds, by name; None if some rank asked to stop meanwhile."""
-    if run.task.evaluator is not None:
-        return run.task.evaluator(run, split, lambda: stop.requested)
-    iterations, step = run.cfg.training.eval_iters, run.step
+def _figures(run: Run, split: str, stop: StopRequest, whole: bool) -> dict[str, float] | None:
+    """What an evaluation on the `whole` set, or on --eval-iters global batches of it, finds; None if told to stop."""
+    some = None if whole else run.cfg.training.eval_iters * run.step.micro_batches
     with run.batches(split) as batches:
-        loss = evaluate(
-            run.model, step.forward_step, batches, run.ctx, iterations, step.micro_batches, lambda: stop.requested
-        )
-    return None if loss is None else {"loss": loss}
+        return evaluate(run.model, run.judge, islice(batches, some), run.ctx, lambda: stop.requested)
 
 
 def _watch(run: Run, figures: dict[str, float]) -> None:
     """Early stopping: keep the weights if this validation is the best so far, and say so when it is time to end."""
-    watcher, iteration = run.task.early_stopping, run.state.iteration
+    watcher, iteration = run.early_stopping, run.state.iteration
     if watcher is None:
         return
     better = watcher.observe(iteration, figures, run.epoch)
@@ -214,17 +211,18 @@ def _watch(run: Run, figures: dict[str, float]) -> None:
 
 def _take_best_weights(run: Run) -> int | None:
     """Put the weights of the best validation into the model, unless it has them already; returns their iteration."""
-    watcher, keeper = run.task.early_stopping, run.best_weights
+    watcher, keeper = run.early_stopping, run.best_weights
     if watcher is None or keeper is None or watcher.best_iteration in (None, run.state.iteration):
         return None
     together(run.ctx, lambda: keeper.load(run.checkpoint_state()))
     return watcher.best_iteration
 
 
-def _dispatches(cfg: Config) -> list[str]:
+def _dispatches(run: Run) -> list[str]:
     """--lsh-eval: how rows travel in each evaluation to make, "as trained" or "exact"."""
+    cfg = run.cfg
     lossless = cfg.moe.moe_token_dispatcher_type in ("alltoall", "allgather") and cfg.lsh.lsh_wire_dtype is None
-    if lossless or not moe_layers(cfg):
+    if lossless or not run.model.moe_layers():
         return ["as trained"]
     return {"on": ["as trained"], "off": ["exact"], "both": ["as trained", "exact"]}[cfg.lsh.lsh_eval]
 

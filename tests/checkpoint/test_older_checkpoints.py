@@ -12,7 +12,8 @@ from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.config import Config, to_dict
 from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.errors import CheckpointError
-from megatron_lsh.models.gpt import GPTModel, build_gpt
+from megatron_lsh.families import GPT
+from megatron_lsh.models.model import Model
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 
@@ -36,7 +37,7 @@ class Run:
         """`router_biases`: whether each layer's router has the bias that routers of former versions had not."""
         cfg = settings()
         cfg.training.seed = seed
-        self.model: GPTModel = build_gpt(cfg, VOCAB, CTX, MoETelemetry(CTX.device))
+        self.model: Model = GPT.build(cfg, VOCAB, CTX, MoETelemetry(CTX.device))
         for layer, kept in enumerate(router_biases):
             if not kept:
                 self.router(layer).bias = None

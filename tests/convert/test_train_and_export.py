@@ -18,7 +18,7 @@ from megatron_lsh.convert import load_hf, load_native, save_hf, save_native
 from megatron_lsh.convert.native import find_native, read_config
 from megatron_lsh.convert.source import VOCABULARY
 from megatron_lsh.errors import CheckpointError
-from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.families import GPT
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.data_parallel import finalize_gradients, shard_model
@@ -48,7 +48,7 @@ def load_train_save(root: str) -> dict[str, tuple[Tensor, Tensor]]:
             ctx = initialize(cfg.parallel)
         vocab = padded_vocab_size(VOCAB, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
         telemetry = MoETelemetry(ctx.device)
-        model = shard_model(build_gpt(cfg, vocab, ctx, telemetry), ctx, cfg.precision)
+        model = shard_model(GPT.build(cfg, vocab, ctx, telemetry), ctx, cfg.precision)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
         rows = {key: VOCAB for key, _ in model.named_parameters() if key in VOCABULARY}
         state = TrainingState(
@@ -113,7 +113,7 @@ def test_other_settings_than_the_checkpoints_are_refused(tmp_path: Path) -> None
     cfg = read_config(find_native(tmp_path / "native", None))
     cfg.model.norm_epsilon = 1e-3
     ctx = offline_context(device="cpu")
-    model = build_gpt(cfg, 128, ctx, MoETelemetry(ctx.device))
+    model = GPT.build(cfg, 128, ctx, MoETelemetry(ctx.device))
     state = TrainingState(model=model, config=to_dict(cfg)["config"], padded_rows=dict.fromkeys(VOCABULARY, VOCAB))
     for finetune in (True, False):
         manager = CheckpointManager(

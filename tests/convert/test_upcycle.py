@@ -22,10 +22,12 @@ from megatron_lsh.convert import (
 )
 from megatron_lsh.convert.logits import our_logits
 from megatron_lsh.errors import CheckpointError, ConfigError
-from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.families import GPT
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
+from megatron_lsh.training.main import configure
+from megatron_lsh.training.train import train as run
 from tests.convert.helpers import QUIET, native_tensors
 from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
 from tests.models.model_helpers import make_config, make_gpt, randomize
@@ -81,7 +83,7 @@ def test_routers_are_random_and_those_of_a_fresh_model(tmp_path: Path) -> None:
     tensors = native_tensors(source)
     cfg = source.cfg
     cfg.training.seed = 7
-    fresh = build_gpt(cfg, 128, offline_context(device="cpu"), MoETelemetry(torch.device("cpu")))
+    fresh = GPT.build(cfg, 128, offline_context(device="cpu"), MoETelemetry(torch.device("cpu")))
     for layer in range(2):
         name = f"decoder.layers.{layer}.mlp.router.weight"
         assert torch.equal(tensors[name], fresh.state_dict()[name])
@@ -141,13 +143,7 @@ FLAGS = [
 
 def train(flags: list[str]) -> int:
     """A run of the entry script's parts on this rank."""
-    import pretrain_gpt_moe as entry
-    from megatron_lsh.training.run import Task
-    from megatron_lsh.training.train import train as run
-
-    cfg = validate(parse_args(flags), 2)
-    entry.refuse_to_overwrite(cfg.checkpoint)
-    return run(cfg, Task(build_gpt, entry.build_data, entry.partial(entry.forward_step, cfg))).iteration
+    return run(*configure(GPT.parse(flags))).iteration
 
 
 def test_training_starts_from_a_dense_checkpoint(tmp_path: Path) -> None:

@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
+from megatron_lsh.config import BertConfig, DataConfig, T5Config
+from megatron_lsh.data.bert import BertRecipe
+from megatron_lsh.data.gpt import SampleRules
 from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_lsh.data.kinds import GPTSamples, PassageSamples
+from megatron_lsh.data.loader import Datasets, build_datasets
 from megatron_lsh.data.samples import Sample
+from megatron_lsh.data.t5 import T5Recipe
+from megatron_lsh.data.tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,3 +86,29 @@ def numbered_sentences(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]
 def same(one: Sample, other: Sample) -> bool:
     """Whether two samples hold the same arrays."""
     return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+Counts = tuple[int, int, int]
+
+
+def gpt_datasets(
+    data: DataConfig, seq_length: int, seed: int, counts: Counts, tokenizer: Tokenizer, *place: Any
+) -> Datasets:
+    """Datasets of a GPT; `place` is who builds them, and the barrier."""
+    rules = SampleRules(
+        tokenizer.eod, tokenizer.vocab_size, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask
+    )
+    return build_datasets(data, seed, counts, tokenizer, GPTSamples(seq_length, seed, rules), *place)
+
+
+def bert_datasets(cfg: BertConfig, tokenizer: Tokenizer, counts: Counts, *place: Any) -> Datasets:
+    """The same of a BERT."""
+    kind = PassageSamples(BertRecipe.of(cfg.bert, cfg.model.seq_length or 0, tokenizer), cfg.training.seed)
+    return build_datasets(cfg.data, cfg.training.seed, counts, tokenizer, kind, *place)
+
+
+def t5_datasets(cfg: T5Config, tokenizer: Tokenizer, counts: Counts) -> Datasets:
+    """The same of a T5."""
+    lengths = [length or cfg.model.seq_length or 0 for length in (cfg.t5.encoder_seq_length, cfg.t5.decoder_seq_length)]
+    kind = PassageSamples(T5Recipe.of(cfg.t5, *lengths, tokenizer), cfg.training.seed)
+    return build_datasets(cfg.data, cfg.training.seed, counts, tokenizer, kind)

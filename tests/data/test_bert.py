@@ -11,7 +11,7 @@ from megatron_lsh.config import BertConfig, parse_args
 from megatron_lsh.config.bert import BertSettings
 from megatron_lsh.data.bert import BertRecipe
 from megatron_lsh.data.blend import BlendedDataset
-from megatron_lsh.data.loader import BatchIterator, Datasets, build_bert_datasets
+from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.packing import Passage
 from megatron_lsh.data.samples import Sample
 from megatron_lsh.data.tokenizers import (
@@ -24,7 +24,7 @@ from megatron_lsh.data.tokenizers import (
 from megatron_lsh.data.vocabulary import write_description
 from megatron_lsh.data.wordpiece import BertWordPieceTokenizer
 from megatron_lsh.errors import ConfigError, DataError
-from tests.data.helpers import numbered, numbered_sentences, same, write_dataset, write_sentences
+from tests.data.helpers import bert_datasets, numbered, numbered_sentences, same, write_dataset, write_sentences
 
 TOKENIZER = NullTokenizer(20_000)
 CLS, SEP, MASK, PAD = TOKENIZER.cls, TOKENIZER.sep, TOKENIZER.mask, TOKENIZER.pad
@@ -158,7 +158,7 @@ def build(
         setattr(cfg.bert, name, settings.pop(name, getattr(cfg.bert, name)))
     for name, value in settings.items():
         setattr(cfg.data, name, value)
-    return build_bert_datasets(cfg, tokenizer, num_samples)
+    return bert_datasets(cfg, tokenizer, num_samples)
 
 
 def train(**settings: object) -> list[Sample]:
@@ -230,7 +230,7 @@ def test_mock_data() -> None:
         )
         cfg = parse_args([*words.split(), *([] if head else ["--bert-no-binary-head"])], config_class=BertConfig)
         tokenizer = build_tokenizer(cfg.data)
-        first, second = (build_bert_datasets(cfg, tokenizer, (20, 5, 0)) for _ in range(2))
+        first, second = (bert_datasets(cfg, tokenizer, (20, 5, 0)) for _ in range(2))
         assert first.train is not None and second.train is not None and first.valid is not None and first.test is None
         assert all(same(first.train[i], second.train[i]) for i in range(20))
         assert first.train.fingerprint() == second.train.fingerprint() != first.valid.fingerprint()
@@ -292,7 +292,7 @@ def test_builder_failure_reaches_the_barrier(tmp_path: Path) -> None:
     for is_builder in (True, False):
         calls: list[str] = []
         with pytest.raises(DataError, match="--split-sentences"):
-            build_bert_datasets(cfg, TOKENIZER, (1, 0, 0), is_builder, lambda: calls.append("barrier"))  # noqa: B023
+            bert_datasets(cfg, TOKENIZER, (1, 0, 0), is_builder, lambda: calls.append("barrier"))  # noqa: B023
         assert calls == ["barrier"]
 
 

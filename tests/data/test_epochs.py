@@ -10,12 +10,11 @@ from megatron_lsh.data import epochs
 from megatron_lsh.data.cache import ArrayCache, Layout
 from megatron_lsh.data.epochs import EpochArrays
 from megatron_lsh.data.gpt import GPTDataset, SampleRules
-from megatron_lsh.data.loader import build_train_valid_test
 from megatron_lsh.data.packing import PackedPassages, Packing
 from megatron_lsh.data.samples import Corpus
 from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import ConfigError
-from tests.data.helpers import numbered, write_dataset
+from tests.data.helpers import gpt_datasets, numbered, write_dataset
 
 LAYOUT: Layout = {"a": ((2,), np.dtype("<i8")), "b": ((), np.dtype("<u2"))}
 
@@ -58,4 +57,4 @@ def test_more_samples_than_can_be_numbered_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"number of samples .4611686018427387904. must be below 2\^62: lower --train-"
     ):
-        build_train_valid_test(DataConfig(mock_data=True), 8, 1, (1 << 62, 0, 0), NullTokenizer(10))
+        gpt_datasets(DataConfig(mock_data=True), 8, 1, (1 << 62, 0, 0), NullTokenizer(10))

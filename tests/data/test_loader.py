@@ -12,12 +12,12 @@ import torch
 from megatron_lsh.config.run import DataConfig
 from megatron_lsh.data.blend import BlendedDataset
 from megatron_lsh.data.indexed import IndexedDataset
-from megatron_lsh.data.loader import Batch, BatchIterator, Datasets, build_train_valid_test
+from megatron_lsh.data.loader import Batch, BatchIterator, Datasets
 from megatron_lsh.data.samples import Sample
 from megatron_lsh.data.tokenizers import ByteTokenizer, NullTokenizer
 from megatron_lsh.data.vocabulary import description_path, read_description, write_description
 from megatron_lsh.errors import ConfigError, DataError
-from tests.data.helpers import numbered, write_dataset
+from tests.data.helpers import gpt_datasets, numbered, write_dataset
 
 TOKENIZER = NullTokenizer(10_000)
 
@@ -31,7 +31,7 @@ def corpus(tmp_path: Path) -> str:
 
 def build(num_samples: tuple[int, int, int] = (30, 4, 2), seq_length: int = 8, **settings: object) -> Datasets:
     data = DataConfig(**settings)  # type: ignore[arg-type]
-    return build_train_valid_test(data, seq_length, 1234, num_samples, TOKENIZER)
+    return gpt_datasets(data, seq_length, 1234, num_samples, TOKENIZER)
 
 
 def test_splits_by_document(corpus: str) -> None:
@@ -126,13 +126,13 @@ def test_errors(corpus: str, settings: dict[str, object], error: type[Exception]
 
 def test_negative_seed(corpus: str) -> None:
     with pytest.raises(ConfigError, match="seed"):
-        build_train_valid_test(DataConfig(data_path=[corpus]), 8, -1, (1, 0, 0), TOKENIZER)
+        gpt_datasets(DataConfig(data_path=[corpus]), 8, -1, (1, 0, 0), TOKENIZER)
 
 
 def test_vocabulary_by_highest_id(corpus: str) -> None:
     for is_builder in (True, False):
         with pytest.raises(DataError, match=r"corpus\.bin holds token id 999, but ByteTokenizer has the ids 0 to 256"):
-            build_train_valid_test(DataConfig(data_path=[corpus]), 8, 1, (1, 0, 0), ByteTokenizer(), is_builder)
+            gpt_datasets(DataConfig(data_path=[corpus]), 8, 1, (1, 0, 0), ByteTokenizer(), is_builder)
 
 
 def test_vocabulary_by_description(corpus: str, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_vocabulary_by_description(corpus: str, tmp_path: Path) -> None:
         DataError, match=r"written with NullTokenizer .*vocabulary 1001.*NullTokenizer .vocabulary 10001"
     ):
         build(data_path=[corpus])
-    build_train_valid_test(DataConfig(data_path=[corpus]), 8, 1, (1, 0, 0), NullTokenizer(1000))
+    gpt_datasets(DataConfig(data_path=[corpus]), 8, 1, (1, 0, 0), NullTokenizer(1000))
     # A description of other data says nothing.
     write_dataset(tmp_path / "second", numbered([20] * 50))
     shutil.copy(description_path(corpus), tmp_path / "second.json")
@@ -158,7 +158,7 @@ def test_builder_failure_reaches_the_barrier(corpus: str) -> None:
         calls: list[str] = []
         data = DataConfig(data_path=[f"{corpus}gone"])
         with pytest.raises(DataError, match="does not exist"):
-            build_train_valid_test(data, 8, 1, (1, 0, 0), TOKENIZER, is_builder, lambda: calls.append("barrier"))  # noqa: B023
+            gpt_datasets(data, 8, 1, (1, 0, 0), TOKENIZER, is_builder, lambda: calls.append("barrier"))  # noqa: B023
         assert calls == ["barrier"]
 
 
@@ -170,8 +170,8 @@ def test_only_the_builder_writes(corpus: str) -> None:
         at_barrier.append({path.name for path in cache.iterdir()} if cache.is_dir() else set())
 
     data = DataConfig(data_path=[corpus], split="1")
-    build_train_valid_test(data, 8, 1, (30, 0, 0), TOKENIZER, True, barrier)
-    build_train_valid_test(data, 8, 1, (30, 0, 0), TOKENIZER, False, barrier)
+    gpt_datasets(data, 8, 1, (30, 0, 0), TOKENIZER, True, barrier)
+    gpt_datasets(data, 8, 1, (30, 0, 0), TOKENIZER, False, barrier)
     assert len(at_barrier[0]) == 2 and at_barrier[1] == at_barrier[0] == {path.name for path in cache.iterdir()}
 
 
@@ -250,7 +250,7 @@ def test_mock_data_is_reproducible_and_learnable() -> None:
     assert (first.train[0]["tokens"] != first.valid[0]["tokens"]).any()
     # What follows a token is nearly always the same: the most frequent successor is right about 0.9^2 of the time.
     successors: dict[int, list[int]] = {}
-    small = build_train_valid_test(DataConfig(mock_data=True), 256, 1, (50, 0, 0), NullTokenizer(50)).train
+    small = gpt_datasets(DataConfig(mock_data=True), 256, 1, (50, 0, 0), NullTokenizer(50)).train
     assert small is not None
     for i in range(50):
         for token, label in zip(small[i]["tokens"].tolist(), small[i]["labels"].tolist(), strict=True):

@@ -10,13 +10,13 @@ import pytest
 from megatron_lsh.config import T5Config, parse_args
 from megatron_lsh.config.t5 import T5Settings
 from megatron_lsh.data.blend import BlendedDataset
-from megatron_lsh.data.loader import Datasets, build_t5_datasets
+from megatron_lsh.data.loader import Datasets
 from megatron_lsh.data.packing import Passage
 from megatron_lsh.data.samples import Sample
 from megatron_lsh.data.t5 import T5Recipe, _divide
 from megatron_lsh.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError, DataError
-from tests.data.helpers import numbered, numbered_sentences, same, write_dataset, write_sentences
+from tests.data.helpers import numbered, numbered_sentences, same, t5_datasets, write_dataset, write_sentences
 
 TOKENIZER = NullTokenizer(20_000, 100)
 SENTINELS = [*TOKENIZER.sentinels]
@@ -129,7 +129,7 @@ def build(
     cfg.t5.decoder_seq_length = 12
     for name, value in settings.items():
         setattr(cfg.data, name, value)
-    return build_t5_datasets(cfg, tokenizer, num_samples)
+    return t5_datasets(cfg, tokenizer, num_samples)
 
 
 def train(**settings: object) -> list[Sample]:
@@ -170,7 +170,7 @@ def test_mock_data() -> None:
     cfg = parse_args([*words.split(), "--vocab-extra-ids", "30"], config_class=T5Config)
     tokenizer = build_tokenizer(cfg.data)
     assert tokenizer.vocab_size == 1054
-    first, second = (build_t5_datasets(cfg, tokenizer, (20, 5, 0)) for _ in range(2))
+    first, second = (t5_datasets(cfg, tokenizer, (20, 5, 0)) for _ in range(2))
     assert first.train is not None and second.train is not None and first.valid is not None
     assert all(same(first.train[i], second.train[i]) for i in range(20))
     assert first.train.fingerprint() == second.train.fingerprint() != first.valid.fingerprint()

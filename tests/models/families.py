@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lsh.config import BertConfig, Config, T5Config
-from megatron_lsh.models.bert import BertModel, build_bert
-from megatron_lsh.models.t5 import T5Model, build_t5
+from megatron_lsh.families import BERT, T5, Mean
+from megatron_lsh.models.bert import BertModel
+from megatron_lsh.models.model import Model
+from megatron_lsh.models.t5 import T5Model
 from megatron_lsh.moe.telemetry import LayerReport, MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.data_parallel import finalize_gradients, shard_model
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.random import seed_everything
-from megatron_lsh.training.losses import Mean
 from tests.models.model_helpers import VOCAB, fill, full_gradients
 
 #: Padding (False) at the end of the second of two rows.
@@ -36,14 +37,14 @@ def t5_config(**settings: Any) -> T5Config:
     return fill(T5Config(), **{**small, **settings})
 
 
-def make_bert(cfg: BertConfig, ctx: ParallelContext | None = None) -> BertModel:
+def make_bert(cfg: BertConfig, ctx: ParallelContext | None = None) -> Model:
     ctx = ctx or offline_context(device="cpu")
-    return build_bert(cfg, VOCAB, ctx, telemetry_of(cfg, ctx))
+    return BERT.build(cfg, VOCAB, ctx, telemetry_of(cfg, ctx))
 
 
-def make_t5(cfg: T5Config, ctx: ParallelContext | None = None) -> T5Model:
+def make_t5(cfg: T5Config, ctx: ParallelContext | None = None) -> Model:
     ctx = ctx or offline_context(device="cpu")
-    return build_t5(cfg, VOCAB, ctx, telemetry_of(cfg, ctx))
+    return T5.build(cfg, VOCAB, ctx, telemetry_of(cfg, ctx))
 
 
 def telemetry_of(cfg: Config, ctx: ParallelContext) -> MoETelemetry:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_lsh.config.config import Config
-from megatron_lsh.models.gpt import GPTModel, build_gpt
+from megatron_lsh.families import GPT
+from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 
@@ -62,7 +63,9 @@ MOE = {
 
 def make_gpt(cfg: Config, ctx: ParallelContext | None = None, vocab_size: int = VOCAB) -> GPTModel:
     ctx = ctx or offline_context(device="cpu")
-    return build_gpt(cfg, vocab_size, ctx, MoETelemetry(ctx.device))
+    model = GPT.build(cfg, vocab_size, ctx, MoETelemetry(ctx.device))
+    assert isinstance(model, GPTModel)
+    return model
 
 
 def make_batch(batch: int = 2, length: int = 16, vocab_size: int = VOCAB, seed: int = 0) -> tuple[Tensor, Tensor]:

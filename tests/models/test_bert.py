@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_lsh.models.counting import parameter_counts
+from megatron_lsh.families import BERT
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.parameters import is_expert
 from megatron_lsh.parallel.testing import run_distributed_test
+from megatron_lsh.plan.counting import parameter_counts
 from tests.models import families
 from tests.models.families import REAL, bert_batch, bert_config, make_bert
 from tests.models.model_helpers import LLAMA_LIKE, MOE, VOCAB, load, pack_qkv, randomize, shake
@@ -120,7 +121,7 @@ def test_experts_are_there(settings: dict[str, Any]) -> None:
     assert sum(names.values()) == expected
     assert all(name.startswith("encoder.layers.1.mlp.experts.") for name in names)
     total = sum(p.numel() for p in model.parameters())
-    counts = parameter_counts(cfg, VOCAB, ParallelLayout(2, ep=2))
+    counts = parameter_counts(BERT, cfg, VOCAB, ParallelLayout(2, ep=2))
     assert (counts.total, counts.active, counts.expert_per_rank) == (total, total - expected // 2, expected // 2)
 
 

@@ -8,23 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_lsh.config import BertConfig, Config, T5Config
 from megatron_lsh.config.finetune import BertFinetuneConfig, FinetuneConfig, T5FinetuneConfig
 from megatron_lsh.config.parallel import ParallelConfig
-from megatron_lsh.models.classification import (
-    HEAD,
-    GPTScorer,
-    build_classifier,
-    fresh_parameters,
-    pool,
-    unused_parameters,
-)
-from megatron_lsh.models.families import model_of
-from megatron_lsh.models.language_model import LanguageModel
+from megatron_lsh.families import FAMILIES, Family, family_of
+from megatron_lsh.models.classification import HEAD, GPTScorer, pool
+from megatron_lsh.models.model import Model
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.initialize import initialize
-from megatron_lsh.parallel.parameters import initialize_parameters, is_expert
+from megatron_lsh.parallel.parameters import is_expert
 from megatron_lsh.parallel.testing import run_distributed_test
 from tests.models.model_helpers import MOE, VOCAB, fill, full_gradients, make_gpt, randomize
 
@@ -37,12 +29,13 @@ def config_of(backbone: str, **settings: Any) -> FinetuneConfig:
     """Two layers of width 32 with experts in the second, S = 16; `settings` are fields of any part."""
     positions = "relative" if backbone == "t5" else "learned_absolute"
     own = {"position_embedding_type": positions, "pooling": POOLING[backbone], "classifier_dropout": 0.0}
-    return fill(CLASSES[backbone](), **MOE, **{**own, **settings})
+    return fill(CLASSES[backbone](), **MOE, **{**own, "classes": ["a", "b", "c"], **settings})
 
 
-def build(cfg: FinetuneConfig, ctx: ParallelContext | None = None, classes: int = 3) -> LanguageModel:
+def build(cfg: FinetuneConfig, ctx: ParallelContext | None = None) -> Model:
+    """A classifier with three classes."""
     ctx = ctx or offline_context(device="cpu")
-    return build_classifier(cfg, classes, VOCAB, ctx, MoETelemetry(ctx.device))
+    return family_of(cfg).build(cfg, VOCAB, ctx, MoETelemetry(ctx.device))
 
 
 def batch_of(lengths: list[int], width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +55,7 @@ def test_the_backbone_is_that_of_pretraining(backbone: str, plain: bool) -> None
     if isinstance(cfg, BertFinetuneConfig):
         cfg.bert.bert_binary_head = not plain
     ours, theirs = dict(build(cfg).named_parameters()), dict(pretraining_model(cfg).named_parameters())
-    fresh, unused = fresh_parameters(cfg), unused_parameters(cfg)
+    fresh, unused = family_of(cfg).fresh_parameters(cfg), family_of(cfg).unused_parameters
     added, left = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
     assert added == {name for name in ours if name.startswith(fresh)} and {HEAD + "weight", HEAD + "bias"} <= added
     assert ("pooler.dense.weight" in added) == (backbone == "bert" and plain)  # RoBERTa has none
@@ -74,14 +67,12 @@ def test_the_backbone_is_that_of_pretraining(backbone: str, plain: bool) -> None
     assert experts == 4 * 2 * 32 * 16 + 4 * (16 + 32)  # fc1 and fc2 of four experts in one layer, with biases
 
 
-def pretraining_model(cfg: FinetuneConfig) -> LanguageModel:
+def pretraining_model(cfg: FinetuneConfig) -> Model:
     """What ``cfg`` was pretrained as."""
-    base = next(base for base in (T5Config, BertConfig, Config) if isinstance(cfg, base))
-    plain = base(**{name: part for name, part in vars(cfg).items() if name not in ("finetune", "examples")})
+    family: Family = next(family for family in FAMILIES if family.classifier is family_of(cfg))
+    plain = family.config(**{name: part for name, part in vars(cfg).items() if name not in ("finetune", "examples")})
     ctx = offline_context(device="cpu")
-    model = model_of(plain)(plain, VOCAB, ctx, MoETelemetry(ctx.device))
-    initialize_parameters(model, plain.training.seed)
-    return model
+    return family.build(plain, VOCAB, ctx, MoETelemetry(ctx.device))
 
 
 def test_pool() -> None:

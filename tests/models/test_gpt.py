@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.models.counting import parameter_counts
+from megatron_lsh.families import GPT
 from megatron_lsh.parallel.layout import ParallelLayout
+from megatron_lsh.plan.counting import parameter_counts
 from tests.models.model_helpers import (
     LLAMA_LIKE,
     MOE,
@@ -184,7 +185,7 @@ def test_counting() -> None:
     attention = 32 * 32 * 2 + 2 * 32 * 16
     norms, embeddings, expert = 5 * 32, 2 * VOCAB * 32, 3 * 32 * 16
     dense = 2 * attention + 3 * 32 * 48 + norms + embeddings + 4 * 32
-    counts = parameter_counts(cfg, VOCAB, ParallelLayout(4, tp=2, ep=4))
+    counts = parameter_counts(GPT, cfg, VOCAB, ParallelLayout(4, tp=2, ep=4))
     assert counts.total == dense + 4 * expert == sum(p.numel() for p in make_gpt(cfg).parameters())
     assert counts.active == dense + 2 * expert
     replicated = norms + 4 * 32
@@ -204,7 +205,7 @@ def test_counts_of_mixtral_8x7b() -> None:
         num_experts=8,
         moe_token_dispatcher_type="lsh",
     )
-    counts = parameter_counts(cfg, 32000, ParallelLayout(32, ep=8))
+    counts = parameter_counts(GPT, cfg, 32000, ParallelLayout(32, ep=8))
     assert counts.total == 46_702_792_704
     assert counts.active == 12_879_925_248
     assert counts.expert_per_rank == 32 * 3 * 4096 * 14336
@@ -212,7 +213,7 @@ def test_counts_of_mixtral_8x7b() -> None:
 
 def test_a_tied_embedding_counts_once() -> None:
     tied, untied = (
-        parameter_counts(make_config(untie_embeddings_and_output_weights=untie), VOCAB, ParallelLayout(1))
+        parameter_counts(GPT, make_config(untie_embeddings_and_output_weights=untie), VOCAB, ParallelLayout(1))
         for untie in (False, True)
     )
     assert untied.total - tied.total == VOCAB * 32

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lsh.config import T5Settings
-from megatron_lsh.models.counting import parameter_counts
+from megatron_lsh.families import T5
 from megatron_lsh.models.relative import RelativePositionBias, relative_buckets
 from megatron_lsh.models.stacks import moe_layers
+from megatron_lsh.models.t5 import t5_stacks
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.parameters import Init, is_expert
 from megatron_lsh.parallel.testing import run_distributed_test
+from megatron_lsh.plan.counting import parameter_counts
 from tests.models import families
 from tests.models.families import REAL, make_t5, t5_batch, t5_config
 from tests.models.model_helpers import MOE, VOCAB, load, pack_qkv, randomize, shake
@@ -177,9 +179,9 @@ def test_experts_are_there() -> None:
     assert sum(names.values()) == 3 * 4 * 2 * 32 * 16
     layers = {name.split(".mlp")[0] for name in names}
     assert layers == {"encoder.layers.0", "decoder.layers.0", "decoder.layers.2"}
-    assert moe_layers(cfg) == [0, 2, 4]
+    assert moe_layers(t5_stacks(cfg)) == [0, 2, 4]
     total, expert = sum(p.numel() for p in model.parameters()), sum(names.values())
-    counts = parameter_counts(cfg, VOCAB, ParallelLayout(4, tp=2, ep=4))
+    counts = parameter_counts(T5, cfg, VOCAB, ParallelLayout(4, tp=2, ep=4))
     assert (counts.total, counts.active, counts.expert_per_rank) == (total, total - expert // 2, expert // 4)
 
 

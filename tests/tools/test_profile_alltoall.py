@@ -13,15 +13,8 @@ import pytest
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
 from megatron_lsh.parallel.testing import run_distributed_test
-from megatron_lsh.training.alltoall_profile import (
-    Steps,
-    as_json,
-    fit,
-    measured_text,
-    paper_ratio,
-    predicted_text,
-    profiling_config,
-)
+from megatron_lsh.plan.cost_model import Steps, as_json, fit, measured_text, paper_ratio, predicted_text
+from megatron_lsh.training.alltoall_profile import profiling_config
 from tests.training.helpers import TINY, tiny_config
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from megatron_lsh.config import Config, parse_args, validate
-from megatron_lsh.models.gpt import build_gpt
-from megatron_lsh.training.losses import Losses
-from megatron_lsh.training.run import Task
-from pretrain_gpt_moe import build_data, forward_step
+from megatron_lsh.families import GPT, Family, Losses
 
 TINY = (
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --seq-length 32 --vocab-size 63 "
@@ -30,10 +27,9 @@ def tiny_config(flags: str = "", world_size: int = 1) -> Config:
     return validate(parse_args([*TINY.split(), *length, *flags.split()]), world_size)
 
 
-def tiny_task(cfg: Config, loss: Callable[..., Losses] = forward_step) -> Task:
-    """GPT on mock data; `loss` may be a saboteur that wraps the real one."""
-    return Task(build_gpt, build_data, partial(loss, cfg))
-
+def gpt_with(losses: Callable[..., Losses]) -> Family:
+    """GPT with a saboteur that wraps the real losses."""
+    return replace(GPT, losses=losses)
 
 
 def copy_state(value: Any) -> Any:

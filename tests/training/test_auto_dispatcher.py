@@ -7,11 +7,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from megatron_lsh.moe import auto
+from megatron_lsh.families import GPT
+from megatron_lsh.moe import schedule
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import tiny_config
 
 FLAGS = (
     "--moe-token-dispatcher-type auto --expert-model-parallel-size 2 --lsh-auto-iters 2 --lsh-warmup-iters 1 "
@@ -22,11 +23,11 @@ FLAGS = (
 
 def _run(folder: str, gain: float, length: int) -> str:
     """Train or resume; what was printed. `gain` sets how much LSH has to save, so that the outcome is known."""
-    auto.MARGIN = gain  # this process is the test's own
+    schedule.MARGIN = gain  # this process is the test's own
     cfg = tiny_config(FLAGS.format(folder) + f" --train-iters {length}", world_size=2)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        train(cfg, tiny_task(cfg))
+        train(cfg, GPT)
     return out.getvalue()
 
 

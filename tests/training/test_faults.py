@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,16 @@ from torch import Tensor, nn
 
 from megatron_lsh.config import Config, TrainingConfig
 from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
+from megatron_lsh.families import GPT, Losses
 from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.faults import StopRequest, launch
-from megatron_lsh.training.losses import Losses
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
-from pretrain_gpt_moe import forward_step
-from tests.training.helpers import copy_state, tiny_config, tiny_task
+from tests.training.helpers import copy_state, gpt_with, tiny_config
 
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none"
 
@@ -37,7 +37,7 @@ class NanOnRank:
         self.rank, self.calls, self.gradient_only, self.count = rank, calls, gradient_only, 0
 
     def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> Losses:
-        losses = forward_step(cfg, model, batch)
+        losses = GPT.losses(cfg, model, batch)
         self.count += 1
         if self.count - 1 not in self.calls or int(os.environ["RANK"]) != self.rank:
             return losses
@@ -51,7 +51,7 @@ def skip_on_two_ranks() -> tuple[list[bool], list[float]]:
     cfg = tiny_config(f"{BIAS} --expert-model-parallel-size 2 --global-batch-size 8", 2)
     ctx = initialize(cfg.parallel)
     loss = NanOnRank(1, {3})  # the second micro-batch of the second iteration
-    run = set_up(cfg, tiny_task(cfg, loss), ctx)
+    run = set_up(cfg, gpt_with(loss), ctx)
     gradient = NanOnRank(0, {0}, gradient_only=True)
     batches = run.batches("train")
     results = [run.step(batches, 0, False)]
@@ -60,7 +60,7 @@ def skip_on_two_ranks() -> tuple[list[bool], list[float]]:
     _assert_same(before, _everything(run))
     for layer in run.model.moe_layers():  # type: ignore[operator]
         assert int(layer.router._step_counts_E.sum()) == 0, "the load of a skipped step must not count"
-    bad_gradient = replace(run.step, forward_step=tiny_task(cfg, gradient).forward_step)
+    bad_gradient = replace(run.step, forward_step=partial(gradient, cfg))
     results.append(bad_gradient(batches, 2, False))
     _assert_same(before, _everything(run))
     results.append(run.step(batches, 3, False))
@@ -75,7 +75,7 @@ def rows_that_are_not_finite() -> list[bool]:
     """Poison what enters the MoE layers, on one rank; their rows are hashed, clustered and restored before anybody looks."""
     cfg = tiny_config("--expert-model-parallel-size 2 --moe-token-dispatcher-type lsh --lsh-target-rate 0.3", 2)
     ctx = initialize(cfg.parallel)
-    run = set_up(cfg, tiny_task(cfg), ctx)
+    run = set_up(cfg, GPT, ctx)
     batches, before = run.batches("train"), _everything(run)
 
     def skips(poison: Tensor, tokens: int) -> bool:
@@ -138,13 +138,13 @@ def endless_nan(folder: str) -> tuple[int, str]:
     cfg = tiny_config(
         f"--max-consecutive-nan-iterations 3 --metrics-jsonl {folder}/metrics.jsonl --global-batch-size 4", 2
     )
-    task = tiny_task(cfg, NanOnRank(0, {1, 3, 4, 5, 6}))
+    family = gpt_with(NanOnRank(0, {1, 3, 4, 5, 6}))
     message = ""
 
     def run(cfg: Config) -> None:
         nonlocal message
         try:
-            train(cfg, task)
+            train(cfg, family)
         except MegatronLSHError as error:
             message = str(error)
             raise
@@ -172,7 +172,7 @@ class SignalOnRank:
             if self.count == self.iteration and int(os.environ["RANK"]) == self.rank:
                 os.kill(os.getpid(), self.number)
             self.count += 1
-        return forward_step(cfg, model, batch)
+        return GPT.losses(cfg, model, batch)
 
 
 def interrupted(folder: str) -> tuple[int, int]:
@@ -181,7 +181,7 @@ def interrupted(folder: str) -> tuple[int, int]:
 
     def run(cfg: Config) -> None:
         nonlocal ended_at
-        ended_at = train(cfg, tiny_task(cfg, SignalOnRank(1, 4, signal.SIGTERM))).iteration
+        ended_at = train(cfg, gpt_with(SignalOnRank(1, 4, signal.SIGTERM))).iteration
 
     return launch(lambda: cfg, run), ended_at
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_classification import configure
 from megatron_lsh.config import BertConfig, FinetuneConfig, parse_args, parse_finetune_args, to_json, validate
 from megatron_lsh.config.settings import settings_of
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
+from megatron_lsh.families import GPT
 from megatron_lsh.parallel.testing import run_distributed_test
-from megatron_lsh.training.classification import ClassificationMetrics
-from megatron_lsh.training.dry_run import dry_run
+from megatron_lsh.plan.dry_run import dry_run
 from megatron_lsh.training.early_stopping import EarlyStopping
-from megatron_lsh.training.finetune import finetune_task, with_data
+from megatron_lsh.training.main import configure
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import tiny_config
 
 ROOT = Path(__file__).parents[2]
 MODEL = (
@@ -69,38 +68,15 @@ def sets(folder: Path, *names: str) -> str:
 def configured(monkeypatch: pytest.MonkeyPatch, flags: str) -> Any:
     """What the entry script makes of a command line."""
     monkeypatch.setattr("sys.argv", ["finetune_classification.py", *shlex.split(flags)])
-    return configure()
+    return configure(parse_finetune_args())
 
 
 def finetune(monkeypatch: pytest.MonkeyPatch, flags: str) -> TrainState:
-    cfg, data = configured(monkeypatch, flags)
-    return train(cfg, finetune_task(cfg, data))
+    return train(*configured(monkeypatch, flags))
 
 
 def validations(path: Path) -> list[dict[str, Any]]:
     return [record for record in read_jsonl(path) if "validation_loss" in record]
-
-
-# Metrics
-
-
-def test_metrics_by_hand() -> None:
-    # Rows are true classes: 5 of class 0, 3 of class 1, 2 of class 2.
-    three = ClassificationMetrics.of(torch.tensor([[4, 1, 0], [1, 2, 0], [0, 1, 1]]), 5.0)
-    assert (three.examples, three.loss, three.accuracy, three.f1) == (10, 0.5, 0.7, None)
-    assert three.macro_f1 == pytest.approx((8 / 10 + 4 / 7 + 2 / 3) / 3)
-    # sum t p = 25 + 12 + 2 = 39; sum p^2 = 25 + 16 + 1; sum t^2 = 25 + 9 + 4
-    assert three.matthews == pytest.approx((7 * 10 - 39) / math.sqrt((100 - 42) * (100 - 38)))
-    two = ClassificationMetrics.of(torch.tensor([[50, 10], [5, 35]]), 1.0)
-    assert two.f1 == pytest.approx(70 / 85) and two.accuracy == 0.85
-    assert two.matthews == pytest.approx((35 * 50 - 10 * 5) / math.sqrt(45 * 40 * 60 * 55))  # Matthews' own formula
-    assert two.figures().keys() == {"loss", "accuracy", "macro_f1", "matthews", "f1"}
-    # A class that neither occurs nor is predicted does not count; one-sided answers have no correlation.
-    assert (
-        ClassificationMetrics.of(torch.tensor([[3, 0, 0], [0, 0, 0], [1, 0, 2]]), 1.0).macro_f1 == (6 / 7 + 4 / 5) / 2
-    )
-    assert ClassificationMetrics.of(torch.tensor([[3, 0], [2, 0]]), 1.0).matthews == 0.0
-    assert ClassificationMetrics.of(torch.tensor([[0, 3], [2, 0]]), 1.0).matthews == -1.0
 
 
 def test_early_stopping() -> None:
@@ -128,7 +104,7 @@ def test_it_learns_and_keeps_the_best(
         f"--train-iters 2 --save {tmp_path}/gpt --untie-embeddings-and-output-weights --seq-length 16 "
         f"--metrics-jsonl {tmp_path}/gpt/m.jsonl"
     )
-    train(pretrained, tiny_task(pretrained))
+    train(pretrained, GPT)
     before = (tmp_path / "gpt" / "m.jsonl").read_bytes()
     flags = (
         f"--config {tmp_path}/gpt/config.json --pretrained-checkpoint {tmp_path}/gpt {NUMBERS} {RUN} "
@@ -229,7 +205,7 @@ def test_zero_shot(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrained = tiny_config(f"--train-iters 2 --save {tmp_path}/gpt --seq-length 16")
-    train(pretrained, tiny_task(pretrained))
+    train(pretrained, GPT)
     flags = (
         f"--config {tmp_path}/gpt/config.json --pretrained-checkpoint {tmp_path}/gpt {NUMBERS} {RUN} "
         f"{sets(folder, 'valid')} --zero-shot --classes low high --class-texts 24 49"
@@ -243,12 +219,17 @@ def test_zero_shot(
 
 
 def _on_two_ranks(arguments: str) -> tuple[int, dict[str, Any]]:
-    """Iterations done, and what early stopping saw."""
-    cfg, data = with_data(parse_finetune_args(arguments.split()), 2)
-    task = finetune_task(cfg, data)
-    state = train(cfg, task)
-    assert task.early_stopping is not None
-    return state.iteration, task.early_stopping.state_dict()
+    """Iterations done, and the last that early stopping saw."""
+    seen: dict[str, Any] = {}
+    real = EarlyStopping.observe
+
+    def observe(self: EarlyStopping, iteration: int, figures: Mapping[str, float]) -> bool:
+        better = real(self, iteration, figures)
+        seen.update(self.state_dict())
+        return better
+
+    EarlyStopping.observe = observe  # type: ignore[method-assign] - this process is the test's own
+    return train(*configure(parse_finetune_args(arguments.split()))).iteration, seen
 
 
 def test_two_ranks_with_lsh_learn_and_agree(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +319,7 @@ def test_what_comes_from_a_pretraining_run(folder: Path, tmp_path: Path, monkeyp
     words += " --moe-token-dispatcher-type lsh"
     (tmp_path / "config.json").write_text(to_json(validate(parse_args(words.split(), BertConfig), 1)))
     line = f"--config {tmp_path}/config.json {sets(folder, 'train')} --micro-batch-size 2 --lr 1 --seq-length 8"
-    cfg, data = configured(monkeypatch, line)
+    cfg, _ = configured(monkeypatch, line)
     assert (
         cfg.finetune.backbone == "bert" and not cfg.bert.bert_binary_head and cfg.moe.moe_token_dispatcher_type == "lsh"
     )
@@ -348,7 +329,7 @@ def test_what_comes_from_a_pretraining_run(folder: Path, tmp_path: Path, monkeyp
         "NullTokenizer",
     )
     assert cfg.checkpoint.save is None and cfg.training.train_iters == 3 * 38 and cfg.training.eval_interval == 38
-    assert cfg.training.global_batch_size == 2 and not cfg.data.mock_data and data.classes == ["high", "low"]
+    assert cfg.training.global_batch_size == 2 and not cfg.data.mock_data and cfg.finetune.classes == ["high", "low"]
     assert any("are those of" in notice for notice in cfg.notices)
     with pytest.raises(ConfigError, match=r"finetune.backbone \(gpt\) must be bert, the model of --config"):
         parse_finetune_args([*line.split(), "--backbone", "gpt"])
@@ -358,7 +339,7 @@ def test_what_comes_from_a_pretraining_run(folder: Path, tmp_path: Path, monkeyp
     assert f"add --config {tmp_path}/config.json: it describes the pretrained model" in cfg.notices
 
 
-def test_the_launcher_starts_a_valid_run(folder: Path, tmp_path: Path) -> None:
+def test_the_launcher_starts_a_valid_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What scripts/finetune_newsgroups.sh hands to torchrun passes every check, data included."""
     cfg = validate(parse_args(f"{MODEL} {RUN} --train-iters 7 --mock-data".split()), 1)
     (tmp_path / "config.json").write_text(to_json(cfg))
@@ -367,10 +348,10 @@ def test_the_launcher_starts_a_valid_run(folder: Path, tmp_path: Path) -> None:
     words = subprocess.run(command, env=env, check=True, text=True, capture_output=True).stdout.split()
     assert "--nproc-per-node" in words[: words.index("finetune_classification.py")]
     written = parse_finetune_args(words[words.index("finetune_classification.py") + 1 :])
-    tuned, data = with_data(written, 2)
-    assert (
-        tuned.training.train_iters == 5 * 3 and tuned.parallel.expert_model_parallel_size == 2 and data.examples == 76
-    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tuned: Any = configure(written)[0]
+    assert tuned.training.train_iters == 5 * 3 and tuned.parallel.expert_model_parallel_size == 2
+    assert tuned.examples == 76
     command[1] = tmp_path / "nothing"
     refused = subprocess.run(command, env=env, check=False, text=True, capture_output=True)
     assert refused.returncode == 1 and "has no config.json" in refused.stderr

@@ -8,20 +8,15 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from megatron_lsh.config import BertConfig, parse_args, validate
-from megatron_lsh.models.bert import build_bert
-from megatron_lsh.training.losses import Losses
-from megatron_lsh.training.run import Task
-from megatron_lsh.training.step import Batch, ForwardStep
+from megatron_lsh.config import BertConfig, validate
+from megatron_lsh.families import BERT, Batch, Family, Losses
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
-from pretrain_bert_moe import build_data, forward_step
 from tests.training.helpers import TINY
 
 
-def run(flags: str, step: ForwardStep = forward_step) -> None:
-    cfg = validate(parse_args([*TINY.split(), *flags.split()], BertConfig), 1)
-    train(cfg, Task(build_bert, build_data, step))
+def run(flags: str, family: Family = BERT) -> None:
+    train(validate(BERT.parse([*TINY.split(), *flags.split()]), 1), family)
 
 
 def test_sentence_order_loss_of_bert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,14 +46,14 @@ def test_sentence_order_loss_of_bert(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_it_is_minimized(tmp_path: Path) -> None:
-    def added_by_hand(model: nn.Module, batch: Batch) -> Losses:
-        losses = forward_step(model, batch)
+    def added_by_hand(cfg: BertConfig, model: nn.Module, batch: Batch) -> Losses:
+        losses = BERT.losses(cfg, model, batch)
         aux_loss = losses.auxiliary.value + losses.further["sop loss"].value
         return Losses(losses.main, replace(losses.auxiliary, value=aux_loss))
 
     found = []
-    for name, step in (("named", forward_step), ("by-hand", added_by_hand)):
-        run(f"--train-iters 3 --metrics-jsonl {tmp_path}/{name}.jsonl", step)
+    for name, losses in (("named", BERT.losses), ("by-hand", added_by_hand)):
+        run(f"--train-iters 3 --metrics-jsonl {tmp_path}/{name}.jsonl", replace(BERT, losses=losses))
         found.append([r["grad_norm"] for r in read_jsonl(tmp_path / f"{name}.jsonl") if "lm_loss" in r])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_lsh.families import GPT
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.run import set_up
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import tiny_config
 
 STEPS = 20
 BASE = f"--train-iters {STEPS} --moe-layer-freq ([0]+[1])"
@@ -34,7 +35,7 @@ def curves(layouts: dict[str, str], world_size: int) -> dict[str, list[tuple[flo
     for name, flags in layouts.items():
         cfg = tiny_config(f"{BASE} {flags}", world_size)
         ctx = initialize(cfg.parallel)
-        run = set_up(cfg, tiny_task(cfg), ctx)
+        run = set_up(cfg, GPT, ctx)
         batches = run.batches("train")
         results = [run.step(batches, iteration, False) for iteration in range(STEPS)]
         assert not any(result.skipped for result in results)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,34 +11,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import pretrain_bert_moe
-import pretrain_gpt_moe
-import pretrain_t5_moe
-from megatron_lsh.config import BertConfig, Config, T5Config, parse_args, validate
+from megatron_lsh.config import validate
 from megatron_lsh.data.loader import Datasets
-from megatron_lsh.models.bert import build_bert
-from megatron_lsh.models.gpt import build_gpt
-from megatron_lsh.models.t5 import build_t5
+from megatron_lsh.families import BERT, GPT, T5, Family, Losses
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.evaluate import evaluate
-from megatron_lsh.training.losses import Losses, Mean
-from megatron_lsh.training.run import Run, Task, set_up
+from megatron_lsh.training.run import Run, set_up
 from tests.training.helpers import TINY
 
 #: Wide weights, so that tokens differ in their loss; few loss tokens, and not the same number in every sample.
 SPREAD = "--init-method-std 0.1 --train-iters 4 --moe-layer-freq ([0]+[1])"
-FAMILIES: dict[str, tuple[type[Config], str, Callable[..., Any], Any]] = {
-    "gpt": (Config, "--eod-mask-loss", build_gpt, pretrain_gpt_moe),
-    "bert": (BertConfig, "--short-seq-prob 0.7", build_bert, pretrain_bert_moe),
-    "t5": (
-        T5Config,
-        "--encoder-num-layers 2 --decoder-num-layers 2 --encoder-seq-length 32 --decoder-seq-length 16 "
-        "--short-seq-prob 0.7 --vocab-extra-ids 10",
-        build_t5,
-        pretrain_t5_moe,
-    ),
-}  # fmt: skip
+FLAGS = {
+    GPT: "--eod-mask-loss",
+    BERT: "--short-seq-prob 0.7",
+    T5: "--encoder-num-layers 2 --decoder-num-layers 2 --encoder-seq-length 32 --decoder-seq-length 16 "
+    "--short-seq-prob 0.7 --vocab-extra-ids 10",
+}
+each_family = pytest.mark.parametrize("family", FLAGS, ids=lambda family: family.name)
 
 
 class Uneven:
@@ -60,17 +49,13 @@ class Uneven:
         return "uneven " + str(self.dataset.fingerprint())
 
 
-def run_of(family: str, flags: str = "", world_size: int = 1) -> Run:
-    config_class, own, build, script = FAMILIES[family]
-    words = f"{TINY} {SPREAD} {own} {flags}".split()
-    cfg = validate(parse_args(words, config_class), world_size)
-    loss = partial(script.forward_step, cfg) if family == "gpt" else script.forward_step
+def run_of(family: Family, flags: str = "", world_size: int = 1) -> Run:
+    cfg = validate(family.parse(f"{TINY} {SPREAD} {FLAGS[family]} {flags}".split()), world_size)
 
-    def data(*arguments: Any) -> Datasets:
-        datasets = script.build_data(*arguments)
-        return Datasets(*map(Uneven, datasets)) if family == "gpt" else datasets
+    def datasets(*arguments: Any) -> Datasets:
+        return Datasets(*map(Uneven, GPT.datasets(*arguments)))
 
-    return set_up(cfg, Task(build, data, loss), initialize(cfg.parallel))
+    return set_up(cfg, replace(family, datasets=datasets) if family is GPT else family, initialize(cfg.parallel))
 
 
 @pytest.fixture
@@ -82,9 +67,9 @@ def one_rank_at_a_time() -> Any:
 
 def validation_loss(run: Run) -> float:
     with run.batches("valid") as batches:
-        loss = evaluate(run.model, run.step.forward_step, batches, run.ctx, 1, run.step.micro_batches)
-    assert loss is not None
-    return loss
+        figures = evaluate(run.model, run.judge, batches, run.ctx)
+    assert figures is not None
+    return figures["loss"]
 
 
 def sums_and_tokens(run: Run, split: str) -> list[tuple[float, int]]:
@@ -101,8 +86,8 @@ def sums_and_tokens(run: Run, split: str) -> list[tuple[float, int]]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_validation_loss_does_not_depend_on_the_micro_batch(family: str, one_rank_at_a_time: None) -> None:
+@each_family
+def test_validation_loss_does_not_depend_on_the_micro_batch(family: Family, one_rank_at_a_time: None) -> None:
     losses = []
     for size in (8, 2, 1):
         run = run_of(family, f"--micro-batch-size {size}")
@@ -119,7 +104,7 @@ def test_validation_loss_does_not_depend_on_the_micro_batch(family: str, one_ran
 def curves(layouts: tuple[str, ...], world_size: int) -> dict[str, list[tuple[float, ...]]]:
     """(validation loss at first; loss, further losses and gradient norm of every step), by family and layout."""
     found: dict[str, list[tuple[float, ...]]] = {}
-    for family in FAMILIES:
+    for family in FLAGS:
         for layout in layouts:
             run = run_of(family, f"{layout} --global-batch-size 4 --calculate-per-token-loss", world_size)
             curve: list[tuple[float, ...]] = [(validation_loss(run),)]
@@ -127,7 +112,7 @@ def curves(layouts: tuple[str, ...], world_size: int) -> dict[str, list[tuple[fl
                 for iteration in range(2):
                     result = run.step(batches, iteration, False)
                     curve.append((result.loss, result.grad_norm, *result.further.values()))
-            found[f"{family} {layout}"] = curve
+            found[f"{family.name} {layout}"] = curve
     return found
 
 
@@ -151,9 +136,9 @@ def gradients_of_one_step(run: Run) -> dict[str, Tensor]:
     return {name: before[name] - parameter.detach() for name, parameter in run.model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_calculate_per_token_loss_is_the_gradient_of_the_mean_over_all_tokens(
-    family: str, one_rank_at_a_time: None
+    family: Family, one_rank_at_a_time: None
 ) -> None:
     plain_sgd = "--optimizer sgd --sgd-momentum 0 --weight-decay 0 --lr 1 --clip-grad 0 --calculate-per-token-loss"
     run = run_of(family, plain_sgd)
@@ -167,7 +152,7 @@ def test_calculate_per_token_loss_is_the_gradient_of_the_mean_over_all_tokens(
         objective = objective + losses.main.value * int(batch["loss_mask"].sum()) / tokens
         # Megatron-LM's weight: tokens that the router saw, over tokens with a loss. Where only some tokens are predicted
         # (BERT, T5) ours counts those, so that the coefficient means what it means without the flag.
-        seen = batch["tokens"].numel() if family == "gpt" else int(batch["loss_mask"].sum())
+        seen = batch["tokens"].numel() if family is GPT else int(batch["loss_mask"].sum())
         objective = objective + losses.auxiliary.value * seen / tokens
         objective = objective + sum(mean.value for mean in losses.further.values()) / len(micro_batches)
     objective.backward()
@@ -180,20 +165,3 @@ def test_calculate_per_token_loss_is_the_gradient_of_the_mean_over_all_tokens(
     assert set(found) == set(wanted)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def test_without_the_flag_every_micro_batch_has_the_same_weight() -> None:
-    few, many = Mean(torch.tensor(4.0), torch.tensor(1.0)), Mean(torch.tensor(2.0), torch.tensor(3.0))
-    zero = Mean(torch.tensor(0.0), 1)
-    plain = [Losses(main, zero).objective(micro_batches=2) for main in (few, many)]
-    weighed = [Losses(main, zero).objective(micro_batches=2, token_weight=1 / 4) for main in (few, many)]
-    assert sum(plain) == 3.0 and sum(weighed) == 2.5  # (4 + 3 * 2) / 4
-
-
-def test_mean_over_a_mask() -> None:
-    loss_BS = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
-    three = Mean.of(loss_BS, torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
-    assert three.value == 2.0 and three.sum_and_count().tolist() == [6.0, 3.0]
-    nothing = Mean.of(loss_BS, torch.zeros(2, 2))
-    assert nothing.value == 0.0 and nothing.sum_and_count().tolist() == [0.0, 0.0]
-    assert Mean.of(loss_BS).sum_and_count().tolist() == [106.0, 4.0]

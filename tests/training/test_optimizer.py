@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_lsh.config import OptimizerConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.models.gpt import build_gpt
+from megatron_lsh.families import GPT
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.training.optimizer import build_optimizer, parameter_groups
@@ -23,7 +23,7 @@ def test_biases_norms_and_vectors_do_not_decay() -> None:
     cfg.model.add_bias_linear = True
     cfg.model.normalization = "LayerNorm"
     device = torch.device("cpu")
-    model = build_gpt(cfg, 64, offline_context(device=device), MoETelemetry(device))
+    model = GPT.build(cfg, 64, offline_context(device=device), MoETelemetry(device))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {group["decay"]: sorted(names[id(p)] for p in group["params"]) for group in parameter_groups(model)}
     assert sum(len(group) for group in groups.values()) == len(names)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lsh.config import Config, LoggingConfig
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.families import GPT, Losses
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.faults import launch
@@ -25,9 +26,8 @@ from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import StepResult
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import AppendedFile, JsonlFile, SteadyStream, read_jsonl
-from pretrain_gpt_moe import forward_step
 from tests.checkpoint.disks import tmpfs
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import gpt_with, tiny_config
 from tests.training.test_metrics import layer
 
 
@@ -37,12 +37,12 @@ class During:
     def __init__(self, iteration: int, action: Any, rank: int = 0) -> None:
         self.iteration, self.action, self.rank, self.count = iteration, action, rank, 0
 
-    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> Losses:
         if model.training:
             if self.count == self.iteration and int(os.environ.get("RANK", "0")) == self.rank:
                 self.action()
             self.count += 1
-        return forward_step(cfg, model, batch)
+        return GPT.losses(cfg, model, batch)
 
 
 def test_a_full_disk_under_the_metrics_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,11 +64,11 @@ def test_a_full_disk_under_the_metrics_ends_no_run(tmp_path: Path, capsys: pytes
         first = During(2, fill)
         then = During(6, filler.unlink)  # there is space again
 
-        def loss(cfg: Config, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        def loss(cfg: Config, model: nn.Module, batch: Any) -> Losses:
             first(cfg, model, batch)
             return then(cfg, model, batch)
 
-        assert train(cfg, tiny_task(cfg, loss)).iteration == 10
+        assert train(cfg, gpt_with(loss)).iteration == 10
         out = capsys.readouterr().out
         assert out.count("WARNING: --metrics-jsonl: ") == out.count("WARNING: --tensorboard-dir: ") == 1
         lines = (disk / "m.jsonl").read_text().splitlines()
@@ -101,11 +101,11 @@ def log_breaks(folder: str) -> int:
     full = During(2, lambda: onto(os.open("/dev/full", os.O_WRONLY)), rank=1)
     gone = During(2, lambda: onto(closed()), rank=0)
 
-    def loss(cfg: Config, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(cfg: Config, model: nn.Module, batch: Any) -> Losses:
         full(cfg, model, batch)
         return gone(cfg, model, batch)
 
-    return launch(lambda: cfg, lambda cfg: train(cfg, tiny_task(cfg, loss)))
+    return launch(lambda: cfg, lambda cfg: train(cfg, gpt_with(loss)))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -242,5 +242,5 @@ def test_memory_does_not_grow_with_the_number_of_log_intervals() -> None:
 def test_a_plot_that_cannot_be_drawn_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.png").mkdir()  # where the plot would go
     cfg = tiny_config(f"--train-iters 1 --eval-iters 0 --metrics-jsonl {tmp_path}/m.jsonl")
-    assert train(cfg, tiny_task(cfg)).iteration == 1
+    assert train(cfg, GPT).iteration == 1
     assert "loss plot: not drawn: " in capsys.readouterr().out

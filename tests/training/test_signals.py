@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lsh.config import Config, TrainingConfig, parse_args
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.families import GPT, Losses
 from megatron_lsh.parallel.testing import DistributedTestError, run_distributed_test
 from megatron_lsh.training import heartbeat, watch
 from megatron_lsh.training.faults import Launcher, StopRequest, launch
 from megatron_lsh.training.train import train
-from pretrain_gpt_moe import forward_step
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import gpt_with, tiny_config
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -33,18 +33,18 @@ class During:
     def __init__(self, iteration: int, rank: int, action: Callable[[], object]) -> None:
         self.iteration, self.rank, self.action, self.count = iteration, rank, action, 0
 
-    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, cfg: Config, model: nn.Module, batch: Any) -> Losses:
         if model.training:
             self.count += 1
             if self.count == self.iteration and int(os.environ.get("RANK", "0")) == self.rank:
                 self.action()
-        return forward_step(cfg, model, batch)
+        return GPT.losses(cfg, model, batch)
 
 
 def run(flags: str, event: During, world_size: int = 1) -> int:
     """Exit status of a run with one micro-batch per iteration."""
     cfg = tiny_config(f"{flags} --global-batch-size {2 * world_size} --eval-iters 0", world_size)
-    return launch(lambda: cfg, lambda cfg: train(cfg, tiny_task(cfg, event)))
+    return launch(lambda: cfg, lambda cfg: train(cfg, gpt_with(event)))
 
 
 def forked(action: Callable[[], int], log: Path) -> int:

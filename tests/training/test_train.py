@@ -13,6 +13,7 @@ from torch import nn
 from megatron_lsh.config import from_dict
 from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
+from megatron_lsh.families import GPT
 from megatron_lsh.models.cache import KVCache
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
@@ -22,7 +23,7 @@ from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import tiny_config
 
 EXACT = ("iteration", "consumed_samples", "lm_loss", "grad_norm", "learning_rate", "skipped_iterations", "validation_loss")
 
@@ -30,7 +31,7 @@ EXACT = ("iteration", "consumed_samples", "lm_loss", "grad_norm", "learning_rate
 def launch(flags: str) -> TrainState:
     cfg = tiny_config(flags)
     refuse_to_overwrite(cfg.checkpoint)
-    return train(cfg, tiny_task(cfg))
+    return train(cfg, GPT)
 
 
 def curve(path: Path) -> list[dict[str, Any]]:
@@ -133,7 +134,7 @@ def test_a_changed_schedule_is_noticed(tmp_path: Path) -> None:
 def test_dense_model_in_bf16_with_recomputation(tmp_path: Path) -> None:
     cfg = tiny_config(f"--bf16 --recompute-granularity full --train-samples 40 --metrics-jsonl {tmp_path}/m.jsonl")
     cfg.moe.num_experts = None
-    assert train(cfg, tiny_task(cfg)).iteration == 5
+    assert train(cfg, GPT).iteration == 5
     records = read_jsonl(tmp_path / "m.jsonl")
     assert records[0]["load_balancing_loss"] is None and records[0]["alltoall_bytes"] == 0
     assert json.loads((tmp_path / "config.json").read_text())["config"]["training"]["train_samples"] == 40
@@ -142,7 +143,7 @@ def test_dense_model_in_bf16_with_recomputation(tmp_path: Path) -> None:
 def test_missing_sets(tmp_path: Path) -> None:
     cfg = tiny_config("--eval-iters 0")
     ctx = initialize(cfg.parallel)
-    run = set_up(cfg, tiny_task(cfg), ctx)
+    run = set_up(cfg, GPT, ctx)
     with pytest.raises(DataError, match="there is no valid set"):
         run.batches("valid")
     shutdown(ctx)

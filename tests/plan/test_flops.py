@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lsh.config import BertConfig, T5Config, parse_args, validate
-from megatron_lsh.training.flops import forward_flops_per_token, measure_matmul, peak_flops, tokens_per_sample
+from megatron_lsh.config import validate
+from megatron_lsh.families import BERT, GPT, T5
+from megatron_lsh.plan.flops import forward_flops, measure_matmul, peak_flops, training_flops
 from tests.training.helpers import tiny_config
 
 
@@ -14,7 +15,7 @@ def test_dense_by_hand() -> None:
     cfg.moe.num_experts = None
     attention = 32 * 96 + 32 * 32 + 2 * 32 * 16  # QKV, output, causal scores
     feed_forward = 3 * 32 * 48
-    assert forward_flops_per_token(cfg, 64) == 2 * (2 * (attention + feed_forward) + 32 * 64)
+    assert forward_flops(GPT, cfg, 64) == 32 * 2 * (2 * (attention + feed_forward) + 32 * 64)
 
 
 def test_experts_count_once_per_choice() -> None:
@@ -22,7 +23,7 @@ def test_experts_count_once_per_choice() -> None:
     attention = 32 * 96 + 32 * 32 + 2 * 32 * 16
     dense = 3 * 32 * 48
     moe = 2 * 3 * 32 * 32 + 3 * 32 * 16 + 32 * 4  # top-2 experts of width 32, shared expert, router
-    assert forward_flops_per_token(cfg, 64) == 2 * (2 * attention + dense + moe + 32 * 64)
+    assert forward_flops(GPT, cfg, 64) == 32 * 2 * (2 * attention + dense + moe + 32 * 64)
 
 
 def test_mixtral_is_about_six_times_the_active_parameters() -> None:
@@ -30,7 +31,7 @@ def test_mixtral_is_about_six_times_the_active_parameters() -> None:
         "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --moe-ffn-hidden-size 14336 --num-attention-heads 32 "
         "--group-query-attention --num-query-groups 8 --seq-length 4096 --num-experts 8"
     )
-    per_token = 3 * forward_flops_per_token(cfg, 32000)
+    per_token = training_flops(GPT, cfg, 32000) / 4096
     embedding = 4096 * 32000
     scores = 6 * 32 * 4096 * 4096  # 32 layers, D 4096, S 4096, causal
     assert per_token == pytest.approx(6 * (12_879_925_248 - embedding) + scores, rel=1e-3)
@@ -44,23 +45,23 @@ SMALL = (
 
 def test_bert_by_hand() -> None:
     """D 32, 4 heads of 8, S 16, GELU F 48, V 64; scores in full, and the dense layer of the masked-token head."""
-    cfg = validate(parse_args((SMALL + "--num-layers 2 --seq-length 16").split(), BertConfig), 1)
+    cfg = validate(BERT.parse((SMALL + "--num-layers 2 --seq-length 16").split()), 1)
     attention = 32 * 96 + 32 * 32 + 2 * 32 * 16
     moe = 2 * 2 * 32 * 16 + 32 * 4
-    assert forward_flops_per_token(cfg, 64) == 2 * (2 * attention + 2 * 32 * 48 + moe + 32 * 32 + 32 * 64)
-    assert tokens_per_sample(cfg) == 16
+    assert forward_flops(BERT, cfg, 64) == 16 * 2 * (2 * attention + 2 * 32 * 48 + moe + 32 * 32 + 32 * 64)
+    assert BERT.tokens_per_sample(cfg) == 16
 
 
 def test_t5_by_hand() -> None:
     """Two encoder layers on 16 tokens, three decoder layers on 8; the first and third of a stack have experts."""
     flags = "--encoder-num-layers 2 --decoder-num-layers 3 --encoder-seq-length 16 --decoder-seq-length 8"
-    cfg = validate(parse_args((SMALL + flags).split(), T5Config), 1)
+    cfg = validate(T5.parse((SMALL + flags).split()), 1)
     projections, dense, moe = 32 * 96 + 32 * 32, 2 * 32 * 48, 2 * 2 * 32 * 16 + 32 * 4
     encoder = 16 * (2 * (projections + 2 * 32 * 16) + dense + moe)
     cross = 8 * (2 * 32 * 32 + 2 * 32 * 16) + 16 * 2 * 32 * 32  # queries, output, scores; keys and values
     decoder = 8 * (3 * (projections + 2 * 32 * 4) + dense + 2 * moe + 32 * 64) + 3 * cross
-    assert tokens_per_sample(cfg) == 24
-    assert forward_flops_per_token(cfg, 64) * 24 == pytest.approx(2 * (encoder + decoder))
+    assert T5.tokens_per_sample(cfg) == 24
+    assert forward_flops(T5, cfg, 64) == pytest.approx(2 * (encoder + decoder))
 
 
 def test_peaks() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
-from megatron_lsh.models.counting import ParameterCounts
+from megatron_lsh.families import Family
 from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.stacks import Stack, stacks_of
+from megatron_lsh.models.stacks import Stack
 from megatron_lsh.parallel.layout import ParallelLayout
+from megatron_lsh.plan.counting import ParameterCounts
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    cfg: Config, counts: ParameterCounts, layout: ParallelLayout, padded_vocab_size: int, micro_batches: int
+    family: Family, cfg: Config, counts: ParameterCounts, layout: ParallelLayout, vocab_size: int, micro_batches: int
 ) -> MemoryEstimate:
-    """For the fullest rank, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2 GB)."""
+    """For the fullest rank, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2 GB).
+
+    `vocab_size`: padded.
+    """
     held = float(counts.per_rank)
     sharded = cfg.parallel.use_distributed_optimizer
     owned = counts.dense_per_rank / layout.dp + counts.expert_per_rank / layout.edp if sharded else held
@@ -51,28 +55,30 @@ def estimate_memory(
         gathered_weights=gathered,
         gradients=gradients,
         optimizer=4.0 * moments * owned,
-        activations=activation_bytes(cfg, layout, padded_vocab_size),
+        activations=activation_bytes(family, cfg, layout, vocab_size),
     )
 
 
-def activation_bytes(cfg: Config, layout: ParallelLayout, padded_vocab_size: int) -> float:
+def activation_bytes(family: Family, cfg: Config, layout: ParallelLayout, vocab_size: int) -> float:
     """What one micro-batch keeps for its backward pass on one rank."""
     layers = 0.0
     largest = 0.0
     embeddings_and_norms = 0.0
-    for stack in stacks_of(cfg):
+    for stack in family.stacks(cfg):
         sizes = _Sizes.of(stack, layout)
         kept, peak = _stack_bytes(stack, sizes, layout.tp)
         layers += kept
         largest = max(largest, peak)
         embeddings_and_norms += 2.0 * sizes.residual
-    logits = sizes.tokens_full * padded_vocab_size / layout.tp * (sizes.element + 4.0)  # and their softmax in fp32
+    element = 2.0 if cfg.precision.bf16 else 4.0
+    outputs = family.head(cfg, vocab_size).outputs * (cfg.training.micro_batch_size or 1)
+    logits = outputs / layout.tp * (element + 4.0)  # and their softmax in fp32
     return layers + largest + logits + embeddings_and_norms
 
 
 def _stack_bytes(stack: Stack, sizes: _Sizes, tp: int) -> tuple[float, float]:
     """What a stack keeps until its backward pass, and what the recomputation of one chunk of its layers adds."""
-    cfg, shape = stack.cfg, ModelShape.from_config(stack.cfg.model)
+    cfg, shape = stack.cfg, stack.shape
     plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, shape.num_layers)
     layers = 0.0
     largest = 0.0
@@ -104,7 +110,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, stack: Stack, layout: ParallelLayout) -> _Sizes:
-        cfg, shape = stack.cfg, ModelShape.from_config(stack.cfg.model)
+        cfg, shape = stack.cfg, stack.shape
         sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
         full = float(stack.seq_length * (cfg.training.micro_batch_size or 1))
         tokens = full / layout.tp if sequence_parallel else full

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_lsh.config import T5Config, parse_args, validate
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.training.dry_run import dry_run
+from megatron_lsh.plan.dry_run import dry_run
 
 MIXTRAL = (
     "--disable-bias-linear --seq-length 4096 --max-position-embeddings 32768 --num-layers 32 --hidden-size 4096 "

@@ -16,11 +16,9 @@ from types import MappingProxyType
 
 import torch
 
-from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.finetune import FinetuneConfig
-from megatron_lsh.models.shape import ModelShape
-from megatron_lsh.models.stacks import Stack, stacks_of
+from megatron_lsh.families import Family
+from megatron_lsh.models.stacks import Stack
 
 # Dense peak in TFLOP/s of one device as its vendor states it: (bf16 or fp16 with fp32 accumulation, fp32 without TF32).
 # Looked up among the words of torch.cuda.get_device_name(); the first match wins.
@@ -51,25 +49,24 @@ PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType({
 })  # fmt: skip
 
 
-def forward_flops_per_token(cfg: Config, padded_vocab_size: int) -> float:
-    """FLOPs of one forward pass of a full sample, divided by its tokens (of an encoder-decoder, those of both sides)."""
-    stacks = stacks_of(cfg)
-    hidden = ModelShape.from_config(cfg.model).hidden
-    multiply_adds = [_stack_multiply_adds(stack) for stack in stacks]
-    if not isinstance(cfg, FinetuneConfig):  # heads that read one token per sample are not counted
-        multiply_adds[-1] += hidden * padded_vocab_size  # the last stack's tokens are projected onto the vocabulary
-        if isinstance(cfg, BertConfig):
-            multiply_adds[-1] += hidden * hidden  # masked-token head
-    if len(stacks) == 1:
-        return 2.0 * multiply_adds[0]
-    lengths = [stack.seq_length for stack in stacks]
-    return 2.0 * sum(per_token * n for per_token, n in zip(multiply_adds, lengths, strict=True)) / sum(lengths)
+def forward_flops(family: Family, cfg: Config, padded_vocab_size: int) -> float:
+    """FLOPs of one forward pass of one sample of full length."""
+    stacks = sum(stack.seq_length * _stack_multiply_adds(stack) for stack in family.stacks(cfg))
+    return 2.0 * (stacks + family.head(cfg, padded_vocab_size).multiply_adds)
+
+
+def training_flops(family: Family, cfg: Config, padded_vocab_size: int) -> float:
+    """FLOPs of a forward and a backward pass of one sample: three times the forward pass.
+
+    Of samples shorter than the model allows, the share of their mean length.
+    """
+    full = sum(stack.seq_length for stack in family.stacks(cfg))
+    return 3.0 * forward_flops(family, cfg, padded_vocab_size) * family.tokens_per_sample(cfg) / full
 
 
 def _stack_multiply_adds(stack: Stack) -> float:
     """Multiply-adds of one stack of layers per token that passes it."""
-    model, moe = stack.cfg.model, stack.cfg.moe
-    shape = ModelShape.from_config(model)
+    model, moe, shape = stack.cfg.model, stack.cfg.moe, stack.shape
     hidden, heads, groups, head_dim = shape.hidden, shape.heads, shape.query_groups, shape.head_dim
     matrices = 3 if model.swiglu else 2
     attention = 1.0 * hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
@@ -89,16 +86,6 @@ def _stack_multiply_adds(stack: Stack) -> float:
         + num_moe * (moe.moe_router_topk * expert + shared + router)
         + (shape.num_layers - num_moe) * dense
     )
-
-
-def tokens_per_sample(cfg: Config) -> int:
-    """Tokens that one full sample brings into the model: --seq-length, or those of encoder and decoder together."""
-    return sum(stack.seq_length for stack in stacks_of(cfg))
-
-
-def training_flops_per_token(cfg: Config, padded_vocab_size: int) -> float:
-    """FLOPs per token of a forward and a backward pass: three times the forward pass."""
-    return 3.0 * forward_flops_per_token(cfg, padded_vocab_size)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float | None = None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
-from megatron_lsh.models.families import model_of
+from megatron_lsh.families import Family
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.layout import ParallelLayout
@@ -32,8 +32,8 @@ class ParameterCounts:
         return self.dense_per_rank + self.expert_per_rank
 
 
-def parameter_counts(cfg: Config, vocab_size: int, layout: ParallelLayout) -> ParameterCounts:
-    """Count the parameters of the model that `cfg` describes.
+def parameter_counts(family: Family, cfg: Config, vocab_size: int, layout: ParallelLayout) -> ParameterCounts:
+    """Count the parameters of the model of this family that `cfg` describes.
 
     Args:
         vocab_size: padded vocabulary.
@@ -42,18 +42,18 @@ def parameter_counts(cfg: Config, vocab_size: int, layout: ParallelLayout) -> Pa
     Raises:
         ConfigError: for sizes that are missing or do not fit together or the layout.
     """
-    dense, expert = _count(cfg, vocab_size, ParallelLayout(1))
+    dense, expert = _count(family, cfg, vocab_size, ParallelLayout(1))
     active = dense
     if expert and cfg.moe.num_experts:
         active += expert * cfg.moe.moe_router_topk // cfg.moe.num_experts
-    dense_per_rank, expert_per_rank = _count(cfg, vocab_size, layout)
+    dense_per_rank, expert_per_rank = _count(family, cfg, vocab_size, layout)
     return ParameterCounts(dense + expert, active, dense_per_rank, expert_per_rank)
 
 
-def _count(cfg: Config, vocab_size: int, layout: ParallelLayout) -> tuple[int, int]:
+def _count(family: Family, cfg: Config, vocab_size: int, layout: ParallelLayout) -> tuple[int, int]:
     """Dense and expert parameters of rank 0."""
     ctx = offline_context(layout)
     telemetry = MoETelemetry(ctx.device)  # nothing runs
-    parameters = list(model_of(cfg)(cfg, vocab_size, ctx, telemetry).parameters())
+    parameters = list(family.model(cfg, vocab_size, ctx, telemetry).parameters())
     expert = sum(p.numel() for p in parameters if is_expert(p))
     return sum(p.numel() for p in parameters) - expert, expert

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from megatron_lsh.config import Config, assumed_world_size, padded_vocab_size
-from megatron_lsh.data.tokenizers import build_tokenizer
 from megatron_lsh.errors import MegatronLSHError
-from megatron_lsh.models.counting import ParameterCounts, parameter_counts
-from megatron_lsh.models.stacks import moe_layers, stacks_of
+from megatron_lsh.families import Family, family_of
+from megatron_lsh.models.stacks import Stack, moe_layers
 from megatron_lsh.parallel.layout import ParallelLayout
-from megatron_lsh.training.flops import tokens_per_sample, training_flops_per_token
-from megatron_lsh.training.memory import MemoryEstimate, estimate_memory
+from megatron_lsh.plan.counting import ParameterCounts, parameter_counts
+from megatron_lsh.plan.flops import training_flops
+from megatron_lsh.plan.memory import MemoryEstimate, estimate_memory
 
 ASSUMED_VOCABULARY = 32000
 _GIB = 2.0**30
@@ -21,19 +23,19 @@ def dry_run(cfg: Config) -> str:
     Raises:
         ConfigError: for a model or a layout that cannot be.
     """
+    family = family_of(cfg)
     layout = ParallelLayout.from_config(cfg.parallel, assumed_world_size(cfg))
-    vocabulary, source = _vocabulary(cfg)
-    padded = padded_vocab_size(vocabulary, cfg.model.make_vocab_size_divisible_by, layout.tp)
-    counts = parameter_counts(cfg, padded, layout)
+    vocabulary = _vocabulary(family, cfg, layout)
+    counts = parameter_counts(family, cfg, vocabulary.padded, layout)
     micro = cfg.training.micro_batch_size or 1
     global_batch = cfg.training.global_batch_size or micro * layout.dp
     micro_batches = max(global_batch // (micro * layout.dp), 1)
-    memory = estimate_memory(cfg, counts, layout, padded, micro_batches)
-    flops = training_flops_per_token(cfg, padded) * global_batch * tokens_per_sample(cfg)
+    memory = estimate_memory(family, cfg, counts, layout, vocabulary.padded, micro_batches)
+    flops = training_flops(family, cfg, vocabulary.padded) * global_batch
     sections = [
-        _layout_lines(cfg, layout),
-        _batch_lines(cfg, layout, micro, global_batch, micro_batches, flops),
-        _parameter_lines(cfg, layout, counts, vocabulary, padded, source),
+        _layout_lines(family, cfg, layout),
+        _batch_lines(family, cfg, layout, micro, global_batch, micro_batches, flops),
+        _parameter_lines(cfg, layout, counts, vocabulary),
         _memory_lines(cfg, memory),
         [f"note: {notice}" for notice in cfg.notices],
         ["Nothing was started and no data was read."],
@@ -41,38 +43,48 @@ def dry_run(cfg: Config) -> str:
     return "\n".join(line for lines in sections for line in lines)
 
 
-def _vocabulary(cfg: Config) -> tuple[int, str]:
-    """Size of the vocabulary before padding, and where it comes from."""
-    given = cfg.model.vocab_size
+class _Vocabulary(NamedTuple):
+    size: int = 0
+    padded: int = 0
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f" (vocabulary {self.size:,}, {self.source}; padded to {self.padded:,})" if self.size else ""
+
+
+def _vocabulary(family: Family, cfg: Config, layout: ParallelLayout) -> _Vocabulary:
+    """The vocabulary before and after padding, and where it comes from; empty for a family without one."""
+    if family.tokenizer is None:
+        return _Vocabulary()
+    size, source = cfg.model.vocab_size, "--vocab-size"
     try:
-        return max(build_tokenizer(cfg.data, given).vocab_size, given or 0), "tokenizer"
+        size, source = max(family.tokenizer(cfg).vocab_size, size or 0), "tokenizer"
     except (MegatronLSHError, OSError):
-        if given is not None:
-            return given, "--vocab-size"
-        return ASSUMED_VOCABULARY, "assumed, because no tokenizer can be read here: --vocab-size sets it"
+        if size is None:
+            size, source = ASSUMED_VOCABULARY, "assumed, because no tokenizer can be read here: --vocab-size sets it"
+    return _Vocabulary(size, padded_vocab_size(size, cfg.model.make_vocab_size_divisible_by, layout.tp), source)
 
 
-def _layout_lines(cfg: Config, layout: ParallelLayout) -> list[str]:
+def _layout_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[str]:
     lines = [
         f"Layout of {layout.world_size} ranks (rank = dp * {layout.tp} + tp = edp * {layout.ep} + ep)",
         _group_line("tensor parallel", layout.groups("tp")),
         _group_line("data parallel", layout.groups("dp")),
     ]
     if cfg.moe.num_experts is not None:
-        per_rank = cfg.moe.num_experts // layout.ep
+        per_rank, stacks = cfg.moe.num_experts // layout.ep, family.stacks(cfg)
         lines += [
             _group_line("expert parallel", layout.groups("ep")),
             _group_line("expert data parallel", layout.groups("edp")),
-            f"  experts: {cfg.moe.num_experts} in each of {len(moe_layers(cfg))} of {_num_layers(cfg)} layers, "
+            f"  experts: {cfg.moe.num_experts} in each of {len(moe_layers(stacks))} of {_num_layers(stacks)} layers, "
             f"{per_rank} per rank; ep rank r holds experts [{per_rank} r, {per_rank} r + {per_rank})",
             f"  token dispatcher: {cfg.moe.moe_token_dispatcher_type}",
         ]
     return lines
 
 
-def _num_layers(cfg: Config) -> str:
+def _num_layers(stacks: tuple[Stack, ...]) -> str:
     """``32``, or ``12 encoder and 12 decoder``."""
-    stacks = stacks_of(cfg)
     return " and ".join(
         f"{stack.num_layers} {stack.name}" if len(stacks) > 1 else str(stack.num_layers) for stack in stacks
     )
@@ -93,21 +105,21 @@ def _ranks(group: list[int]) -> str:
 
 
 def _batch_lines(
-    cfg: Config, layout: ParallelLayout, micro: int, global_batch: int, micro_batches: int, flops: float
+    family: Family, cfg: Config, layout: ParallelLayout, micro: int, global_batch: int, micro_batches: int, flops: float
 ) -> list[str]:
     return [
         "Batch",
         f"  global batch {global_batch} = micro batch {micro} x data parallel {layout.dp} x {micro_batches} micro-batches; "
-        f"{global_batch * tokens_per_sample(cfg):,} tokens",
+        f"{global_batch * family.tokens_per_sample(cfg):,} tokens",
         f"  {flops / 1e12:,.2f} model TFLOP per iteration, {flops / layout.world_size / 1e12:,.2f} per rank",
     ]
 
 
 def _parameter_lines(
-    cfg: Config, layout: ParallelLayout, counts: ParameterCounts, vocabulary: int, padded: int, source: str
+    cfg: Config, layout: ParallelLayout, counts: ParameterCounts, vocabulary: _Vocabulary
 ) -> list[str]:
     lines = [
-        f"Parameters (vocabulary {vocabulary:,}, {source}; padded to {padded:,})",
+        f"Parameters{vocabulary}",
         f"  total     {counts.total:>18,}",
         f"  active    {counts.active:>18,}   per token",
         f"  per rank  {counts.per_rank:>18,}   dense {counts.dense_per_rank:,} + experts {counts.expert_per_rank:,}",

@@ -1,0 +1,52 @@
+"""GPT: a decoder that predicts the next token of text."""
+
+from __future__ import annotations
+
+from megatron_lsh.config import Config
+from megatron_lsh.config.finetune import FinetuneConfig
+from megatron_lsh.data.gpt import SampleRules
+from megatron_lsh.data.kinds import GPTSamples
+from megatron_lsh.data.tokenizers import Tokenizer
+from megatron_lsh.families.classification import classifier
+from megatron_lsh.families.family import Batch, Family, Head, text_datasets
+from megatron_lsh.families.losses import Losses, Mean
+from megatron_lsh.models.attention import document_attention_mask
+from megatron_lsh.models.classification import GPTClassifier
+from megatron_lsh.models.gpt import GPTModel, gpt_stacks
+
+
+def samples(cfg: Config, tokenizer: Tokenizer) -> GPTSamples:
+    """Windows over joined documents."""
+    data = cfg.data
+    rules = SampleRules(
+        tokenizer.eod, tokenizer.vocab_size, data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask
+    )
+    return GPTSamples(gpt_stacks(cfg)[0].seq_length, cfg.training.seed, rules)
+
+
+def losses(cfg: Config, model: GPTModel, batch: Batch) -> Losses:
+    """Cross-entropy of the next tokens where the loss mask is 1, and the routers' auxiliary losses."""
+    position_ids_BS = batch["position_ids"] if cfg.data.reset_position_ids else None
+    mask_B1SS = document_attention_mask(batch["document_ids"]) if cfg.data.reset_attention_mask else None
+    loss_BS, aux_loss = model(batch["tokens"], batch["labels"], position_ids_BS, mask_B1SS)
+    return Losses(Mean.of(loss_BS, batch["loss_mask"]), Mean(aux_loss, loss_BS.numel()))
+
+
+def head(cfg: Config, vocab_size: int) -> Head:
+    """Every position is projected onto the vocabulary."""
+    (decoder,) = gpt_stacks(cfg)
+    return Head(decoder.seq_length * decoder.shape.hidden * vocab_size, decoder.seq_length * vocab_size)
+
+
+GPT = Family(
+    name="gpt",
+    config=Config,
+    stacks=gpt_stacks,
+    model=GPTModel,
+    head=head,
+    datasets=text_datasets(samples),
+    losses=losses,
+    classifier=classifier(
+        "GPT classifier", FinetuneConfig, gpt_stacks, GPTClassifier, unused_parameters=("output_layer.",)
+    ),
+)
