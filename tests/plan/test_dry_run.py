@@ -100,7 +100,7 @@ def test_t5_counts_both_stacks() -> None:
     layer = 4 * (32 * 32 + 32) + 2 * 64  # attention, two norms
     cross = 4 * (32 * 32 + 32) + 64
     ffn = 2 * 32 * 128 + 128 + 32
-    expert_layers = 3 * (4 * ffn + 4 * 32)
+    expert_layers = 3 * (4 * ffn + 4 * 32 + 4)  # the router has a bias where linear layers have one
     total = 5 * layer + 3 * cross + 2 * ffn + expert_layers + 2 * 64 + 2 * 32 * 4 + 128 * 32
     assert f"  total     {total:>18,}" in lines
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_lsh.families import GPT
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
-from tests.training.helpers import tiny_config, tiny_task
+from tests.training.helpers import gpt_with, tiny_config
 from tests.training.test_signals import During
 
 EVALUATED = "--train-iters 8 --eval-interval 2 --global-batch-size 2"
@@ -21,7 +22,7 @@ EVALUATED = "--train-iters 8 --eval-interval 2 --global-batch-size 2"
 def go(folder: Path, flags: str, event: During | None = None) -> Any:
     """Train, from the checkpoint in `folder` if there is one; returns the state at the end."""
     cfg = tiny_config(f"{flags} --save {folder}/c --load {folder}/c --metrics-jsonl {folder}/m.jsonl")
-    return train(cfg, tiny_task(cfg, event) if event is not None else tiny_task(cfg))
+    return train(cfg, GPT if event is None else gpt_with(event))
 
 
 def values(folder: Path, *keys: str) -> list[tuple[Any, ...]]:
