@@ -238,8 +238,9 @@ def decide(waiting: Sequence[Trial], ctx: ParallelContext) -> str | None:
     means = iter(torch.stack(gathered).mean(0).tolist())
     for trial in due:
         ms = {name: next(means) for name in trial.names}
-        exact = min((name for name in trial.names if name in (EXACT, DEDUPLICATED)), key=ms.__getitem__)
-        faster = [name for name in trial.names if ms[name] < (1.0 - MARGIN) * ms[exact]]
+        all_rows = [name for name in trial.names if name in (EXACT, DEDUPLICATED)]
+        exact = min(all_rows, key=ms.__getitem__)
+        faster = [name for name in trial.names if name not in all_rows and ms[name] < (1.0 - MARGIN) * ms[exact]]
         trial.decision = Decision(min(faster, key=ms.__getitem__, default=exact), ms)
     return describe(due)
 

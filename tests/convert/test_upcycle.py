@@ -27,6 +27,7 @@ from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.main import configure
+from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.train import train as run
 from tests.convert.helpers import QUIET, native_tensors
 from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
@@ -157,7 +158,7 @@ def test_training_starts_from_a_dense_checkpoint(tmp_path: Path) -> None:
         model = load_native(tmp_path / "run/release" if iteration is None else tmp_path / "run", iteration)
         torch.testing.assert_close(our_logits(model, prompts()), expected, rtol=0, atol=2e-5)
     with pytest.raises(ConfigError, match="already holds a run"):
-        train(start)
+        refuse_to_overwrite(validate(GPT.parse(start), 2).checkpoint)
     # The same command line starts and resumes, if --load and --save are one folder.
     own = [*flags, "--pretrained-checkpoint", str(tmp_path / "dense"), "--load", str(tmp_path / "run")]
     again = [*own, "--save", str(tmp_path / "run"), "--train-iters", "3"]

@@ -223,8 +223,8 @@ def _on_two_ranks(arguments: str) -> tuple[int, dict[str, Any]]:
     seen: dict[str, Any] = {}
     real = EarlyStopping.observe
 
-    def observe(self: EarlyStopping, iteration: int, figures: Mapping[str, float]) -> bool:
-        better = real(self, iteration, figures)
+    def observe(self: EarlyStopping, iteration: int, figures: Mapping[str, float], epoch: float | None = None) -> bool:
+        better = real(self, iteration, figures, epoch)
         seen.update(self.state_dict())
         return better
 
