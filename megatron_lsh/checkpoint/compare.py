@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_lsh.checkpoint.tensors import MODEL, OPTIMIZER
+from megatron_lsh.errors import CheckpointError
 
 # Settings that make another function of the same weights: a run must not continue under another value.
 _FUNCTION = {
@@ -39,6 +40,8 @@ _FUNCTION = {
     "finetune": ("classes", "pooling"),
 }
 _SECTIONS = ("model", "moe", "lsh")
+# What the saved groups of the optimizer hold as well, and what is done to gradients.
+_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
 # Parameters that models of before did not have, and with which, at zero, they compute what they did: ends of names.
 _ZERO_IF_ABSENT = (".mlp.router.bias",)
 _TASKS = ("finetune",)  # whose other settings are about data and not about weights
@@ -55,6 +58,26 @@ def different_function(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
         _sentence(name, old, new)
         for section, name, old, new in _differences(saved, current)
         if name in _FUNCTION.get(section, ())
+    ]
+
+
+def different_optimizer(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Settings of the optimizer that differ. Those of the command line hold; the schedule compares its own.
+
+    Raises:
+        CheckpointError: another kind of optimizer, whose state means something else.
+    """
+    before, now = saved.get("optimizer") or {}, current.get("optimizer") or {}
+    kinds = before.get("optimizer"), now.get("optimizer")
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{_sentence('optimizer', *kinds)}: give --optimizer {kinds[0]}, or --no-load-optim to start the state of the "
+            "optimizer afresh"
+        )
+    return [
+        f"{_sentence(name, before[name], now[name])}, which holds"
+        for name in _OPTIMIZER
+        if name in before and name in now and before[name] != now[name]
     ]
 
 

@@ -21,6 +21,7 @@ from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.agreement import Ranks, describe
 from megatron_lsh.checkpoint.compare import (
     different_function,
+    different_optimizer,
     different_settings,
     different_tensors,
     fresh_keys,
@@ -234,6 +235,7 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     metadata = reader.metadata
     if options.optimizer and state.optimizer is not None and saved.optimizer is None:
         raise CheckpointError("it holds no optimizer state; use --no-load-optim or --finetune to go on without")
+    changed = different_optimizer(config, state.config) if options.optimizer else []
     if options.rng and not found.manifest.has_rng:
         raise CheckpointError("it holds no random states; use --no-load-rng or --finetune to go on without")
     model = model_tensors(state.model)
@@ -246,7 +248,7 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     zero = zero_if_absent(metadata.state_dict_metadata, model) - fresh
     read = {key: tensor for key, tensor in model.items() if key not in fresh | zero}
     padded = padded_keys(metadata, read | optimizer, state.padded_rows, saved.padded_rows)
-    notices = _compare(metadata, read | optimizer, padded, fresh | unused, saved, config, state, options)
+    notices = _compare(metadata, read | optimizer, padded, fresh | unused, saved, config, state, options) + changed
     if zero:
         notices.append(started_at_zero(zero))
     zeros = {key: model[key] for key in zero}

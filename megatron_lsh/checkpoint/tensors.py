@@ -126,7 +126,10 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     saved: Mapping[str, Any],
 ) -> list[str]:
-    """Put loaded tensors and the JSON part of `optimizer_tensors` into the optimizer. Returns notices."""
+    """Put loaded tensors and numbers into the optimizer's state. Returns notices.
+
+    Its settings (betas, epsilon, ...) stay those that it was made with: what the command line says holds.
+    """
     by_name: dict[str, dict[str, Any]] = {name: dict(values) for name, values in saved["scalars"].items()}
     for key, value in tensors.items():
         name, _, entry = key[len(OPTIMIZER) :].rpartition(".")
@@ -144,30 +147,10 @@ def restore_optimizer(
                 state[number] = by_name[name]
             elif by_name:
                 notices.append(f"the checkpoint has no optimizer state for {name}: it starts afresh")
-        groups.append({**_restored_options(group, members, saved["groups"], notices), "params": numbers})
+        groups.append({**group, "params": numbers})
     # torch's own loader moves step counters to where fused optimizers want them, and runs the optimizer's hooks.
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return notices
-
-
-def _restored_options(
-    group: dict[str, Any], members: list[str], saved_groups: list[dict[str, Any]], notices: list[str]
-) -> dict[str, Any]:
-    """The group's options with the saved values, if all its parameters were in one group when saved."""
-    options = {key: value for key, value in group.items() if key != "params"}
-    sources = [saved for saved in saved_groups if set(members) & set(saved["params"])]
-    if len(sources) != 1:
-        if members:
-            notices.append(f"the optimizer group of {members[0]} was split differently: its settings are not restored")
-        return options
-    for key, value in sources[0]["options"].items():
-        if key in options and key not in _EXECUTION_OPTIONS:
-            current = options[key]
-            if isinstance(current, Tensor):
-                options[key] = torch.full_like(current, value)
-            else:
-                options[key] = tuple(value) if isinstance(current, tuple) else value
-    return options
 
 
 def local_tensors(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:

@@ -263,7 +263,8 @@ def test_optimizer_state_follows_names_not_positions(tmp_path: Path) -> None:
     other = trainer(seed=99)
     other.optimizer = torch.optim.AdamW([{"params": list(other.model.parameters())[::-1]}], lr=1.0, fused=True)
     result = other.resume(manager(CTX, tmp_path))
-    assert result is not None and "was split differently" in result.notices[0]
+    assert result is not None and not result.notices
+    assert other.optimizer.param_groups[0]["lr"] == 1.0  # the settings are its own
     ours, theirs = dict(other.model.named_parameters()), dict(run.model.named_parameters())
     for name in ours:
         assert torch.equal(other.optimizer.state[ours[name]]["exp_avg"], run.optimizer.state[theirs[name]]["exp_avg"])

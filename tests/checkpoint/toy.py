@@ -46,8 +46,8 @@ class Schedule:
         self.optimizer = optimizer
         self.steps = 0
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, steps: int = 1) -> None:
+        self.steps += steps
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - self.steps / 100)
 
@@ -56,6 +56,7 @@ class Schedule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps = state_dict["steps"]
+        self.step(0)
 
 
 class Trainer:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import destroy_process_group
 
+from megatron_lsh.errors import CheckpointError
 from megatron_lsh.families import GPT
+from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.run import set_up
 from megatron_lsh.training.train import train
 from megatron_lsh.training.writers import read_jsonl
 from tests.training.helpers import gpt_with, tiny_config
@@ -101,3 +105,39 @@ def test_a_changed_batch_is_announced_for_a_length_in_iterations(
     state = go(tmp_path, "--train-iters 4 --eval-iters 0 --global-batch-size 2")
     assert (state.iteration, state.consumed_samples) == (4, 12)
     assert "the run ends after iteration 4, with 12 samples" in capsys.readouterr().out
+
+
+# The optimizer's settings
+
+
+def test_settings_of_the_optimizer_are_the_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--eval-iters 0 --global-batch-size 2 --adam-beta2"
+    go(tmp_path / "long", f"{flags} 0.9 --train-iters 3")
+    go(tmp_path / "run", f"{flags} 0.9 --train-iters 2")
+    go(tmp_path / "run", f"{flags} 0.9 --train-iters 3")
+    assert values(tmp_path / "run", "lm_loss") == values(tmp_path / "long", "lm_loss")
+    assert "which holds" not in capsys.readouterr().out
+
+    cfg = tiny_config(f"{flags} 0.5 --adam-eps 1e-6 --load {tmp_path}/run/c --train-iters 4")
+    ctx = initialize(cfg.parallel)
+    run = set_up(cfg, GPT, ctx)
+    for group in run.step.optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.9, 0.5), 1e-6, 1e-3)
+    assert any(state["exp_avg_sq"].any() for state in run.step.optimizer.state.values()), "the state is the checkpoint's"
+    shutdown(ctx)
+    out = capsys.readouterr().out
+    assert "WARNING: --adam-beta2 is 0.9 in the checkpoint and 0.5 now, which holds" in out
+    assert "WARNING: --adam-eps is 1e-08 in the checkpoint and 1e-06 now, which holds" in out
+
+
+@pytest.mark.parametrize(("saved", "now"), [("adam", "sgd"), ("sgd", "adam")])
+def test_the_state_of_another_kind_of_optimizer_is_refused(saved: str, now: str, tmp_path: Path) -> None:
+    flags = "--eval-iters 0 --global-batch-size 2 --optimizer"
+    go(tmp_path, f"{flags} {saved} --train-iters 1")
+    said = f"--optimizer is {saved} in the checkpoint and {now} now: give --optimizer {saved}, or --no-load-optim"
+    with pytest.raises(CheckpointError, match=said):
+        try:
+            go(tmp_path, f"{flags} {now} --train-iters 2")
+        finally:
+            destroy_process_group()
+    assert go(tmp_path, f"{flags} {now} --train-iters 2 --no-load-optim").iteration == 2
