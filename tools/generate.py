@@ -77,6 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="where to run (default: a GPU if there is one)",
     )
+    add("--moe-token-dispatcher-type", help="a module:factory that the checkpoint names is imported only if named here")
     add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (default: as it was trained)")
     return parser.parse_args(arguments)
 
@@ -85,7 +86,7 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     """Settings, tokenizer and token ids. Raises ConfigError, CheckpointError, DataError."""
     args = parse(arguments)
     folder = find_native(args.load, args.ckpt_step)
-    cfg = read_config(folder)
+    cfg = read_config(folder, args.moe_token_dispatcher_type)
     parallel = cfg.parallel
     parallel.tensor_model_parallel_size = args.tensor_model_parallel_size
     parallel.expert_model_parallel_size = args.expert_model_parallel_size

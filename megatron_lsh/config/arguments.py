@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, TAKEN_AS, VALUE
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.config_file import read_config_file
+from megatron_lsh.config.config_file import names_code, read_config_file
 from megatron_lsh.config.from_checkpoint import with_checkpoint_args
 from megatron_lsh.config.nearest import nearest_flag
 from megatron_lsh.config.settings import (
@@ -64,6 +64,12 @@ def parse_args(
     if path is not None:
         written_there = read_config_file(path, sections_of(config_class))
         values |= reader.read(written_there if select is None else select(written_there))
+        there = values.get("moe_token_dispatcher_type")
+        if "moe_token_dispatcher_type" not in written and names_code(path, there):
+            reader.problems.append(
+                f"--config ({path}) is the configuration of a run; its moe.moe_token_dispatcher_type ({there}) must not be "
+                f"imported because a file says so: give it as well, --moe-token-dispatcher-type {there}, or another"
+            )
     values |= reader.read(written)  # the command line wins
     reader.refuse_strays(strays, argv)
     problems = reader.problems + reader.refusals()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -144,3 +145,13 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
                 raise ConfigError(f"--config ({path}): {shown(name)} is given twice; keep one")
             flat[as_key(str(name))] = entry
     return flat
+
+
+def names_code(path: str, value: object) -> bool:
+    """Whether `value`, read in the file `path`, is a ``module:factory`` that a run or a checkpoint left there.
+
+    A file that a user wrote may name code to import; one that came with somebody's checkpoint may not.
+    """
+    if not isinstance(value, str) or ":" not in value:
+        return False
+    return (Path(path).parent / "manifest.json").exists() or is_saved_config(read_document(path))

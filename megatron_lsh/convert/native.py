@@ -222,9 +222,15 @@ def _verify_manifest(folder: Path, hashes: bool) -> None:
         raise CheckpointError(f"{problem}: {again}")
 
 
-def read_config(folder: Path) -> Config:
-    """Settings of the run that wrote a checkpoint, with the vocabulary that its tensors really have."""
+def read_config(folder: Path, dispatcher: str | None = None) -> Config:
+    """Settings of the run that wrote a checkpoint, with the vocabulary that its tensors really have.
+
+    A dispatcher of another package (``module:factory``) is code that the checkpoint names. It takes the place of the plain
+    all-to-all only if the user names it as well, as `dispatcher`: nothing is imported because a file says so.
+    """
     cfg: Config = from_dict({"version": 1, "derived": [], "config": read_saved_config(folder)})
+    if ":" in cfg.moe.moe_token_dispatcher_type and cfg.moe.moe_token_dispatcher_type != dispatcher:
+        cfg.moe.moe_token_dispatcher_type = "alltoall"
     rows = set(read_state(folder).padded_rows.values())
     if len(rows) == 1:
         cfg.model.vocab_size = rows.pop()
