@@ -39,16 +39,17 @@ _FUNCTION = {
     ),
     "finetune": ("classes", "pooling"),
 }
-_SECTIONS = ("model", "moe", "lsh")
+# Settings that change the numbers of a run: all of these sections, and of others some.
+_SECTIONS = ("model", "moe", "lsh", "precision")
+_SOME = {"training": ("calculate_per_token_loss",), "finetune": _FUNCTION["finetune"]}
 # What the saved groups of the optimizer hold as well, and what is done to gradients.
 _OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
 # Parameters that models of before did not have, and with which, at zero, they compute what they did: ends of names.
 _ZERO_IF_ABSENT = (".mlp.router.bias",)
-_TASKS = ("finetune",)  # whose other settings are about data and not about weights
 
 
 def different_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Model, MoE and LSH settings that differ, as ``--num-layers is 4 in the checkpoint and 8 now``."""
+    """Settings that change the numbers and differ, as ``--num-layers is 4 in the checkpoint and 8 now``."""
     return [_sentence(name, old, new) for _, name, old, new in _differences(saved, current)]
 
 
@@ -84,10 +85,10 @@ def different_optimizer(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
     found = []
     current = json.loads(json.dumps(current))  # as the saved one has been: tuples are lists now
-    for section in (*_SECTIONS, *_TASKS):
+    for section in (*_SECTIONS, *_SOME):
         before, now = saved.get(section) or {}, current.get(section) or {}
         # A setting that only one side knows was added by another version of this framework: not the user's doing.
-        for name in now if section in _SECTIONS else _FUNCTION[section]:
+        for name in _SOME.get(section, now):
             if name in before and name in now and before[name] != now[name]:
                 found.append((section, name, before[name], now[name]))
     return found

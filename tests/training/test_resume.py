@@ -118,7 +118,7 @@ def test_settings_of_the_optimizer_are_the_command_lines(tmp_path: Path, capsys:
     assert values(tmp_path / "run", "lm_loss") == values(tmp_path / "long", "lm_loss")
     assert "which holds" not in capsys.readouterr().out
 
-    cfg = tiny_config(f"{flags} 0.5 --adam-eps 1e-6 --load {tmp_path}/run/c --train-iters 4")
+    cfg = tiny_config(f"{flags} 0.5 --adam-eps 1e-6 --bf16 --load {tmp_path}/run/c --train-iters 4")
     ctx = initialize(cfg.parallel)
     run = set_up(cfg, GPT, ctx)
     for group in run.step.optimizer.param_groups:
@@ -128,6 +128,7 @@ def test_settings_of_the_optimizer_are_the_command_lines(tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert "WARNING: --adam-beta2 is 0.9 in the checkpoint and 0.5 now, which holds" in out
     assert "WARNING: --adam-eps is 1e-08 in the checkpoint and 1e-06 now, which holds" in out
+    assert "WARNING: --bf16 is False in the checkpoint and True now" in out
 
 
 @pytest.mark.parametrize(("saved", "now"), [("adam", "sgd"), ("sgd", "adam")])
