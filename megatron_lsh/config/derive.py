@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.data_paths import DEFAULT_SPLIT
 
 
 def derive(cfg: Config, check: Checker, world_size: int) -> None:
@@ -20,7 +21,7 @@ def derive(cfg: Config, check: Checker, world_size: int) -> None:
         )
     per_split = cfg.data.train_data_path or cfg.data.valid_data_path or cfg.data.test_data_path
     if cfg.data.split is None and not per_split and cfg.indexed_data:
-        check.fill("split", "969,30,1")
+        check.fill("split", DEFAULT_SPLIT)
 
 
 def _derive_model(cfg: Config, check: Checker) -> None:

@@ -16,7 +16,7 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.config.config_file import read_document
 from megatron_lsh.config.flag import flag
 from megatron_lsh.config.serialize import is_saved_config
-from megatron_lsh.config.settings import settings_of
+from megatron_lsh.config.settings import named, settings_of
 from megatron_lsh.config.t5 import T5Config
 from megatron_lsh.errors import ConfigError
 
@@ -191,7 +191,9 @@ def _saved_config(path: str | None) -> Mapping[str, Any] | None:
 
 def _backbone(given: str | None, path: str | None, saved: Mapping[str, Any] | None) -> str:
     if given is not None and given not in BACKBONES:
-        raise ConfigError(f"finetune.backbone ({given}) must be one of {', '.join(BACKBONES)}: change --backbone")
+        raise ConfigError(
+            f"{named('finetune.backbone', given)} must be one of {', '.join(BACKBONES)}: change --backbone"
+        )
     if saved is None:
         return given or "gpt"
     kind = next((name for name in ("bert", "t5") if name in saved), "gpt")
@@ -316,8 +318,8 @@ def _check_zero_shot(cfg: FinetuneConfig, check: Checker) -> None:
     check.rule("{class_texts} must be as many as {classes}", lambda texts, names: len(texts) == len(names))
     if "{text}" not in tune.prompt_template:
         check.problems.append(
-            f"finetune.prompt_template ({tune.prompt_template}) must hold {{text}}: write it where the example belongs in "
-            "--prompt-template"
+            f"{named('finetune.prompt_template', tune.prompt_template)} must hold {{text}}: write it where the example "
+            "belongs in --prompt-template"
         )
     if cfg.checkpoint.load is None and cfg.checkpoint.pretrained_checkpoint is None:
         check.problems.append(

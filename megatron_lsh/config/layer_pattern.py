@@ -28,13 +28,15 @@ def moe_layer_pattern(
     value = _evaluate(freq) if isinstance(freq, str) else freq
     if isinstance(value, int):
         if isinstance(value, bool) or value < 1:
-            raise ConfigError(f"moe.moe_layer_freq ({freq}) must be at least 1: change --moe-layer-freq")
+            raise ConfigError(f"moe.moe_layer_freq ({str(freq)[:80]}) must be at least 1: change --moe-layer-freq")
         return [layer % value == 0 for layer in range(num_layers)]
     if any(entry not in (0, 1) for entry in value):
-        raise ConfigError(f"moe.moe_layer_freq ({freq}) must hold only 0 (dense) and 1 (MoE): change --moe-layer-freq")
+        raise ConfigError(
+            f"moe.moe_layer_freq ({str(freq)[:80]}) must hold only 0 (dense) and 1 (MoE): change --moe-layer-freq"
+        )
     if len(value) != num_layers:
         raise ConfigError(
-            f"moe.moe_layer_freq ({freq}) has {len(value)} entries and must have one per layer, "
+            f"moe.moe_layer_freq ({str(freq)[:80]}) has {len(value)} entries and must have one per layer, "
             f"{setting} ({num_layers}): change --moe-layer-freq or --{setting.split('.')[-1].replace('_', '-')}"
         )
     return [bool(entry) for entry in value]

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
 from megatron_lsh.config.families import check_family, derive_family
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
@@ -332,14 +333,7 @@ def _check_recompute(cfg: Config, check: Checker) -> None:
 
 def _check_data(cfg: Config, check: Checker) -> None:
     data = cfg.data
-    for name in ("train_data_path", "valid_data_path", "test_data_path"):
-        check.rule(f"{{{name}}} must not be given with {{data_path}}", lambda *_: False, "drop one of them")
-        check.rule(
-            f"{{split}} must not be given with {{{name}}}, which splits by itself", lambda *_: False, "drop --split"
-        )
-    for name in ("data_path", "train_data_path"):
-        check.rule(f"{{{name}}} must not be given with {{mock_data}}", lambda _, mock: not mock, "drop one of them")
-    _check_split(cfg, check)
+    check.problems += data_problems(data)
     if cfg.training.dry_run:  # reads neither data nor tokenizer
         return
     if (
@@ -360,17 +354,6 @@ def _check_data(cfg: Config, check: Checker) -> None:
         check.required("vocab_file", "merge_file")
     elif data.tokenizer_type not in (None, "ByteTokenizer", "NullTokenizer"):
         check.required("tokenizer_model")
-
-
-def _check_split(cfg: Config, check: Checker) -> None:
-    def is_split(text: str) -> bool:
-        try:
-            shares = [float(share) for share in text.replace("/", ",").split(",")]
-        except ValueError:
-            return False
-        return len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and sum(shares) > 0
-
-    check.rule("{split} must be up to three shares that are not all 0, such as 969,30,1", is_split)
 
 
 def _check_checkpoint(cfg: Config, check: Checker) -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from megatron_lsh.config.data_paths import DEFAULT_SPLIT, SPLITS, data_problems, parse_data_path, parse_split
 from megatron_lsh.data.blend import BlendedDataset, BlendSchedule
 from megatron_lsh.data.cache import ArrayCache
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.sampler import micro_batch_indices
 from megatron_lsh.data.samples import Corpus, Dataset, SampleKind
-from megatron_lsh.data.spec import DEFAULT_SPLIT, SPLITS, parse_data_path, parse_split, split_documents
+from megatron_lsh.data.splits import split_documents
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.data.vocabulary import check_vocabulary
 from megatron_lsh.errors import ConfigError, DataError
@@ -73,10 +74,12 @@ def build_datasets(
         raise ConfigError(f"training.seed ({seed}) must not be negative: choose another --seed")
     if max(num_samples) >= MOST_SAMPLES:
         raise ConfigError(f"the number of samples ({max(num_samples)}) must be below 2^62: lower --train-iters")
+    problems = data_problems(data)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
     def build() -> Datasets:
         if data.mock_data:
-            _no_paths_with_mock(data)
             return Datasets(*(kind.mock(number, count) if count else None for number, count in enumerate(num_samples)))
         files = _FileDatasets(data, tokenizer, kind)
         datasets = Datasets(*(files.build(number, count) for number, count in enumerate(num_samples)))
@@ -99,16 +102,6 @@ def build_datasets(
     return datasets if datasets is not None else build()
 
 
-def _no_paths_with_mock(data: DataConfig) -> None:
-    given = [
-        name for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path") if getattr(data, name)
-    ]
-    if given:
-        raise ConfigError(
-            f"data.{given[0]} ({' '.join(getattr(data, given[0]))}) and data.mock_data exclude each other: leave out one"
-        )
-
-
 class _FileDatasets:
     """Builds the datasets of the splits from files; each corpus is opened and checked once."""
 
@@ -119,10 +112,10 @@ class _FileDatasets:
 
     def build(self, number: int, num_samples: int) -> Dataset | None:
         """The dataset of a split (0 train, 1 valid, 2 test)."""
-        words, flag, shares = _paths_of(self.data, number)
+        words, name, shares = _paths_of(self.data, number)
         if not num_samples or not words or not shares[number]:
             return None
-        prefixes, weights = parse_data_path(words, flag)
+        prefixes, weights = parse_data_path(words, name)
         corpora = []
         for prefix in prefixes:
             source = self._open(prefix)
@@ -159,18 +152,12 @@ class _FileDatasets:
 
 
 def _paths_of(data: DataConfig, number: int) -> tuple[list[str] | None, str, tuple[Fraction, Fraction, Fraction]]:
-    """Words of the path flag of a split, that flag, and the shares of the splits."""
+    """Words of the path setting of a split, its name, and the shares of the splits."""
     own = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if not any(own):
-        return data.data_path, "--data-path", parse_split(data.split or DEFAULT_SPLIT)
-    if data.data_path or data.split:
-        other = "data_path" if data.data_path else "split"
-        raise ConfigError(
-            f"data.{other} ({getattr(data, other)}) and data.{SPLITS[number]}_data_path exclude each other: "
-            f"leave out --{other.replace('_', '-')} or all of --train-data-path, --valid-data-path and --test-data-path"
-        )
+        return data.data_path, "data_path", parse_split(data.split or DEFAULT_SPLIT)
     everything = (Fraction(number == 0), Fraction(number == 1), Fraction(number == 2))
-    return own[number], f"--{SPLITS[number]}-data-path", everything
+    return own[number], f"{SPLITS[number]}_data_path", everything
 
 
 def collate(dataset: Dataset, indices: np.ndarray) -> Batch:

@@ -140,10 +140,12 @@ class Parquet:
         self.size = path.stat().st_size
 
     def chunks(self) -> Iterator[Chunk]:
-        first, rows = 1, max(self._file.metadata.num_rows, 1)
+        first, rows = 1, self._file.metadata.num_rows
         for records, size in _until_damage(self._batches(), self.name):
-            yield Chunk(self.name, "row", first, records, size, self.size * (first - 1 + len(records)) // rows)
+            yield Chunk(self.name, "row", first, records, size, self.size * (first - 1 + len(records)) // max(rows, 1))
             first += len(records)
+        if first - 1 != rows:  # pages with a damaged header are passed over without a word
+            raise DataError(f"{self.name} has {first - 1} rows that can be read, not {rows}: copy it again")
 
     def _batches(self) -> Iterator[tuple[list[Record], int]]:
         for batch in self._file.iter_batches(batch_size=CHUNK_RECORDS, columns=self.keys):

@@ -82,8 +82,7 @@ class SentencePieceTokenizer(SpecialTokens):
     name = "SentencePieceTokenizer"
 
     def __init__(self, model_file: str, vocab_extra_ids: int = 0) -> None:
-        self._model, self._hash = _load_sentencepiece(model_file)
-        self._ids = {self._model.id_to_piece(i): i for i in range(self._model.get_piece_size())}
+        self._model, self._ids, self._hash = _load_sentencepiece(model_file)
         self.cls, self.sep = self._special("<CLS>"), self._special("<SEP>")
         self.eod, self.mask = self._special("<EOD>"), self._special("<MASK>")
         self.pad = self._own_or_special(self._model.pad_id(), "<PAD>")
@@ -115,7 +114,7 @@ class GPTSentencePieceTokenizer(SpecialTokens):
     starts_with_bos = False
 
     def __init__(self, model_file: str, vocab_extra_ids: int = 0) -> None:
-        self._model, self._hash = _load_sentencepiece(model_file)
+        self._model, pieces, self._hash = _load_sentencepiece(model_file)
         self.vocab_size = self._model.get_piece_size()
         model = self._model
         bos, eos, pad = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id(), model.pad_id()))
@@ -126,7 +125,6 @@ class GPTSentencePieceTokenizer(SpecialTokens):
                     "use --tokenizer-type SentencePieceTokenizer, which adds its own special tokens"
                 )
         self.bos, self.eos, self.pad, self.eod = bos, eos, pad, model.eos_id()
-        pieces = {model.id_to_piece(i): i for i in range(self.vocab_size)}
         self._find_sentinels(pieces.get, vocab_extra_ids)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -269,8 +267,8 @@ def _build_with_text(kind: str, data: DataConfig) -> Tokenizer:
     raise ConfigError(f"data.tokenizer_type ({kind}) is not known: see --help for the kinds there are")
 
 
-def _load_sentencepiece(model_file: str) -> tuple[Any, str]:
-    """The processor and a hash of its file."""
+def _load_sentencepiece(model_file: str) -> tuple[Any, dict[str, int], str]:
+    """The processor, the id of each piece, and a hash of the file."""
     import sentencepiece
 
     if not os.path.isfile(model_file):
@@ -278,16 +276,16 @@ def _load_sentencepiece(model_file: str) -> tuple[Any, str]:
             f"--tokenizer-model {model_file} does not exist: give a SentencePiece .model file (a tokenizer.json needs "
             "--tokenizer-type HuggingFaceTokenizer)"
         )
-    content = Path(model_file).read_bytes()
     processor = sentencepiece.SentencePieceProcessor()
     try:
+        content = Path(model_file).read_bytes()
         processor.LoadFromSerializedProto(content)
-        pieces = processor.get_piece_size()
-    except RuntimeError as error:
+        pieces = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise DataError(_not_sentencepiece(model_file)) from error
-    if pieces == 0:
+    if not pieces:
         raise DataError(_not_sentencepiece(model_file))
-    return processor, hashlib.sha256(content).hexdigest()
+    return processor, pieces, hashlib.sha256(content).hexdigest()
 
 
 def _not_sentencepiece(model_file: str) -> str:

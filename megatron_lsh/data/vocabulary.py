@@ -51,12 +51,24 @@ def write_description(
 
 
 def read_description(dataset: IndexedDataset) -> dict[str, Any] | None:
-    """What `write_description` recorded; None if there is no such file or it is of other data."""
+    """What `write_description` recorded; None if there is no such file or it is of other data.
+
+    Raises:
+        DataError: if the data is damaged: as large as what was described, and not the same.
+    """
+    path = description_path(dataset.prefix)
     try:
-        facts = json.loads(description_path(dataset.prefix).read_text(encoding="utf-8"))
+        facts = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return facts if isinstance(facts, dict) and facts.get("content") == dataset.fingerprint else None
+    if not isinstance(facts, dict) or facts.get("content") == dataset.fingerprint:
+        return facts if isinstance(facts, dict) else None
+    if (facts.get("documents"), facts.get("tokens")) == (dataset.num_documents, dataset.num_tokens):
+        raise DataError(
+            f"{bin_path(dataset.prefix)} or its .idx is damaged: {path} describes as many documents and tokens with another "
+            f"content. Copy or write them again (if another tool wrote them, delete {path})"
+        )
+    return None
 
 
 def check_vocabulary(dataset: IndexedDataset, tokenizer: Tokenizer, cache: ArrayCache) -> None:

@@ -73,9 +73,11 @@ def _read(vocab_file: str) -> tuple[dict[str, int], str]:
     path = Path(vocab_file)
     if not path.is_file():
         raise DataError(f"--vocab-file {vocab_file} does not exist: give a WordPiece vocabulary, one token per line")
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         lines = content.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"--vocab-file {vocab_file} cannot be read ({error}): check its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(f"--vocab-file {vocab_file} is not UTF-8 ({error}): give a WordPiece vocab.txt") from error
     if not lines[-1]:
