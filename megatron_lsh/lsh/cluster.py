@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,8 +10,22 @@ from torch import Tensor
 from megatron_lsh.ops.clustering import expert_of_row, in_order, number_by_first_row, pack_codes
 
 
+class _Derived:
+    """What follows from the fields of :class:`Clusters` and is asked for often.
+
+    Attributes:
+        num_rows, num_clusters: N and C.
+        segments: order, offsets and sizes, as the operations of ``ops/`` want them.
+    """
+
+    # Set at once: a cached_property takes a lock before Python 3.12, which torch.compile cannot trace.
+    num_rows: int
+    num_clusters: int
+    segments: tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
-class Clusters:
+class Clusters(_Derived):
     """Which rows travel together. All tensors live on the device of the rows.
 
     Attributes:
@@ -30,18 +43,10 @@ class Clusters:
     order_N: Tensor
     offsets_C: Tensor
 
-    @cached_property
-    def num_rows(self) -> int:
-        return self.cluster_N.shape[0]
-
-    @cached_property
-    def num_clusters(self) -> int:
-        return self.sizes_C.shape[0]
-
-    @cached_property
-    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``order``, ``offsets`` and ``sizes``, as the operations of ``ops/`` want them."""
-        return self.order_N, self.offsets_C, self.sizes_C
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_rows", self.cluster_N.shape[0])
+        object.__setattr__(self, "num_clusters", self.sizes_C.shape[0])
+        object.__setattr__(self, "segments", (self.order_N, self.offsets_C, self.sizes_C))
 
     @staticmethod
     def from_assignment(cluster_N: Tensor, sizes_C: Tensor, counts_E: Tensor) -> Clusters:
