@@ -6,8 +6,8 @@
 
 import sys
 
-from megatron_lsh.config import parse_finetune_args
+from megatron_lsh.config import parse_classification_args
 from megatron_lsh.training.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(parse_finetune_args))
+    sys.exit(main(parse_classification_args))

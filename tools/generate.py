@@ -11,33 +11,28 @@ Model and tokenizer are those of the checkpoint's config.json. Runs on a GPU if 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_lsh.checkpoint import CheckpointManager, TrainingState
-from megatron_lsh.checkpoint.manifest import MANIFEST
-from megatron_lsh.config import Config, padded_vocab_size, to_dict
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config import Config
 from megatron_lsh.convert.files import read_json
 from megatron_lsh.convert.native import HF, find_native, read_config
 from megatron_lsh.convert.source import VOCABULARY
-from megatron_lsh.data.prompts import prompt_ids, read_prompts
+from megatron_lsh.data.samples.prompts import prompt_ids, read_prompts
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.inference.generate import Sampling, generate_batch
+from megatron_lsh.inference.load import load_model
 from megatron_lsh.models.gpt import GPTModel
-from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.faults import launch
-from megatron_lsh.training.generate import Sampling, generate_batch
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ def run(job: Job) -> None:
     """Load the model and write texts to stdout as they grow. Collective."""
     args = job.args
     ctx = initialize(job.cfg.parallel, moe=job.cfg.moe.num_experts is not None)
-    model = together(ctx, lambda: load_model(job, ctx))
+    model = together(ctx, lambda: load(job, ctx))
     printer = Printer(job.tokenizer, job.prompts) if ctx.rank == 0 else None
     generate_batch(
         model,
@@ -151,25 +146,11 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
     return ends
 
 
-def load_model(job: Job, ctx: ParallelContext) -> GPTModel:
-    """The model with the checkpoint's weights, cut over the ranks as `ctx` says. Collective."""
-    args, cfg = job.args, copy.deepcopy(job.cfg)
-    cfg.moe.moe_expert_capacity_factor = None  # no token is dropped, no row compressed
-    cfg.moe.moe_router_force_load_balancing = False
-    vocab = cfg.model.vocab_size or job.tokenizer.vocab_size
-    padded = padded_vocab_size(vocab, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
-    model = GPTModel(cfg, padded, ctx, MoETelemetry(ctx.device))
-    itself = (args.load / MANIFEST).exists()
-    step = args.ckpt_step
-    if itself and job.folder.name.startswith("iter_"):
-        step = int(job.folder.name.removeprefix("iter_"))
-    load = CheckpointConfig(load=str(args.load.parent if itself else args.load), ckpt_step=step, finetune=True)
-    manager = CheckpointManager(
-        load, ctx, timeout=timedelta(minutes=10), notify=lambda text: print(text, file=sys.stderr)
-    )
-    names = [name for name, _ in model.named_parameters() if name in VOCABULARY]
-    state = TrainingState(model=model, config=to_dict(job.cfg)["config"], padded_rows=dict.fromkeys(names, vocab))
-    manager.load(state)
+def load(job: Job, ctx: ParallelContext) -> GPTModel:
+    """The model in the precision that was asked for, else that of the training. Collective."""
+    args, cfg = job.args, job.cfg
+    cfg.model.vocab_size = cfg.model.vocab_size or job.tokenizer.vocab_size
+    model = load_model(cfg, args.load, args.ckpt_step, ctx, VOCABULARY)
     if args.bf16 or (args.bf16 is None and cfg.precision.bf16):
         model.to(torch.bfloat16)
     return model

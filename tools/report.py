@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from megatron_lsh.errors import exit_status
-from megatron_lsh.training.report.page import render
-from megatron_lsh.training.report.runs import read_runs
+from megatron_lsh.observing.report.page import render
+from megatron_lsh.observing.report.runs import read_runs
 
 
 def main(words: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.reader import LoadOptions, find_checkpoint, load_checkpoint
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 from megatron_lsh.checkpoint.writer import Snapshot, append_progress, layout_of, take_snapshot, write_checkpoint
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.errors import CheckpointError, DamagedCheckpoint
 from megatron_lsh.parallel.context import ParallelContext
 

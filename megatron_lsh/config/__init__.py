@@ -2,13 +2,15 @@
 
 from megatron_lsh.config.arguments import parse_args
 from megatron_lsh.config.bert import BertConfig, BertSettings
+from megatron_lsh.config.checkpoint import CheckpointConfig
+from megatron_lsh.config.classification import ClassificationConfig, ClassificationSettings, parse_classification_args
 from megatron_lsh.config.config import Config, required
-from megatron_lsh.config.finetune import FinetuneConfig, FinetuneSettings, parse_finetune_args
+from megatron_lsh.config.data import DataConfig
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
+from megatron_lsh.config.logging import LoggingConfig
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
-from megatron_lsh.config.run import CheckpointConfig, DataConfig, LoggingConfig
 from megatron_lsh.config.serialize import describe, from_dict, to_dict, to_json
 from megatron_lsh.config.t5 import T5Config, T5Settings
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
@@ -19,10 +21,10 @@ __all__ = [
     "BertConfig",
     "BertSettings",
     "CheckpointConfig",
+    "ClassificationConfig",
+    "ClassificationSettings",
     "Config",
     "DataConfig",
-    "FinetuneConfig",
-    "FinetuneSettings",
     "LSHConfig",
     "LoggingConfig",
     "MoEConfig",
@@ -41,7 +43,7 @@ __all__ = [
     "moe_layer_pattern",
     "padded_vocab_size",
     "parse_args",
-    "parse_finetune_args",
+    "parse_classification_args",
     "required",
     "to_dict",
     "to_json",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from megatron_lsh.config.checkpoint import CheckpointConfig
+from megatron_lsh.config.data import DataConfig
+from megatron_lsh.config.logging import LoggingConfig
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
-from megatron_lsh.config.run import CheckpointConfig, DataConfig, LoggingConfig
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
 
 

@@ -11,7 +11,7 @@ from megatron_lsh.config.settings import named
 from megatron_lsh.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_lsh.config.run import DataConfig
+    from megatron_lsh.config.data import DataConfig
 
 DEFAULT_SPLIT = "969,30,1"
 SPLITS = ("train", "valid", "test")

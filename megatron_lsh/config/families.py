@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_lsh.config.bert import BertConfig, check_bert, refuse_relative_positions
 from megatron_lsh.config.checker import Checker
+from megatron_lsh.config.classification import ClassificationConfig, check_classification, derive_classification
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.finetune import FinetuneConfig, check_finetune, derive_finetune
 from megatron_lsh.config.t5 import T5Config, check_t5, derive_t5
 
 
@@ -13,8 +13,8 @@ def derive_family(cfg: Config, check: Checker, world_size: int) -> None:
     """Fill in what the rest of the configuration is derived from."""
     if isinstance(cfg, T5Config):
         derive_t5(cfg, check)
-    if isinstance(cfg, FinetuneConfig):
-        derive_finetune(cfg, check, world_size)
+    if isinstance(cfg, ClassificationConfig):
+        derive_classification(cfg, check, world_size)
 
 
 def check_family(cfg: Config, check: Checker) -> None:
@@ -32,7 +32,9 @@ def check_family(cfg: Config, check: Checker) -> None:
             lambda start, layers: start < layers,
             "use --moe-token-dispatcher-type alltoall to run every layer exactly",
         )
-    if isinstance(cfg, FinetuneConfig):
-        check_finetune(cfg, check)
+    if isinstance(cfg, ClassificationConfig):
+        check_classification(cfg, check)
     elif isinstance(cfg, BertConfig | T5Config):
-        check.rule("{sample_prompt} must not be given: only a GPT continues a text", lambda _: False, "drop --sample-prompt")
+        check.rule(
+            "{sample_prompt} must not be given: only a GPT continues a text", lambda _: False, "drop --sample-prompt"
+        )

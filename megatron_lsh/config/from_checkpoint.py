@@ -44,7 +44,9 @@ def with_checkpoint_args(values: Mapping[str, Any], settings: Mapping[str, Setti
         if path is not None:
             break
     else:
-        return dict(values), f"--use-checkpoint-args: no checkpoint in {shown(folders[0], 1000)}, so the command line stands"
+        return dict(
+            values
+        ), f"--use-checkpoint-args: no checkpoint in {shown(folders[0], 1000)}, so the command line stands"
     document = read_document(str(path))
     if not is_saved_config(document):
         raise ConfigError(f"{shown(path, 1000)} must be the configuration of a checkpoint: drop --use-checkpoint-args")

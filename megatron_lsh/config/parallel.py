@@ -22,7 +22,9 @@ class ParallelConfig:
         None, "Ranks that share each expert; only 1 is implemented (default: 1; Megatron: the TP size)", at_least=1
     )
     moe_node_size: int | None = flag(
-        None, "Ranks per node, in rank order; 1 makes every rank a node (default: what the launcher started)", at_least=1
+        None,
+        "Ranks per node, in rank order; 1 makes every rank a node (default: what the launcher started)",
+        at_least=1,
     )
     sequence_parallel: bool = flag(
         False,

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from megatron_lsh.config.bert import BertConfig
+from megatron_lsh.config.classification import BertClassificationConfig, ClassificationConfig, T5ClassificationConfig
 from megatron_lsh.config.compat import NO_EFFECT, REJECTED, SAME_AS_HERE
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.finetune import BertFinetuneConfig, FinetuneConfig, T5FinetuneConfig
 from megatron_lsh.config.settings import Setting, as_key, sections_of, settings_of, spellings_of, summary
 from megatron_lsh.config.t5 import T5Config
 
@@ -22,7 +22,7 @@ SCRIPTS: Mapping[str, tuple[type[Config], ...]] = MappingProxyType(
         "pretrain_gpt_moe.py": (Config,),
         "pretrain_bert_moe.py": (BertConfig,),
         "pretrain_t5_moe.py": (T5Config,),
-        "finetune_classification.py": (FinetuneConfig, BertFinetuneConfig, T5FinetuneConfig),
+        "finetune_classification.py": (ClassificationConfig, BertClassificationConfig, T5ClassificationConfig),
     }
 )
 

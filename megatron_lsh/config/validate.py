@@ -305,7 +305,9 @@ def _check_schedules(cfg: Config, check: Checker) -> None:
     else:
         check.required("start_weight_decay", "end_weight_decay")
     check.rule(
-        "{optimizer} must be adam with {use_apex_adam}", lambda kind, apex: kind == "adam" or not apex, "drop one of them"
+        "{optimizer} must be adam with {use_apex_adam}",
+        lambda kind, apex: kind == "adam" or not apex,
+        "drop one of them",
     )
     check.rule(
         "{override_opt_param_scheduler} and {use_checkpoint_opt_param_scheduler} must not both be on",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.convert.source import Source, all_pieces, padded_rows, plain, required_vocab
+from megatron_lsh.convert.source import Source, all_pieces, plain, required_vocab
 from megatron_lsh.errors import CheckpointError
+from megatron_lsh.inference.load import build_model
 from megatron_lsh.models.gpt import GPTModel
-from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 
 TOLERANCE = 1e-3  # of the logits' standard deviation; a wrong mapping gives differences of its own size
@@ -82,13 +82,11 @@ def our_logits(source: Source, tokens_BS: Tensor) -> Tensor:
 @torch.no_grad()
 def load_model(source: Source) -> GPTModel:
     """The model in fp32 on the CPU, in evaluation mode."""
-    ctx = offline_context(device="cpu")
-    cfg = plain(source.cfg)
-    model = GPTModel(cfg, padded_rows(cfg), ctx, MoETelemetry(ctx.device))
+    model = build_model(plain(source.cfg), offline_context(device="cpu"))
     state = model.state_dict()
     for rows in all_pieces(source):
         state[rows.name][rows.first : rows.first + rows.count] = source.read(rows)
-    return model.eval()
+    return model
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from megatron_lsh.data.progress import clock
+from megatron_lsh.data.preparation.progress import clock
 
 
 class ByteProgress:

@@ -6,7 +6,6 @@ of this framework's own model, and a writer of any format asks for them one afte
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_lsh.config import Config, padded_vocab_size
 from megatron_lsh.errors import CheckpointError, MegatronLSHError
+from megatron_lsh.inference.load import keep_all_tokens
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
@@ -138,10 +138,8 @@ def required_vocab(cfg: Config) -> int:
 
 def plain(cfg: Config) -> Config:
     """The same model, its tokens sent to their experts exactly and none dropped: what other frameworks compute."""
-    cfg = copy.deepcopy(cfg)
+    cfg = keep_all_tokens(cfg)
     cfg.moe.moe_token_dispatcher_type = "alltoall"
-    cfg.moe.moe_expert_capacity_factor = None
-    cfg.moe.moe_router_force_load_balancing = False
     return cfg
 
 

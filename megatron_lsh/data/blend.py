@@ -10,7 +10,7 @@ from math import lcm
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lsh.data.samples import Dataset, Sample
+from megatron_lsh.data.samples.dataset import Dataset, Sample
 from megatron_lsh.errors import ConfigError
 
 MAX_PERIOD = 1 << 18

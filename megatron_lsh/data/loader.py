@@ -19,14 +19,14 @@ from megatron_lsh.data.blend import BlendedDataset, BlendSchedule
 from megatron_lsh.data.cache import ArrayCache
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.sampler import micro_batch_indices
-from megatron_lsh.data.samples import Corpus, Dataset, SampleKind
+from megatron_lsh.data.samples.dataset import Corpus, Dataset, SampleKind
 from megatron_lsh.data.splits import split_documents
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.data.vocabulary import check_vocabulary
 from megatron_lsh.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_lsh.config.run import DataConfig
+    from megatron_lsh.config.data import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from megatron_lsh.config import BertConfig
-from megatron_lsh.config.finetune import BertFinetuneConfig
-from megatron_lsh.data.bert import BertRecipe
-from megatron_lsh.data.kinds import PassageSamples
+from megatron_lsh.config.classification import BertClassificationConfig
+from megatron_lsh.data.samples.bert import BertRecipe
+from megatron_lsh.data.samples.kinds import PassageSamples
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.families.classification import classifier
 from megatron_lsh.families.family import Batch, Family, Head, text_datasets
@@ -45,7 +45,7 @@ def head(cfg: BertConfig, vocab_size: int) -> Head:
     return Head(length * hidden * (hidden + vocab_size), length * vocab_size)
 
 
-def fresh_parameters(cfg: BertFinetuneConfig) -> tuple[str, ...]:
+def fresh_parameters(cfg: BertClassificationConfig) -> tuple[str, ...]:
     """A RoBERTa has no pooler."""
     return (HEAD,) if cfg.bert.bert_binary_head else (HEAD, "pooler.")
 
@@ -60,7 +60,7 @@ BERT = Family(
     losses=losses,
     classifier=classifier(
         "BERT classifier",
-        BertFinetuneConfig,
+        BertClassificationConfig,
         bert_stacks,
         BertClassifier,
         fresh_parameters=fresh_parameters,

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lsh.config import Config, required, validate
-from megatron_lsh.config.finetune import FinetuneConfig
-from megatron_lsh.data.classification import (
+from megatron_lsh.config.classification import ClassificationConfig
+from megatron_lsh.data.loader import Datasets
+from megatron_lsh.data.samples.classification import (
     ClassificationData,
     Encoding,
     EvaluationOrder,
@@ -24,10 +25,9 @@ from megatron_lsh.data.classification import (
     samples_per_epoch,
     tokenize_sets,
 )
-from megatron_lsh.data.labelled import read_sets
-from megatron_lsh.data.loader import Datasets
+from megatron_lsh.data.samples.labelled_texts import read_sets
+from megatron_lsh.data.samples.zero_shot import Prompt, ZeroShotSet
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_lsh.data.zero_shot import Prompt, ZeroShotSet
 from megatron_lsh.errors import DataError
 from megatron_lsh.families.family import Batch, Counts, Criterion, Family, Head
 from megatron_lsh.families.losses import Losses, Mean
@@ -43,7 +43,7 @@ TRIM_TO = 8
 
 def classifier(
     name: str,
-    config: type[FinetuneConfig],
+    config: type[ClassificationConfig],
     stacks: Callable[[Any], tuple[Stack, ...]],
     model: Callable[..., Model],
     *,
@@ -90,13 +90,13 @@ class Texts:
         return len(self.trained.train) if self.trained is not None and self.trained.train is not None else None
 
 
-def prepare(family: Family, written: FinetuneConfig, world_size: int) -> tuple[FinetuneConfig, Family]:
+def prepare(family: Family, written: ClassificationConfig, world_size: int) -> tuple[ClassificationConfig, Family]:
     """The validated configuration, with the length of the run and the classes that follow from the data; and the family with
     the data.
 
     Args:
         family: the classifiers, without data.
-        written: as ``parse_finetune_args`` returns it. Not changed.
+        written: as ``parse_classification_args`` returns it. Not changed.
 
     Raises:
         ConfigError, DataError: see ``validate`` and `read_texts`.
@@ -108,7 +108,7 @@ def prepare(family: Family, written: FinetuneConfig, world_size: int) -> tuple[F
     return cfg, _with_texts(family, cfg, texts)
 
 
-def read_texts(cfg: FinetuneConfig) -> Texts:
+def read_texts(cfg: ClassificationConfig) -> Texts:
     """Read and tokenize the texts that `cfg` (validated) names.
 
     Raises:
@@ -136,7 +136,7 @@ def read_texts(cfg: FinetuneConfig) -> Texts:
     return Texts(classes, tokenize_sets(sets, classes, tokenizer, encoding), {})
 
 
-def _with_texts(family: Family, cfg: FinetuneConfig, texts: Texts) -> Family:
+def _with_texts(family: Family, cfg: ClassificationConfig, texts: Texts) -> Family:
     """The family of classifiers for one run; of a GPT that classifies without training, if --zero-shot says so."""
     if cfg.finetune.zero_shot:
         return dataclasses.replace(
@@ -161,16 +161,16 @@ def _with_texts(family: Family, cfg: FinetuneConfig, texts: Texts) -> Family:
     )
 
 
-def _not_read(cfg: FinetuneConfig, tokenizer: Tokenizer, ctx: ParallelContext, counts: Counts) -> Datasets:
+def _not_read(cfg: ClassificationConfig, tokenizer: Tokenizer, ctx: ParallelContext, counts: Counts) -> Datasets:
     raise AssertionError("the texts are read by Family.prepare")
 
 
-def _criterion(cfg: FinetuneConfig) -> Criterion:
+def _criterion(cfg: ClassificationConfig) -> Criterion:
     figure = (cfg.finetune.classification_metric or "accuracy").replace("-", "_")
     return Criterion(figure, cfg.finetune.early_stopping_patience)
 
 
-def class_losses(cfg: FinetuneConfig, model: nn.Module, batch: Batch) -> Losses:
+def class_losses(cfg: ClassificationConfig, model: nn.Module, batch: Batch) -> Losses:
     """Mean cross-entropy of the texts of a micro-batch, and the routers' auxiliary losses."""
     logits_BC, aux_loss = model(*_inputs(model, batch))
     texts = len(batch["label"])
@@ -197,7 +197,7 @@ def zero_shot_scores(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(scores, dim=1)
 
 
-def _no_training(cfg: FinetuneConfig, model: nn.Module, batch: Batch) -> Losses:
+def _no_training(cfg: ClassificationConfig, model: nn.Module, batch: Batch) -> Losses:
     raise AssertionError("zero-shot classification does not train")
 
 

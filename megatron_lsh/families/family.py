@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_lsh.config import Config, parse_args
 from megatron_lsh.data.loader import Datasets, build_datasets
-from megatron_lsh.data.samples import SampleKind
+from megatron_lsh.data.samples.dataset import SampleKind
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_lsh.families.losses import Losses
 from megatron_lsh.families.scores import Judge

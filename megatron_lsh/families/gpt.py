@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron_lsh.config import Config
-from megatron_lsh.config.finetune import FinetuneConfig
-from megatron_lsh.data.gpt import SampleRules
-from megatron_lsh.data.kinds import GPTSamples
+from megatron_lsh.config.classification import ClassificationConfig
+from megatron_lsh.data.samples.gpt import SampleRules
+from megatron_lsh.data.samples.kinds import GPTSamples
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.families.classification import classifier
 from megatron_lsh.families.family import Batch, Family, Head, text_datasets
@@ -47,6 +47,6 @@ GPT = Family(
     datasets=text_datasets(samples),
     losses=losses,
     classifier=classifier(
-        "GPT classifier", FinetuneConfig, gpt_stacks, GPTClassifier, unused_parameters=("output_layer.",)
+        "GPT classifier", ClassificationConfig, gpt_stacks, GPTClassifier, unused_parameters=("output_layer.",)
     ),
 )

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_lsh.data.classification import BLANK
+from megatron_lsh.data.samples.classification import BLANK
 from megatron_lsh.families.losses import Losses, mean_of
 
 

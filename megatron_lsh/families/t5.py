@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron_lsh.config import T5Config
-from megatron_lsh.config.finetune import T5FinetuneConfig
-from megatron_lsh.data.kinds import PassageSamples
-from megatron_lsh.data.t5 import T5Recipe
+from megatron_lsh.config.classification import T5ClassificationConfig
+from megatron_lsh.data.samples.kinds import PassageSamples
+from megatron_lsh.data.samples.t5 import T5Recipe
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.families.classification import classifier
 from megatron_lsh.families.family import Batch, Family, Head, text_datasets
@@ -50,7 +50,7 @@ T5 = Family(
     losses=losses,
     classifier=classifier(
         "T5 classifier",
-        T5FinetuneConfig,
+        T5ClassificationConfig,
         t5_encoder_stacks,
         T5Classifier,
         unused_parameters=("decoder.", "decoder_relative_pos_emb.", "output_layer."),

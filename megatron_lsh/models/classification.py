@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_lsh.config.finetune import BertFinetuneConfig, FinetuneConfig, T5FinetuneConfig
+from megatron_lsh.config.classification import BertClassificationConfig, ClassificationConfig, T5ClassificationConfig
 from megatron_lsh.models.bert import BertModel, Dense, Pooler
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.models.language_model import LanguageModel, positions_of
@@ -28,7 +28,9 @@ HEAD = "classification_head."
 class GPTClassifier(GPTModel):
     """A GPT that classifies: by the last token, which has seen all others."""
 
-    def __init__(self, cfg: FinetuneConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
+    def __init__(
+        self, cfg: ClassificationConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
+    ) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         self.output_layer = None
         self.classification_head = _head(self, cfg)
@@ -46,7 +48,9 @@ class GPTClassifier(GPTModel):
 class BertClassifier(BertModel):
     """A BERT that classifies: by its pooled first token. For a RoBERTa, which has no pooler, a fresh one is added."""
 
-    def __init__(self, cfg: BertFinetuneConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
+    def __init__(
+        self, cfg: BertClassificationConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
+    ) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         del self.lm_head, self.output_layer
         if cfg.bert.bert_binary_head:
@@ -68,7 +72,9 @@ class BertClassifier(BertModel):
 class T5Classifier(T5Encoder):
     """The encoder of a T5 that classifies: by the mean over its tokens."""
 
-    def __init__(self, cfg: T5FinetuneConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
+    def __init__(
+        self, cfg: T5ClassificationConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry
+    ) -> None:
         super().__init__(cfg, vocab_size, ctx, telemetry)
         self.classification_head = _head(self, cfg)
         self.classify = Classify(cfg)
@@ -99,7 +105,7 @@ class GPTScorer(GPTModel):
 class Classify(nn.Module):
     """Pooling, dropout and the linear layer, alike on all tensor-parallel ranks."""
 
-    def __init__(self, cfg: FinetuneConfig) -> None:
+    def __init__(self, cfg: ClassificationConfig) -> None:
         super().__init__()
         self.pooling = cfg.finetune.pooling
         self.dropout = nn.Dropout(cfg.finetune.classifier_dropout or 0.0)
@@ -134,6 +140,6 @@ def pool(hidden_BSD: Tensor, mask_BS: Tensor, pooling: str) -> Tensor:
     return (sums_BD / lengths_B.clamp(min=1).unsqueeze(-1)).to(hidden_BSD.dtype)
 
 
-def _head(model: LanguageModel, cfg: FinetuneConfig) -> Dense:
+def _head(model: LanguageModel, cfg: ClassificationConfig) -> Dense:
     classes = len(cfg.finetune.classes or ()) or 2  # without the data two, the least there can be
     return Dense(model.shape.hidden, classes, model.ctx, Init("normal", cfg.model.init_method_std))

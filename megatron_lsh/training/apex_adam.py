@@ -25,7 +25,12 @@ class ApexAdamW(Optimizer):
     """
 
     def __init__(
-        self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.01
+        self,
+        params: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.01,
     ) -> None:
         self._fused_adam = _apex_fused_adam()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lsh.checkpoint import CheckpointManager, SaveLock, TrainingState
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.parallel.context import ParallelContext
 
 BEST = "best"

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from megatron_lsh.config.training import TrainingConfig
 from megatron_lsh.errors import MegatronLSHError
+from megatron_lsh.observing.writers import SteadyStream
 from megatron_lsh.parallel.launcher import adopt
-from megatron_lsh.training.writers import SteadyStream
 
 Result = TypeVar("Result")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_lsh.config import required
-from megatron_lsh.data.prompts import prompt_ids
-from megatron_lsh.training.generate import Sampling, generate
-from megatron_lsh.training.plot import plot_losses
+from megatron_lsh.data.samples.prompts import prompt_ids
+from megatron_lsh.inference.generate import Sampling, generate
+from megatron_lsh.observing.plot import plot_losses
+from megatron_lsh.observing.summary import closing_lines
 from megatron_lsh.training.run import Run
-from megatron_lsh.training.summary import closing_lines
 
 
 def closing_report(run: Run) -> None:

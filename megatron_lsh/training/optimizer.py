@@ -43,7 +43,9 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     if cfg.use_apex_adam:
         if cfg.optimizer != "adam":
-            raise ConfigError(f"optimizer.optimizer ({cfg.optimizer}) must be adam with --use-apex-adam: drop one of them")
+            raise ConfigError(
+                f"optimizer.optimizer ({cfg.optimizer}) must be adam with --use-apex-adam: drop one of them"
+            )
         return ApexAdamW(groups, lr=lr, betas=betas, eps=cfg.adam_eps)
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=cfg.sgd_momentum)

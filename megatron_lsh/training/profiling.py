@@ -54,5 +54,7 @@ class Profiling:
             self._profile.export_chrome_trace(str(self._path))
             print(f"> profiler trace written to {self._path}", flush=True)
         except (OSError, RuntimeError) as error:
-            print(f"WARNING: the profiler trace {self._path} could not be written ({error}): the run goes on", flush=True)
+            print(
+                f"WARNING: the profiler trace {self._path} could not be written ({error}): the run goes on", flush=True
+            )
         self._profile, self._wanted = None, False

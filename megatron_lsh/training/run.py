@@ -21,6 +21,8 @@ from megatron_lsh.families.scores import LossJudge
 from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.observing.reporter import Reporter, RunFigures
+from megatron_lsh.observing.state import TrainState
 from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import shard_model
@@ -28,10 +30,8 @@ from megatron_lsh.parallel.random import derive_seed, get_rng_state, seed_everyt
 from megatron_lsh.plan.flops import peak_flops, training_flops
 from megatron_lsh.training.early_stopping import BestWeights, EarlyStopping
 from megatron_lsh.training.optimizer import build_optimizer
-from megatron_lsh.training.reporter import Reporter, RunFigures
 from megatron_lsh.training.schedule import Schedule, schedule_shape
 from megatron_lsh.training.startup import describe_dispatch, describe_model, save_config, take_save_folder
-from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.step import Step
 from megatron_lsh.training.upcycling import start_from_dense
 from megatron_lsh.training.watch import Place
@@ -45,7 +45,6 @@ def _to_save(cfg: Config) -> dict[str, Any]:
         if data.get(name) and Path(data[name]).exists():  # else the name of one on the hub
             data[name] = str(Path(data[name]).absolute())
     return config
-
 
 
 @dataclass

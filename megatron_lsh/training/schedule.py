@@ -184,7 +184,9 @@ class Schedule:
 
 def _differences(saved: ScheduleShape, wanted: ScheduleShape) -> str:
     new = asdict(wanted)
-    lines = [f"{name}: {old} in the checkpoint, {new[name]} here" for name, old in asdict(saved).items() if old != new[name]]
+    lines = [
+        f"{name}: {old} in the checkpoint, {new[name]} here" for name, old in asdict(saved).items() if old != new[name]
+    ]
     return (
         f"the learning-rate schedule differs from the checkpoint's ({'; '.join(lines)}; lengths in samples): give "
         "--override-opt_param-scheduler to follow the command line or --use-checkpoint-opt_param-scheduler to follow "

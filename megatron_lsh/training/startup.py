@@ -15,8 +15,8 @@ from megatron_lsh import ops
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect
 from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.manifest import write_atomically
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.config.serialize import describe, to_json
 from megatron_lsh.errors import CheckpointError, ConfigError
 from megatron_lsh.moe.registry import DispatcherSpec
@@ -151,7 +151,10 @@ def save_config(cfg: Config, ctx: ParallelContext) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", to_json(cfg).encode())
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the one of before is still there, and checkpoints have their own
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):  # the one of before is still there, and checkpoints have their own
             print(f"WARNING: {folder / 'config.json'} could not be written ({error}): the run goes on", flush=True)
             return
         raise ConfigError(f"{folder} must be a folder that can be written, for config.json: {error}") from error

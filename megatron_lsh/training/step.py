@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,28 +15,13 @@ from megatron_lsh.families import Batch, Losses
 from megatron_lsh.families.losses import MAIN, mean_of
 from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import decide, trials
+from megatron_lsh.observing.state import StepResult
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, finalize_gradients
 from megatron_lsh.training.schedule import Schedule
 
 #: (model, batch on this rank's device) -> losses of the micro-batch
 ForwardStep = Callable[[Any, Batch], Losses]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one iteration found; the same on every rank."""
-
-    loss: float
-    """lm loss: mean over the loss tokens of the global batch"""
-    grad_norm: float
-    """global norm before clipping"""
-    skipped: bool
-    """the loss or a gradient was not finite somewhere, and no rank changed anything"""
-    stop: bool
-    """some rank asked to stop at this iteration's end"""
-    further: Mapping[str, float] = field(default_factory=dict)
-    """losses that are minimized beside the lm loss, by name; means as that is"""
 
 
 @dataclass(frozen=True)

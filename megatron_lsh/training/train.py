@@ -10,6 +10,7 @@ from itertools import islice
 from megatron_lsh.config import Config
 from megatron_lsh.families import Family
 from megatron_lsh.moe.schedule import exact_dispatch
+from megatron_lsh.observing.state import StepResult, TrainState
 from megatron_lsh.parallel.agreement import failed_everywhere, together
 from megatron_lsh.parallel.data_parallel import global_norm
 from megatron_lsh.parallel.initialize import initialize, shutdown
@@ -19,8 +20,6 @@ from megatron_lsh.training.finish import closing_report, closing_result
 from megatron_lsh.training.profiling import Profiling
 from megatron_lsh.training.run import Run, set_up
 from megatron_lsh.training.startup import introduce, set_determinism
-from megatron_lsh.training.state import TrainState
-from megatron_lsh.training.step import StepResult
 from megatron_lsh.training.watch import SAVING, TRAINING, Place, Watch
 
 
@@ -126,7 +125,9 @@ def _why_complete(run: Run) -> str:
     if run.stopped_early:
         return f"--early-stopping-patience ended this run after iteration {state.iteration}"
     if training.train_samples is not None:
-        return f"the checkpoint has seen {state.consumed_samples} samples, and --train-samples is {training.train_samples}"
+        return (
+            f"the checkpoint has seen {state.consumed_samples} samples, and --train-samples is {training.train_samples}"
+        )
     return f"the checkpoint is at iteration {state.iteration}, and the run has {run.reporter.figures.train_iters}"
 
 
@@ -177,9 +178,7 @@ def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: i
     after = run.state.iteration if weights is None else weights
     best = run.early_stopping
     epoch = run.epoch if weights is None or best is None else best.best_epoch
-    run.reporter.figures_of(
-        name, outcomes, run.state.iteration, after, None if run.cfg.training.skip_train else epoch
-    )
+    run.reporter.figures_of(name, outcomes, run.state.iteration, after, None if run.cfg.training.skip_train else epoch)
     if name == "validation" and not run.cfg.training.skip_train:
         _watch(run, next(iter(outcomes.values())))
     return True

@@ -7,7 +7,7 @@ import os
 
 from megatron_lsh.checkpoint.inspection import inspect
 from megatron_lsh.config import Config
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.convert import Checks, load_native, save_native, upcycle
 from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext

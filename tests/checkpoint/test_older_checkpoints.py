@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.config import Config, to_dict
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.families import GPT
 from megatron_lsh.models.model import Model

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from megatron_lsh.checkpoint import CheckpointManager, LoadResult, TrainingState
 from megatron_lsh.checkpoint.lock import LOCK
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.parallel import PrecisionConfig
-from megatron_lsh.config.run import CheckpointConfig
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import clip_grad_norm, finalize_gradients, shard_model
 from megatron_lsh.parallel.parameters import initialize_parameters, local, parameter

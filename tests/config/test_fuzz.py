@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh.config import BertConfig, Config, T5Config, describe, from_dict, parse_args, to_json, validate
-from megatron_lsh.config.finetune import FinetuneConfig, parse_finetune_args
+from megatron_lsh.config.classification import ClassificationConfig, parse_classification_args
 from megatron_lsh.config.settings import Setting, named, settings_of
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import SMALL, small
@@ -22,7 +22,11 @@ FAMILIES: dict[type[Config], list[str]] = {
     Config: SMALL,
     BertConfig: SMALL,
     T5Config: SMALL,
-    FinetuneConfig: [*(word for word in SMALL if word not in ("--mock-data", "--train-iters", "10")), "--task", "cola"],
+    ClassificationConfig: [
+        *(word for word in SMALL if word not in ("--mock-data", "--train-iters", "10")),
+        "--task",
+        "cola",
+    ],
 }
 INTEGERS = [
     *"01234578",
@@ -101,7 +105,7 @@ def test_any_command_line_is_valid_or_refused_in_readable_lines(
 ) -> None:
     family, words = line
     try:
-        cfg = parse_finetune_args(words) if family is FinetuneConfig else parse_args(words, family)
+        cfg = parse_classification_args(words) if family is ClassificationConfig else parse_args(words, family)
         valid = validate(cfg, ranks)
     except ConfigError as error:
         check_message(error)
@@ -122,7 +126,7 @@ DOCUMENTS = st.recursive(
 
 def check_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    for parse in (parse_args, parse_finetune_args):
+    for parse in (parse_args, parse_classification_args):
         try:
             parse(["--config", str(path)])  # type: ignore[operator]
         except ConfigError as error:
@@ -190,7 +194,7 @@ def test_letters_beyond_the_first_plane_survive_a_saved_configuration(tmp_path: 
 def test_values_that_begin_with_a_dash_are_explained() -> None:
     def line(*words: str) -> str:
         with pytest.raises(ConfigError) as error:
-            parse_finetune_args(list(words))
+            parse_classification_args(list(words))
         return str(error.value).splitlines()[0]
 
     assert line("--classes", "--lr", "x").startswith(

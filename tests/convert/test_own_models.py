@@ -16,7 +16,7 @@ import transformers
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.config import Config, MoEConfig, to_dict
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.convert import load_native, save_hf, save_native, upcycle
 from megatron_lsh.data.tokenizers import build_tokenizer
 from megatron_lsh.errors import CheckpointError

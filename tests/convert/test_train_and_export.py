@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.config import padded_vocab_size, to_dict
-from megatron_lsh.config.run import CheckpointConfig
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.convert import load_hf, load_native, save_hf, save_native
 from megatron_lsh.convert.native import find_native, read_config
 from megatron_lsh.convert.source import VOCABULARY

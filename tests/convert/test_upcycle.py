@@ -61,7 +61,7 @@ def test_gelu_and_biases(tmp_path: Path) -> None:
     """What Hugging Face's families do not have, from a native checkpoint."""
     from megatron_lsh.checkpoint import CheckpointManager, TrainingState
     from megatron_lsh.config import to_dict
-    from megatron_lsh.config.run import CheckpointConfig
+    from megatron_lsh.config.checkpoint import CheckpointConfig
 
     cfg = make_config()
     model = randomize(make_gpt(cfg)).eval()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lsh.data.wordpiece import train_wordpiece
+from megatron_lsh.data.tokenizers.wordpiece import train_wordpiece
 from tests.data.helpers import load_tool, numbered_sentences, write_sentences
 
 TEXTS = [

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from megatron_lsh.config import BertConfig, DataConfig, T5Config
-from megatron_lsh.data.bert import BertRecipe
-from megatron_lsh.data.gpt import SampleRules
 from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_lsh.data.kinds import GPTSamples, PassageSamples
 from megatron_lsh.data.loader import Datasets, build_datasets
-from megatron_lsh.data.samples import Sample
-from megatron_lsh.data.t5 import T5Recipe
+from megatron_lsh.data.samples.bert import BertRecipe
+from megatron_lsh.data.samples.dataset import Sample
+from megatron_lsh.data.samples.gpt import SampleRules
+from megatron_lsh.data.samples.kinds import GPTSamples, PassageSamples
+from megatron_lsh.data.samples.t5 import T5Recipe
 from megatron_lsh.data.tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh.data.blend import MAX_PERIOD, BlendedDataset, BlendSchedule
-from megatron_lsh.data.mock import MockDataset
+from megatron_lsh.data.samples.mock import MockDataset
 from megatron_lsh.errors import ConfigError
-from tests.data.test_gpt import RULES
+from tests.data.samples.test_gpt import RULES
 
 weights_ = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 

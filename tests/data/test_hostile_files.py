@@ -17,16 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_lsh.data.encoder import Encoder
-from megatron_lsh.data.gpt2 import GPT2BPETokenizer
-from megatron_lsh.data.huggingface import HuggingFaceTokenizer
 from megatron_lsh.data.indexed import IndexedDataset
-from megatron_lsh.data.labelled import Columns, read_file
-from megatron_lsh.data.sentences import SentenceSplitter
-from megatron_lsh.data.sources import open_sources
+from megatron_lsh.data.preparation.encoder import Encoder
+from megatron_lsh.data.preparation.sentences import SentenceSplitter
+from megatron_lsh.data.preparation.sources import open_sources
+from megatron_lsh.data.samples.labelled_texts import Columns, read_file
 from megatron_lsh.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from megatron_lsh.data.tokenizers.gpt2 import GPT2BPETokenizer
+from megatron_lsh.data.tokenizers.huggingface import HuggingFaceTokenizer
+from megatron_lsh.data.tokenizers.wordpiece import BertWordPieceTokenizer
 from megatron_lsh.data.vocabulary import read_description, write_description
-from megatron_lsh.data.wordpiece import BertWordPieceTokenizer
 from megatron_lsh.errors import DataError
 from tests.data.helpers import numbered, write_dataset
 

@@ -22,10 +22,10 @@ from megatron_lsh.models.model import Model
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init
 from megatron_lsh.training.train import train
-from megatron_lsh.training.writers import read_jsonl
 
 
 def records() -> Iterator[Family]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_lsh.data.classification import BLANK
+from megatron_lsh.data.samples.classification import BLANK
 from megatron_lsh.families.scores import ClassJudge, class_figures
 
 

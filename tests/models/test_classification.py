@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_lsh.config.finetune import BertFinetuneConfig, FinetuneConfig, T5FinetuneConfig
+from megatron_lsh.config.classification import BertClassificationConfig, ClassificationConfig, T5ClassificationConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.families import FAMILIES, Family, family_of
 from megatron_lsh.models.classification import HEAD, GPTScorer, pool
@@ -20,19 +20,19 @@ from megatron_lsh.parallel.parameters import is_expert
 from megatron_lsh.parallel.testing import run_distributed_test
 from tests.models.model_helpers import MOE, VOCAB, fill, full_gradients, make_gpt, randomize
 
-CLASSES = {"gpt": FinetuneConfig, "bert": BertFinetuneConfig, "t5": T5FinetuneConfig}
+CLASSES = {"gpt": ClassificationConfig, "bert": BertClassificationConfig, "t5": T5ClassificationConfig}
 COMPARED = (HEAD, "pooler.", "embedding.", "decoder.layers.0.self", "encoder.layers.0.self")
 POOLING = {"gpt": "last", "bert": "first", "t5": "mean"}
 
 
-def config_of(backbone: str, **settings: Any) -> FinetuneConfig:
+def config_of(backbone: str, **settings: Any) -> ClassificationConfig:
     """Two layers of width 32 with experts in the second, S = 16; `settings` are fields of any part."""
     positions = "relative" if backbone == "t5" else "learned_absolute"
     own = {"position_embedding_type": positions, "pooling": POOLING[backbone], "classifier_dropout": 0.0}
     return fill(CLASSES[backbone](), **MOE, **{**own, "classes": ["a", "b", "c"], **settings})
 
 
-def build(cfg: FinetuneConfig, ctx: ParallelContext | None = None) -> Model:
+def build(cfg: ClassificationConfig, ctx: ParallelContext | None = None) -> Model:
     """A classifier with three classes."""
     ctx = ctx or offline_context(device="cpu")
     return family_of(cfg).build(cfg, VOCAB, ctx, MoETelemetry(ctx.device))
@@ -52,7 +52,7 @@ def batch_of(lengths: list[int], width: int = 16) -> tuple[Tensor, Tensor, Tenso
 def test_the_backbone_is_that_of_pretraining(backbone: str, plain: bool) -> None:
     """Same names, shapes and initial values; what differs is what the two lists name. Experts are really there."""
     cfg = config_of(backbone, untie_embeddings_and_output_weights=plain)
-    if isinstance(cfg, BertFinetuneConfig):
+    if isinstance(cfg, BertClassificationConfig):
         cfg.bert.bert_binary_head = not plain
     ours, theirs = dict(build(cfg).named_parameters()), dict(pretraining_model(cfg).named_parameters())
     fresh, unused = family_of(cfg).fresh_parameters(cfg), family_of(cfg).unused_parameters
@@ -67,7 +67,7 @@ def test_the_backbone_is_that_of_pretraining(backbone: str, plain: bool) -> None
     assert experts == 4 * 2 * 32 * 16 + 4 * (16 + 32)  # fc1 and fc2 of four experts in one layer, with biases
 
 
-def pretraining_model(cfg: FinetuneConfig) -> Model:
+def pretraining_model(cfg: ClassificationConfig) -> Model:
     """What ``cfg`` was pretrained as."""
     family: Family = next(family for family in FAMILIES if family.classifier is family_of(cfg))
     plain = family.config(**{name: part for name, part in vars(cfg).items() if name not in ("finetune", "examples")})

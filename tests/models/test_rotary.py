@@ -57,6 +57,8 @@ def test_interleaved_rotation_turns_neighbours_as_complex_numbers() -> None:
     x = torch.randn(5, 2, 3, 8)
     turned = rotary_embedding(torch.arange(5), 8, percent=0.5, base=100.0, interleaved=True)(x)
     angles = torch.arange(5)[:, None] * torch.tensor([1.0, 100.0**-0.5])
-    pairs = torch.view_as_complex(x[..., :4].reshape(5, 2, 3, 2, 2)) * torch.polar(torch.ones(5, 2), angles)[:, None, None]
+    pairs = (
+        torch.view_as_complex(x[..., :4].reshape(5, 2, 3, 2, 2)) * torch.polar(torch.ones(5, 2), angles)[:, None, None]
+    )
     torch.testing.assert_close(turned[..., :4], torch.view_as_real(pairs).flatten(-2))
     assert torch.equal(turned[..., 4:], x[..., 4:])

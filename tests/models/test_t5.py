@@ -188,7 +188,9 @@ def test_experts_are_there() -> None:
 def test_layers_hash_differently() -> None:
     """The decoder's layers are counted after the encoder's, so no two share a rotation, and each has its gauges."""
     model = make_t5(t5_config(**LSH))
-    rotations = [layer.dispatcher.alternatives["lsh"].path.compressor.cluster.rotation_DQW for layer in model.moe_layers()]  # type: ignore[attr-defined]
+    rotations = [
+        layer.dispatcher.alternatives["lsh"].path.compressor.cluster.rotation_DQW for layer in model.moe_layers()
+    ]  # type: ignore[attr-defined]
     assert len(rotations) == 3 and not any(torch.equal(rotations[0], other) for other in rotations[1:])
     result = families.forward_backward(families.t5(), model, [t5_batch()])
     assert [report.layer for report in result.reports] == [0, 2, 4]

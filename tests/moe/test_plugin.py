@@ -11,10 +11,10 @@ from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.schedule import exact_dispatch
+from megatron_lsh.observing.metrics import IntervalMetrics
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.parameters import local
 from megatron_lsh.parallel.testing import run_distributed_test
-from megatron_lsh.training.metrics import IntervalMetrics
 from tests.moe.test_dispatchers import make_layer, run, single, tokens
 
 PLUGIN = "large_rows_of_the_documents"

@@ -118,7 +118,9 @@ class LocalCluster:
         self._spawn(["slurmctld", "-D", "-c"], "slurmctld")
         for node in NODES:
             self._spawn(["slurmd", "-D", "-N", node], f"slurmd-{node}")
-        self._wait_for(lambda: self.run("sinfo", "-hN", "-p", "normal", "-o", "%t").split() == ["idle", "idle"], deadline)
+        self._wait_for(
+            lambda: self.run("sinfo", "-hN", "-p", "normal", "-o", "%t").split() == ["idle", "idle"], deadline
+        )
 
     def stop(self) -> None:
         """Cancel what still runs and end the daemons, newest first."""
@@ -135,7 +137,9 @@ class LocalCluster:
                     daemon.wait()
         self._daemons.clear()
 
-    def run(self, *command: str, timeout_s: float = 60.0, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    def run(
+        self, *command: str, timeout_s: float = 60.0, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> str:
         """Run a SLURM command against this cluster and return what it printed; "" if it failed."""
         done = subprocess.run(
             command, env={**self.env, **(env or {})}, cwd=cwd, timeout=timeout_s, text=True, capture_output=True

@@ -68,7 +68,12 @@ def test_batch_file_resumes_after_requeue_and_after_sigterm(cluster: LocalCluste
     (prefix,) = (path.with_suffix("") for path in tmp_path.glob("tiny*.idx"))
 
     log = tmp_path / "job.out"
-    settings = {"RUN_DIR": str(tmp_path / "run"), "DATA_PATH": str(prefix), "TRAIN_ITERS": str(TRAIN_ITERS), "NPROC": "1"}
+    settings = {
+        "RUN_DIR": str(tmp_path / "run"),
+        "DATA_PATH": str(prefix),
+        "TRAIN_ITERS": str(TRAIN_ITERS),
+        "NPROC": "1",
+    }
     settings |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}"}
     settings["VIRTUAL_ENV"] = sys.prefix  # the interpreter that runs this test, not another .venv
     submit = ["sbatch", "--parsable", f"--output={log}", "scripts/slurm_moe.sbatch", *TINY]

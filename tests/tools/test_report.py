@@ -1,4 +1,4 @@
-"""tools/report.py and megatron_lsh/training/report/."""
+"""tools/report.py and megatron_lsh/observing/report/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_lsh.errors import DataError
-from megatron_lsh.training.report.charts import (
+from megatron_lsh.observing.report.charts import (
     Series,
     line_chart,
     padded,
@@ -21,13 +21,13 @@ from megatron_lsh.training.report.charts import (
     tick_words,
     ticks,
 )
-from megatron_lsh.training.report.page import render
-from megatron_lsh.training.report.runs import REST, differing_settings, read_run, read_runs
+from megatron_lsh.observing.report.page import render
+from megatron_lsh.observing.report.runs import REST, differing_settings, read_run, read_runs
 from tests.data.helpers import run_tool
 
 
 def record(iteration: int, lsh: bool) -> dict[str, Any]:
-    """As training/metrics.py writes it, with two MoE layers."""
+    """As observing/metrics.py writes it, with two MoE layers."""
     values: dict[str, Any] = {
         "iteration": iteration, "consumed_samples": 8 * iteration, "lm_loss": 8.0 / iteration, "iteration_time_ms": 100.0,
         "tokens_per_second": 1e3, "alltoall_bytes": 1e6 if lsh else 5e6, "alltoall_time_ms": 10.0 if lsh else 40.0,

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_lsh.families import GPT
 from megatron_lsh.moe import schedule
+from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.train import train
-from megatron_lsh.training.writers import read_jsonl
 from tests.training.helpers import tiny_config
 
 FLAGS = (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_lsh.config import Config, TrainingConfig
 from megatron_lsh.errors import ConfigError, DataError, MegatronLSHError
 from megatron_lsh.families import GPT, Losses
+from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
@@ -24,7 +25,6 @@ from megatron_lsh.parallel.testing import run_distributed_test
 from megatron_lsh.training.faults import StopRequest, launch
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.train import train
-from megatron_lsh.training.writers import read_jsonl
 from tests.training.helpers import copy_state, gpt_with, tiny_config
 
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none"

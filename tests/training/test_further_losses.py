@@ -10,8 +10,8 @@ from torch import nn
 
 from megatron_lsh.config import BertConfig, validate
 from megatron_lsh.families import BERT, Batch, Family, Losses
+from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.training.train import train
-from megatron_lsh.training.writers import read_jsonl
 from tests.training.helpers import TINY
 
 

@@ -13,10 +13,10 @@ from torch.distributed import destroy_process_group
 
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.families import GPT
+from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.train import train
-from megatron_lsh.training.writers import read_jsonl
 from tests.training.helpers import gpt_with, tiny_config
 from tests.training.test_signals import During
 

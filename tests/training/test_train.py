@@ -11,21 +11,29 @@ import torch
 from torch import nn
 
 from megatron_lsh.config import from_dict
-from megatron_lsh.data.tokenizers import NullTokenizer
+from megatron_lsh.data.tokenizers.tokenizer import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
 from megatron_lsh.families import GPT
+from megatron_lsh.inference.generate import Sampling, draw, generate
 from megatron_lsh.models.cache import KVCache
+from megatron_lsh.observing.state import TrainState
+from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize, shutdown
-from megatron_lsh.training.generate import Sampling, draw, generate
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.startup import refuse_to_overwrite
-from megatron_lsh.training.state import TrainState
 from megatron_lsh.training.train import train
-from megatron_lsh.training.writers import read_jsonl
 from tests.training.helpers import tiny_config
 
-EXACT = ("iteration", "consumed_samples", "lm_loss", "grad_norm", "learning_rate", "skipped_iterations", "validation_loss")
+EXACT = (
+    "iteration",
+    "consumed_samples",
+    "lm_loss",
+    "grad_norm",
+    "learning_rate",
+    "skipped_iterations",
+    "validation_loss",
+)
 
 
 def launch(flags: str) -> TrainState:
@@ -103,7 +111,9 @@ def test_the_same_command_gives_the_same_bits_and_resume_does_too(tmp_path: Path
 def test_nothing_is_resumed_or_overwritten_by_accident(tmp_path: Path) -> None:
     save = f"--save {tmp_path}/ckpt --train-iters 2"
     launch(save)
-    with pytest.raises(ConfigError, match=r"already holds a run: one checkpoint, at iteration 2 of 2; .*--load .*rm -r"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run: one checkpoint, at iteration 2 of 2; .*--load .*rm -r"
+    ):
         launch(save)
     with pytest.raises(ConfigError, match="--pretrained-checkpoint"):
         launch(f"{save} --load {tmp_path}")
@@ -178,7 +188,7 @@ def test_generate() -> None:
 
 
 def test_state_keeps_count() -> None:
-    from megatron_lsh.training.step import StepResult
+    from megatron_lsh.observing.state import StepResult
 
     state = TrainState()
     for loss, skipped in ((2.0, False), (float("nan"), True), (4.0, False)):

@@ -1,0 +1,35 @@
+"""What is reported of a run, where and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lsh.config.flag import flag
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported, where and how often."""
+
+    log_interval: int = flag(100, "Iterations between log lines", at_least=1)
+    tensorboard_dir: str | None = flag(None, "Folder for TensorBoard files")
+    tensorboard_log_interval: int = flag(1, "Iterations between TensorBoard points", at_least=1)
+    tensorboard_queue_size: int = flag(1000, "TensorBoard's write queue", at_least=1)
+    metrics_jsonl: str | None = flag(None, "Append one JSON object per logged iteration and evaluation to this file")
+    log_throughput: bool = flag(False, "Print TFLOP/s per GPU in the log line")
+    log_params_norm: bool = flag(False, "Log the norm of the parameters")
+    log_validation_ppl_to_tensorboard: bool = flag(False, "Write validation perplexity to TensorBoard")
+    log_progress: bool = flag(False, "Append one line per checkpoint to SAVE/progress.txt")
+    progress: bool = flag(True, "Progress with percent, tokens/s and ETA after each log line", off="--no-progress")
+    print_full_config: bool = flag(
+        False, "Print every setting at start-up, not only those that differ from the default"
+    )
+    sample_prompt: str | None = flag(None, "Text for the model to continue when training ends, printed as a sample")
+    sample_tokens: int = flag(120, "Length of the sample in tokens", at_least=1)
+    profile: bool = flag(False, "Trace iterations --profile-step-start to --profile-step-end with torch.profiler")
+    profile_step_start: int = flag(10, "First profiled iteration", at_least=0)
+    profile_step_end: int = flag(12, "Iteration at which profiling ends", at_least=1)
+    profile_ranks: list[int] = flag([0], "Ranks that profile", at_least=0)
+    peak_tflops: float | None = flag(
+        None, "Peak of one device in TFLOP/s, the base of MFU (default: known GPUs; measured on CPU)", above=0
+    )

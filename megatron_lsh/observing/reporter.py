@@ -1,0 +1,240 @@
+"""Writes what happens during training: log line, progress, JSONL, TensorBoard. One rank writes, all take part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_lsh.config.logging import LoggingConfig
+from megatron_lsh.moe.telemetry import LayerReport
+from megatron_lsh.observing.log_line import evaluation_line, figures_text, perplexity
+from megatron_lsh.observing.metrics import IntervalMetrics, finite
+from megatron_lsh.observing.state import StepResult, TrainState
+from megatron_lsh.observing.summary import Payload
+from megatron_lsh.observing.writers import Board, JsonlFile, open_tensorboard
+from megatron_lsh.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """Constants of a run that turn times into speeds."""
+
+    train_iters: int
+    global_batch_size: int
+    tokens_per_iteration: int
+    flops_per_iteration: float
+    """model FLOPs over all ranks, forward and backward"""
+    peak_flops: float | None
+    """of one rank's device"""
+
+
+class Stopwatch:
+    """Time spent training since the last lap; evaluation and saving are taken out."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._excluded = 0.0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed = now - self._begun - self._excluded
+        self._begun, self._excluded = now, 0.0
+        return elapsed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._excluded += time.perf_counter() - begun
+
+
+class Reporter:
+    """The last rank writes, as in Megatron; the others only keep the totals for the closing report."""
+
+    def __init__(self, cfg: LoggingConfig, ctx: ParallelContext, figures: RunFigures, per_layer: bool = False) -> None:
+        """`per_layer`: --moe-per-layer-logging. Nothing is opened before `open`."""
+        self.cfg = cfg
+        self.ctx = ctx
+        self.figures = figures
+        self.per_layer = per_layer
+        self.writes = ctx.rank == ctx.world.size - 1
+        self.watch = Stopwatch()
+        self.payload = Payload()
+        """over the intervals of this process, for the closing report"""
+        self.validation: list[tuple[int, float]] = []
+        """(iteration, loss) of this process's first and last evaluation: memory must not grow with the length of a run"""
+        self.outcomes: dict[str, dict[str, float]] = {}
+        """figures of the last evaluation of each set, where they are more than a loss"""
+        self._first_iteration = 0
+        self._started = time.perf_counter()
+        self._jsonl: JsonlFile | None = None
+        self._board: Board | None = None
+
+    def open(self, iteration: int) -> None:
+        """Prepare the outputs for a run that continues after `iteration` (0: a fresh one).
+
+        Raises:
+            ConfigError: a file cannot be written; on the writing rank only.
+        """
+        self._first_iteration = iteration
+        self._started = time.perf_counter()
+        if not self.writes:
+            return
+        self._board = open_tensorboard(self.cfg, iteration, self.print)
+        if self.cfg.metrics_jsonl is not None:
+            self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration, self.print)
+            if self._jsonl.notice:
+                self.print(f"> {self._jsonl.notice}")
+
+    def print(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
+
+    def step(self, state: TrainState, result: StepResult, learning_rate: float) -> None:
+        """After every iteration: the TensorBoard points that cost nothing to know."""
+        if self._board is None or state.iteration % self.cfg.tensorboard_log_interval:
+            return
+        if not result.skipped:
+            for name, loss in {"lm loss": result.loss, **result.further}.items():
+                self._board.add_scalar(name, loss, state.iteration)
+            self._board.add_scalar("grad-norm", result.grad_norm, state.iteration)
+        self._board.add_scalar("learning-rate", learning_rate, state.iteration)
+        self._board.add_scalar("batch-size", self.figures.global_batch_size, state.iteration)
+
+    def interval(
+        self,
+        state: TrainState,
+        result: StepResult,
+        learning_rate: float,
+        iterations: int,
+        layers: Sequence[LayerReport],
+        params_norm: float | None,
+    ) -> None:
+        """At the end of a log interval: write everything about its `iterations` iterations.
+
+        `iterations` counts those of this process only; the loss mean is over those of `state`, which a resume keeps.
+        """
+        figures, seconds = self.figures, self.watch.lap() / max(iterations, 1)
+        tflops = figures.flops_per_iteration / seconds / self.ctx.world.size / 1e12
+        metrics = IntervalMetrics(
+            iteration=state.iteration,
+            iterations=iterations,
+            train_iters=figures.train_iters,
+            consumed_samples=state.consumed_samples,
+            global_batch_size=figures.global_batch_size,
+            lm_loss=state.interval_loss / state.interval_steps if state.interval_steps else None,
+            further_losses={name: loss / state.interval_steps for name, loss in state.interval_further.items()},
+            grad_norm=result.grad_norm,
+            learning_rate=learning_rate,
+            iteration_time_ms=1000.0 * seconds,
+            tokens_per_second=figures.tokens_per_iteration / seconds,
+            tflops=tflops,
+            mfu=tflops * 1e12 / figures.peak_flops if figures.peak_flops else None,
+            skipped=state.interval_skipped,
+            nan=state.interval_skipped,
+            layers=layers,
+            params_norm=params_norm,
+            peak_memory_gb=_peak_memory_gb(self.ctx.device),
+        )
+        self.payload.add(metrics)
+        if not self.writes:
+            return
+        self.print(str(metrics.log_line(self.cfg.log_throughput)))
+        if self.cfg.progress:
+            self.print(metrics.progress_line(self._seconds_left(state.iteration)))
+        if self._jsonl is not None:
+            self._jsonl.write(metrics.record(self.per_layer))
+        if self._board is not None:
+            for tag, value in metrics.scalars(self.per_layer).items():
+                self._board.add_scalar(tag, value, state.iteration)
+            self._board.flush()
+
+    def evaluation(self, iteration: int, name: str, losses: Mapping[str, float], *, final: bool) -> None:
+        """Write the outcome of an evaluation.
+
+        Args:
+            name: "validation" or "test".
+            losses: by how rows travelled, "as trained" or "exact" (or both). The first is *the* loss of the evaluation;
+                the exact one is also written under its own name, ``validation_loss_exact``.
+        """
+        loss = next(iter(losses.values()))
+        if name == "validation":
+            self._note_validation(iteration, loss)
+        if not self.writes:
+            return
+        where = f"iteration {iteration} on {name} set" if final or name != "validation" else f"iteration {iteration}"
+        for dispatch, value in losses.items():
+            self.print(evaluation_line(where if dispatch == "as trained" else f"{where} without compression", value))
+        named = {"": loss} | ({" exact": losses["exact"]} if "exact" in losses else {})
+        if self._jsonl is not None:
+            keys = {f"{name}_loss{suffix.replace(' ', '_')}": finite(value) for suffix, value in named.items()}
+            self._jsonl.write({"iteration": iteration, **keys})
+        for suffix, value in named.items():
+            self._point(f"lm loss {name}{suffix}", value, iteration)
+            if self.cfg.log_validation_ppl_to_tensorboard:
+                self._point(f"lm loss {name}{suffix} ppl", perplexity(value), iteration)
+
+    def figures_of(
+        self,
+        name: str,
+        outcomes: Mapping[str, Mapping[str, float]],
+        iteration: int,
+        weights: int,
+        epoch: float | None,
+    ) -> None:
+        """Write the outcome of an evaluation that finds more than a loss.
+
+        Args:
+            name: "validation" or "test".
+            outcomes: figures by how rows travelled, see `evaluation`; each has a "loss".
+            iteration: where the run is.
+            weights: the iteration whose weights were evaluated, and
+            epoch: how often they have seen the training data; None if that is not known.
+        """
+        first = next(iter(outcomes.values()))
+        self.outcomes[name] = dict(first)
+        if name == "validation":
+            self._note_validation(iteration, first["loss"])
+        if not self.writes:
+            return
+        where = (
+            f"{name} at iteration {weights}" if epoch is None else f"{name} after epoch {epoch:g} (iteration {weights})"
+        )
+        for dispatch, figures in outcomes.items():
+            self.print(f" {where}{' without compression' if dispatch == 'exact' else ''} | {figures_text(figures)} |")
+        named = {"": first} | ({" exact": outcomes["exact"]} if "exact" in outcomes else {})
+        record: dict[str, Any] = {"iteration": iteration} | ({} if epoch is None else {"epoch": epoch})
+        for suffix, figures in named.items():
+            for figure, value in figures.items():
+                record[f"{name}_{figure}{suffix.replace(' ', '_')}"] = finite(value)
+                label = "lm loss" if figure == "loss" else figure.replace("_", " ")
+                self._point(f"{label} {name}{suffix}", value, iteration)
+        if self._jsonl is not None:
+            self._jsonl.write(record)
+
+    def _note_validation(self, iteration: int, loss: float) -> None:
+        self.validation = [*self.validation[:1], (iteration, loss)]
+
+    def _point(self, tag: str, value: float, iteration: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar(tag, value, iteration)
+
+    def close(self) -> None:
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _seconds_left(self, iteration: int) -> float:
+        """From the mean over this process, with evaluations and saves."""
+        done = iteration - self._first_iteration
+        return (time.perf_counter() - self._started) / max(done, 1) * (self.figures.train_iters - iteration)
+
+
+def _peak_memory_gb(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
