@@ -14,7 +14,7 @@ from megatron_lsh.data.blend import BlendedDataset
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.loader import Batch, BatchIterator, Datasets
 from megatron_lsh.data.samples.dataset import Sample
-from megatron_lsh.data.tokenizers.tokenizer import ByteTokenizer, NullTokenizer
+from megatron_lsh.data.tokenizers import ByteTokenizer, NullTokenizer
 from megatron_lsh.data.vocabulary import description_path, read_description, write_description
 from megatron_lsh.errors import ConfigError, DataError
 from tests.data.helpers import gpt_datasets, numbered, write_dataset

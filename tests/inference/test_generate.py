@@ -12,7 +12,7 @@ import torch
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.config import Config, to_dict
 from megatron_lsh.config.checkpoint import CheckpointConfig
-from megatron_lsh.data.tokenizers.tokenizer import ByteTokenizer
+from megatron_lsh.data.tokenizers import ByteTokenizer
 from megatron_lsh.inference.generate import Sampling, draw, generate, generate_batch
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.parallel.context import offline_context

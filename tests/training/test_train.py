@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_lsh.config import from_dict
-from megatron_lsh.data.tokenizers.tokenizer import NullTokenizer
+from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
 from megatron_lsh.families import GPT
 from megatron_lsh.inference.generate import Sampling, draw, generate

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.preparation.preprocess import main
-from megatron_lsh.data.tokenizers.tokenizer import ByteTokenizer, GPTSentencePieceTokenizer
+from megatron_lsh.data.tokenizers import ByteTokenizer, GPTSentencePieceTokenizer
 from tests.data.helpers import run_tool, start_tool
 
 TEXTS = ["first document", "", "zweites: ä中", "line one\nline two\n", "x" * 1000]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.preparation.preprocess import main
 from megatron_lsh.data.preparation.sentences import LANGUAGES, UNITS, SentenceSplitter
-from megatron_lsh.data.tokenizers.tokenizer import ByteTokenizer, Llama2Tokenizer
+from megatron_lsh.data.tokenizers import ByteTokenizer, Llama2Tokenizer
 from megatron_lsh.data.vocabulary import read_description
 from megatron_lsh.errors import ConfigError
 from tests.data.helpers import run_tool

@@ -14,7 +14,7 @@ from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.samples.bert import BertRecipe
 from megatron_lsh.data.samples.dataset import Sample
 from megatron_lsh.data.samples.packing import Passage
-from megatron_lsh.data.tokenizers.tokenizer import (
+from megatron_lsh.data.tokenizers import (
     GPTSentencePieceTokenizer,
     NullTokenizer,
     SentencePieceTokenizer,

@@ -22,7 +22,7 @@ from megatron_lsh.data.samples.classification import (
 )
 from megatron_lsh.data.samples.labelled_texts import Columns, Example, Labelled, read_file, read_sets
 from megatron_lsh.data.samples.zero_shot import Prompt, ZeroShotSet
-from megatron_lsh.data.tokenizers.tokenizer import ByteTokenizer, NullTokenizer
+from megatron_lsh.data.tokenizers import ByteTokenizer, NullTokenizer
 from megatron_lsh.errors import DataError
 from tests.data.helpers import load_tool
 

@@ -12,7 +12,7 @@ from megatron_lsh.data.samples.dataset import Corpus
 from megatron_lsh.data.samples.epochs import EpochArrays
 from megatron_lsh.data.samples.gpt import GPTDataset, SampleRules
 from megatron_lsh.data.samples.packing import PackedPassages, Packing
-from megatron_lsh.data.tokenizers.tokenizer import NullTokenizer
+from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import ConfigError
 from tests.data.helpers import gpt_datasets, numbered, write_dataset
 

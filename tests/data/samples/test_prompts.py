@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh.data.samples.prompts import prompt_ids, read_prompts
-from megatron_lsh.data.tokenizers.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Llama2Tokenizer
+from megatron_lsh.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Llama2Tokenizer
 from megatron_lsh.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from megatron_lsh.data.loader import Datasets
 from megatron_lsh.data.samples.dataset import Sample
 from megatron_lsh.data.samples.packing import Passage
 from megatron_lsh.data.samples.t5 import T5Recipe, _divide
-from megatron_lsh.data.tokenizers.tokenizer import (
+from megatron_lsh.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     NullTokenizer,

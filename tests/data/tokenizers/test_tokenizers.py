@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lsh.config.data import TOKENIZER_TYPES, DataConfig
-from megatron_lsh.data.tokenizers.tokenizer import (
+from megatron_lsh.data.tokenizers import (
     ByteTokenizer,
     GPTSentencePieceTokenizer,
     HuggingFaceTokenizer,
