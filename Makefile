@@ -21,7 +21,7 @@ ARGS    ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install data pretrain test lint clean clean-venv
+.PHONY: help install data pretrain test test-all lint clean clean-venv
 
 help:
 	@echo "make pretrain    install, prepare the corpus, pretrain a small MoE with the LSH-compressed all-to-all"
@@ -34,6 +34,7 @@ help:
 	@echo "make data        only the corpus and the tokenizer of MODEL, in data/stdlib/"
 	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
 	@echo "                   PYTEST_ARGS='tests/moe -k router'"
+	@echo "make test-all    the same, with the tests that take more than ten seconds each"
 	@echo "make lint        ruff and mypy only"
 	@echo "make install     the virtual environment only"
 	@echo "                   PYTHON=python3.12   VENV=.venv   TORCH='torch==2.13.0'   TORCH_INDEX=URL"
@@ -67,6 +68,9 @@ lint: $(INSTALLED_DEV)
 
 test: lint
 	MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: lint
+	MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m '' $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Sequence
 
+from megatron_lsh.config.settings import shown
 from megatron_lsh.errors import ConfigError
 
 _LONGEST = 100_000  # characters and layers; keeps [0]*10000000000 from eating the memory
@@ -28,15 +29,15 @@ def moe_layer_pattern(
     value = _evaluate(freq) if isinstance(freq, str) else freq
     if isinstance(value, int):
         if isinstance(value, bool) or value < 1:
-            raise ConfigError(f"moe.moe_layer_freq ({str(freq)[:80]}) must be at least 1: change --moe-layer-freq")
+            raise ConfigError(f"moe.moe_layer_freq ({shown(freq)}) must be at least 1: change --moe-layer-freq")
         return [layer % value == 0 for layer in range(num_layers)]
     if any(entry not in (0, 1) for entry in value):
         raise ConfigError(
-            f"moe.moe_layer_freq ({str(freq)[:80]}) must hold only 0 (dense) and 1 (MoE): change --moe-layer-freq"
+            f"moe.moe_layer_freq ({shown(freq)}) must hold only 0 (dense) and 1 (MoE): change --moe-layer-freq"
         )
     if len(value) != num_layers:
         raise ConfigError(
-            f"moe.moe_layer_freq ({str(freq)[:80]}) has {len(value)} entries and must have one per layer, "
+            f"moe.moe_layer_freq ({shown(freq)}) has {len(value)} entries and must have one per layer, "
             f"{setting} ({num_layers}): change --moe-layer-freq or --{setting.split('.')[-1].replace('_', '-')}"
         )
     return [bool(entry) for entry in value]
@@ -52,7 +53,7 @@ def _evaluate(text: str) -> int | list[int]:
         return _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(
-            f"moe.moe_layer_freq ({text[:80]}) must be an integer or a list such as ([0]*3+[1]*58): "
+            f"moe.moe_layer_freq ({shown(text)}) must be an integer or a list such as ([0]*3+[1]*58): "
             "change --moe-layer-freq"
         ) from error
 
