@@ -58,7 +58,7 @@ def work(arguments: argparse.Namespace) -> None:
     cfg = configure([*MODEL, *SHAPES[arguments.shape], *batch, *arguments.flags], ranks)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, GPT, ctx)
-    variants = [Variant(rate, wire) for rate in arguments.rates for wire in arguments.wires]
+    variants = [_variant(rows, wire) for rows in arguments.rates for wire in arguments.wires]
     with run.batches("train") as batches:
         bench = Bench(run, batches)
         for variant in dict.fromkeys([EXACT, *variants]):  # first calls, at full speed
@@ -165,7 +165,7 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
         *(w or "model" for w in arguments.wires),
     ]
     own += ["--shape", arguments.shape]
-    own += ["--rates", *("exact" if r is None else str(r) for r in arguments.rates)]
+    own += ["--rates", *arguments.rates]
     command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
     logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
     with SlowLinks(ranks) as links:
@@ -207,7 +207,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _exact(link: dict[str, Any]) -> dict[str, Any]:
-    return next(v for v in link["variants"] if v["rate"] is None and v["wire"] is None)
+    return next(v for v in link["variants"] if v["variant"] == EXACT.name)
 
 
 def _times(steps_ms: list[float]) -> str:
@@ -218,8 +218,16 @@ def _times(steps_ms: list[float]) -> str:
     return f"{median} ({low:.0f}-{high:.0f})"
 
 
-def _rate(text: str) -> float | None:
-    return None if text == "exact" else float(text)
+def _rows(text: str) -> str:
+    if text not in ("exact", "deduplicated"):
+        float(text)
+    return text
+
+
+def _variant(rows: str, wire: str | None) -> Variant:
+    if rows in ("exact", "deduplicated"):
+        return Variant(None, wire, deduplicated=rows == "deduplicated")
+    return Variant(float(rows), wire)
 
 
 def _wire(text: str) -> str | None:
@@ -231,7 +239,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2])
     parser.add_argument("--shares", nargs="+", type=float, default=[30, 45, 70], help="of exact all-to-all, per cent")
     parser.add_argument(
-        "--rates", nargs="+", type=_rate, default=[None, 0.1, 0.2, 0.35, 0.5], help="exact, or rows sent"
+        "--rates",
+        nargs="+",
+        type=_rows,
+        default=["exact", "deduplicated", "0.1", "0.2", "0.35", "0.5"],
+        help="exact, deduplicated (exact, a row per token and node), or the part of the rows that LSH sends",
     )
     wires = [None, "bf16", "fp8", "int8", "int4"]
     parser.add_argument("--wires", nargs="+", type=_wire, default=wires, help="model, fp32, bf16, fp8, int8, int4")
@@ -247,7 +259,7 @@ def main(words: list[str] | None = None) -> None:
         return work(arguments)
     if reason := why_not():
         raise SystemExit(f"slow_network cannot run here: {reason}")
-    if None not in arguments.rates or None not in arguments.wires:
+    if "exact" not in arguments.rates or None not in arguments.wires:
         parser.error("--rates needs exact and --wires needs model: everything is compared with them")
     results = []
     with tempfile.TemporaryDirectory() as folder:

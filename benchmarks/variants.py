@@ -22,14 +22,19 @@ from megatron_lsh.training.run import Run
 
 @dataclass(frozen=True)
 class Variant:
-    """Which rows travel (`rate`: None for all), and in which numbers (`wire`: None for those of the model)."""
+    """Which rows travel, and in which numbers (`wire`: None for those of the model).
+
+    `rate`: the part of the rows that LSH sends; None for exact dispatch: a row per (token, expert), or with `deduplicated`
+    one per (token, node).
+    """
 
     rate: float | None = None
     wire: str | None = None
+    deduplicated: bool = False
 
     @property
     def name(self) -> str:
-        rows = "exact" if self.rate is None else f"LSH {100 * self.rate:g}%"
+        rows = f"LSH {100 * self.rate:g}%" if self.rate is not None else "de-duplicated" if self.deduplicated else "exact"
         return rows if self.wire is None else f"{rows}, {self.wire}"
 
 
@@ -53,7 +58,11 @@ class Bench:
     def _build(self, variant: Variant) -> list[Scheduled]:
         cfg, ctx = self.run.cfg, self.run.ctx
         lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=variant.rate or 1.0)
-        moe = dataclasses.replace(cfg.moe, moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh")
+        moe = dataclasses.replace(
+            cfg.moe,
+            moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh",
+            moe_node_deduplication="on" if variant.deduplicated else "off",
+        )
         layers = moe_layers(gpt_stacks(cfg))
         hidden, experts = required(cfg.model.hidden_size), required(cfg.moe.num_experts)
         return [build_dispatcher(DispatcherSpec(moe, lsh, ctx, hidden, experts, layer)) for layer in layers]

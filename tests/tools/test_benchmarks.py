@@ -165,6 +165,7 @@ def test_slow_network(results: Path, capsys: pytest.CaptureFixture[str]) -> None
         "50",
         "--rates",
         "exact",
+        "deduplicated",
         "0.2",
         "--wires",
         "model",
@@ -176,15 +177,18 @@ def test_slow_network(results: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     slow_network.main([*words, "--flags", *flags])
     (measurement,) = json.loads((results / "slow_network.json").read_text())["measurements"]
-    exact, exact_int8, lsh, lsh_int8 = measurement["links"][0]["variants"]
-    assert [v["variant"] for v in (exact, exact_int8, lsh, lsh_int8)] == [
+    exact, exact_int8, once, once_int8, lsh, lsh_int8 = measurement["links"][0]["variants"]
+    assert [v["variant"] for v in (exact, exact_int8, once, once_int8, lsh, lsh_int8)] == [
         "exact",
         "exact, int8",
+        "de-duplicated",
+        "de-duplicated, int8",
         "LSH 20%",
         "LSH 20%, int8",
     ]
     assert exact["speedup"] == 1.0 and exact["alltoall_share"] > 0.25
     assert lsh["bytes"] / exact["bytes"] == pytest.approx(0.2, abs=0.03) and lsh_int8["bytes"] < 0.3 * lsh["bytes"]
+    assert 0.5 < once["bytes"] / exact["bytes"] < 0.95  # every rank is a node: two experts of one token on one rank
     assert lsh["lsh_ms"] > 0 == exact["lsh_ms"] and exact_int8["wire_ms"] > exact["wire_ms"]
     assert measurement["bytes"][0]["ratio"] == pytest.approx(1.0, abs=0.05)  # payload against the interfaces
     assert "one micro-batch" in capsys.readouterr().out
