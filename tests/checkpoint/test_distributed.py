@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -72,6 +73,7 @@ def _layouts(root: Path) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in values.items()}
 
 
+@pytest.mark.slow
 def test_any_layout_loads_into_any_other(tmp_path: Path) -> None:
     values = run_distributed_test(_layouts, 4, tmp_path)[0]
     for source in ("first", "second"):

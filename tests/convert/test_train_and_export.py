@@ -83,6 +83,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
     return logits
 
 
+@pytest.mark.slow
 def test_the_whole_way(tmp_path: Path) -> None:
     expected = {}
     for name, changes in VARIANTS.items():

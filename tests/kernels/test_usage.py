@@ -121,6 +121,7 @@ def test_functions_use_kernels_and_agree_with_the_reference(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("isa", ["base", "v3"])
+@pytest.mark.slow
 def test_narrower_instruction_sets(isa: str) -> None:
     """The loops are compiled for three; the other tests ran the widest this processor has."""
     done = subprocess.run(

@@ -250,6 +250,7 @@ def on_two_ranks() -> None:
     families.check_sharded_recomputation(families.t5(), {**LSH, **RELATIVE})
 
 
+@pytest.mark.slow
 def test_tensor_and_expert_parallel() -> None:
     """Also that LSH is exact where it may send every row."""
     run_distributed_test(on_two_ranks, 2)

@@ -73,6 +73,7 @@ def four_ranks(layouts: list[tuple[int, int, bool]]) -> None:
         train_like_reference(tp, ep, shard)
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_one() -> None:
     layouts = [(1, 1, False), (1, 2, True), (1, 4, True), (2, 1, True), (2, 2, False), (2, 4, True), (4, 2, False)]
     run_distributed_test(four_ranks, 4, layouts)

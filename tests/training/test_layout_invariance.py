@@ -15,12 +15,14 @@ from tests.training.helpers import tiny_config
 STEPS = 20
 BASE = f"--train-iters {STEPS} --moe-layer-freq ([0]+[1])"
 TWO_RANKS = {
-    "DP 2": "",
-    "DP 2, sharded optimizer": "--use-distributed-optimizer",
     "EP 2": "--expert-model-parallel-size 2",
     "EP 2, sharded optimizer": "--expert-model-parallel-size 2 --use-distributed-optimizer",
-    "TP 2": "--tensor-model-parallel-size 2",
     "TP 2, EP 2": "--tensor-model-parallel-size 2 --expert-model-parallel-size 2",
+}
+TWO_RANKS_OTHERWISE = {
+    "DP 2": "",
+    "DP 2, sharded optimizer": "--use-distributed-optimizer",
+    "TP 2": "--tensor-model-parallel-size 2",
 }
 FOUR_RANKS = {
     "EP 4": "--expert-model-parallel-size 4",
@@ -69,5 +71,11 @@ def test_two_ranks(alone: torch.Tensor) -> None:
     check(TWO_RANKS, 2, alone)
 
 
+@pytest.mark.slow
+def test_two_ranks_otherwise(alone: torch.Tensor) -> None:
+    check(TWO_RANKS_OTHERWISE, 2, alone)
+
+
+@pytest.mark.slow
 def test_four_ranks(alone: torch.Tensor) -> None:
     check(FOUR_RANKS, 4, alone)

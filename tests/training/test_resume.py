@@ -123,7 +123,9 @@ def test_settings_of_the_optimizer_are_the_command_lines(tmp_path: Path, capsys:
     run = set_up(cfg, GPT, ctx)
     for group in run.step.optimizer.param_groups:
         assert (group["betas"], group["eps"], group["lr"]) == ((0.9, 0.5), 1e-6, 1e-3)
-    assert any(state["exp_avg_sq"].any() for state in run.step.optimizer.state.values()), "the state is the checkpoint's"
+    assert any(state["exp_avg_sq"].any() for state in run.step.optimizer.state.values()), (
+        "the state is the checkpoint's"
+    )
     shutdown(ctx)
     out = capsys.readouterr().out
     assert "WARNING: --adam-beta2 is 0.9 in the checkpoint and 0.5 now, which holds" in out
