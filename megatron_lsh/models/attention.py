@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.cache import LayerCache
-from megatron_lsh.models.norms import build_head_norm
+from megatron_lsh.models.norms import Normalize, build_head_norm
 from megatron_lsh.models.recompute import RecomputePlan, recomputed
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
@@ -42,6 +42,7 @@ class _Attention(nn.Module):
         self.head_dim = shape.head_dim
         self.dropout = cfg.attention_dropout
         self.recompute_core = "core_attn" in recompute.modules
+        self.recompute_norm = "layernorm" in recompute.modules
         self.bias = cfg.add_bias_linear or cfg.add_qkv_bias
         self.init = Init("normal", cfg.init_method_std)
         self.linear_proj: RowParallelLinear
@@ -50,6 +51,14 @@ class _Attention(nn.Module):
         """The projection back, which comes after the others among the parameters."""
         width = self.shape.heads * self.head_dim
         return RowParallelLinear(width, self.shape.hidden, self.ctx, init=output_init(cfg), bias=cfg.add_bias_linear)
+
+    def _project(self, linear: nn.Module, norm: Normalize, x_sBD: Tensor) -> Tensor:
+        """linear(norm(x)); norm and projection are recomputed together."""
+
+        def project(x: Tensor) -> Tensor:
+            return linear(norm(x))  # type: ignore[no-any-return]
+
+        return recomputed(project, x_sBD) if self.recompute_norm else project(x_sBD)
 
     def _attend(
         self, q_SBHd: Tensor, k_TBGd: Tensor, v_TBGd: Tensor, *, causal: bool, mask: Tensor | None, bias: Tensor | None
@@ -82,20 +91,10 @@ class SelfAttention(_Attention):
             self.k_layernorm = build_head_norm(cfg, shape.query_groups, shape.head_dim, ctx)
         self.qk_layernorm = cfg.qk_layernorm
 
-    def forward(
+    def after(
         self,
+        norm: Normalize,
         x_sBD: Tensor,
-        *,
-        rotary: Rotary | None = None,
-        causal: bool = True,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Attend and project back: [s, B, D] -> [s, B, D]. Arguments as in ``attend``."""
-        return self.attend(self.linear_qkv(x_sBD), rotary=rotary, causal=causal, attention_mask=attention_mask)
-
-    def attend(
-        self,
-        qkv_SBP: Tensor,
         *,
         rotary: Rotary | None = None,
         causal: bool = True,
@@ -103,10 +102,9 @@ class SelfAttention(_Attention):
         position_bias: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Everything after the QKV projection; apart from it so that a layer can recompute norm and projection together.
+        """Of norm(x): attend and project back, [s, B, D] -> [s, B, D].
 
         Args:
-            qkv_SBP: packed queries, keys and values of this rank's groups.
             rotary: rotation of queries and keys, if positions are rotary.
             causal: a position sees itself and earlier ones only.
             attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; applied on top of `causal`.
@@ -114,7 +112,7 @@ class SelfAttention(_Attention):
             cache: keys and values of earlier positions, to which those of these tokens are added; it then says which
                 position may attend to which, in place of `causal` and `attention_mask`.
         """
-        q_SBHd, k_SBGd, v_SBGd = self._unpack(qkv_SBP)
+        q_SBHd, k_SBGd, v_SBGd = self._unpack(self._project(self.linear_qkv, norm, x_sBD))
         if self.qk_layernorm:
             q_SBHd, k_SBGd = self.q_layernorm(q_SBHd), self.k_layernorm(k_SBGd)
         if rotary is not None:
@@ -150,15 +148,14 @@ class CrossAttention(_Attention):
         )
         self.linear_proj = self._build_projection(cfg)
 
-    def attend(self, q_SBP: Tensor, memory_tBD: Tensor, memory_mask: Tensor | None) -> Tensor:
-        """Everything after the query projection; apart from it so that a layer can recompute norm and projection together.
+    def after(self, norm: Normalize, x_sBD: Tensor, memory_tBD: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """Of norm(x): attend to the memory and project back, [s, B, D] -> [s, B, D].
 
         Args:
-            q_SBP: queries of this rank's heads.
             memory_tBD: the encoder's output; under sequence parallelism, this rank's share.
             memory_mask: bool, broadcastable to [B, 1, S, T], False for padding of the encoder.
         """
-        q_SBHd = q_SBP.unflatten(-1, (-1, self.head_dim))
+        q_SBHd = self._project(self.linear_q, norm, x_sBD).unflatten(-1, (-1, self.head_dim))
         k_TBGd, v_TBGd = self.linear_kv(memory_tBD).unflatten(-1, (self.groups, 2, self.head_dim)).unbind(-2)
         return self._attend(q_SBHd, k_TBGd, v_TBGd, causal=False, mask=memory_mask, bias=None)
 

@@ -5,6 +5,9 @@ Legend: D normalized width (hidden size, or one head's width for the norms of qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,9 @@ from megatron_lsh.errors import ConfigError
 from megatron_lsh.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init, local, parameter
+
+Normalize: TypeAlias = Callable[[Tensor], Tensor]
+"""what is in front of a sub-layer: its norm, or nothing where the norm has been applied"""
 
 
 class Norm(nn.Module):

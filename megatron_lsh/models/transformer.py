@@ -6,7 +6,6 @@ a decoder reads (`t` its local share), H heads of this tensor-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.attention import CrossAttention, SelfAttention
 from megatron_lsh.models.cache import KVCache, LayerCache
-from megatron_lsh.models.mlp import MLP
-from megatron_lsh.models.norms import build_norm
+from megatron_lsh.models.feed_forward import DenseFeedForward, MoEFeedForward
+from megatron_lsh.models.norms import Normalize, build_norm
 from megatron_lsh.models.recompute import RecomputePlan, recomputed
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack
-from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
@@ -35,9 +33,9 @@ class SideInputs(NamedTuple):
     them in tuples.
 
     Attributes:
-        rotary, attention_mask, position_bias: see ``SelfAttention.attend``.
+        rotary, attention_mask, position_bias: see ``SelfAttention.after``.
         token_mask_sB: bool, False for padding, which no expert sees; like the activation cut over the sequence.
-        memory_tBD, memory_mask: what cross-attention reads, see ``CrossAttention.attend``.
+        memory_tBD, memory_mask: what cross-attention reads, see ``CrossAttention.after``.
     """
 
     rotary: Rotary | None = None
@@ -52,8 +50,8 @@ class TransformerLayer(nn.Module):
     """x + dropout(f(norm(x))) for f the self-attention, the cross-attention of a decoder that reads an encoder, and the
     feed-forward layer; with ``--apply-residual-connection-post-layernorm`` y + dropout(f(y)) with y = norm(x).
 
-    The latter is the original BERT (Devlin et al., arXiv:1810.04805), norm(x + f(x)), cut elsewhere: its norm belongs to
-    whatever comes next, the embedding's to the first layer, and the last one is the block's final norm.
+    The latter is the original BERT (Devlin et al., arXiv:1810.04805), norm(x + f(x)): the same computation, each norm
+    counted with the sub-layer after it, the embedding's with the first layer, and the last one as the final norm.
 
     One unit of ``fully_shard``. `layer` counts from 0 over all stacks of the model; with `moe` the feed-forward layer is a
     mixture of experts.
@@ -82,14 +80,12 @@ class TransformerLayer(nn.Module):
             self.pre_cross_attn_layernorm = build_norm(cfg.model, hidden, ctx)
             self.cross_attention = CrossAttention(cfg.model, ctx, recompute)
         self.pre_mlp_layernorm = build_norm(cfg.model, hidden, ctx)
-        self.mlp: MLP | MoELayer = (
-            MoELayer(cfg.model, cfg.moe, cfg.lsh, ctx, layer, telemetry) if moe else MLP(cfg.model, ctx)
+        self.mlp: DenseFeedForward | MoEFeedForward = (
+            MoEFeedForward(cfg, ctx, layer, telemetry, recompute) if moe else DenseFeedForward(cfg, ctx, recompute)
         )
         self.dropout = nn.Dropout(cfg.model.hidden_dropout)
         self.causal = causal
         self.residual_after_norm = cfg.model.apply_residual_connection_post_layernorm
-        self.recompute_norms = "layernorm" in recompute.modules
-        self.recompute_mlp = ("moe" if moe else "mlp") in recompute.modules
 
     def forward(
         self, x_sBD: Tensor, side: SideInputs, memo: ReplayMemo | None = None, cache: LayerCache | None = None
@@ -98,11 +94,12 @@ class TransformerLayer(nn.Module):
 
         Args:
             memo: given when the caller recomputes this layer as a whole.
-            cache: see ``SelfAttention.attend``.
+            cache: see ``SelfAttention.after``.
         """
         x_sBD, norm = self._enter(self.input_layernorm, x_sBD)
-        attended_sBD = self.self_attention.attend(
-            self._project(self.self_attention.linear_qkv, norm, x_sBD),
+        attended_sBD = self.self_attention.after(
+            norm,
+            x_sBD,
             rotary=side.rotary,
             causal=self.causal,
             attention_mask=side.attention_mask,
@@ -113,52 +110,15 @@ class TransformerLayer(nn.Module):
         if self.cross_attention is not None:
             assert side.memory_tBD is not None
             x_sBD, norm = self._enter(self.pre_cross_attn_layernorm, x_sBD)
-            q_SBP = self._project(self.cross_attention.linear_q, norm, x_sBD)
-            x_sBD = x_sBD + self.dropout(self.cross_attention.attend(q_SBP, side.memory_tBD, side.memory_mask))
+            attended_sBD = self.cross_attention.after(norm, x_sBD, side.memory_tBD, side.memory_mask)
+            x_sBD = x_sBD + self.dropout(attended_sBD)
         x_sBD, norm = self._enter(self.pre_mlp_layernorm, x_sBD)
-        y_sBD, aux_loss = self._feed_forward(x_sBD, norm, side.token_mask_sB, memo)
+        y_sBD, aux_loss = self.mlp.after(norm, x_sBD, side.token_mask_sB, memo)
         return x_sBD + self.dropout(y_sBD), aux_loss
 
-    def _enter(self, norm: nn.Module, x_sBD: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _enter(self, norm: nn.Module, x_sBD: Tensor) -> tuple[Tensor, Normalize]:
         """What goes past the next sub-layer, and how its input is made of that."""
         return (norm(x_sBD), _unchanged) if self.residual_after_norm else (x_sBD, norm)
-
-    def _project(self, linear: nn.Module, norm: Callable[[Tensor], Tensor], x_sBD: Tensor) -> Tensor:
-        def project(x: Tensor) -> Tensor:
-            return linear(norm(x))  # type: ignore[no-any-return]
-
-        return recomputed(project, x_sBD) if self.recompute_norms else project(x_sBD)
-
-    def _feed_forward(
-        self,
-        x_sBD: Tensor,
-        norm: Callable[[Tensor], Tensor],
-        token_mask_sB: Tensor | None,
-        memo: ReplayMemo | None,
-    ) -> tuple[Tensor, Tensor]:
-        mlp = self.mlp
-        if isinstance(mlp, MoELayer):
-            if self.recompute_mlp and memo is None:
-                memo = ReplayMemo()
-
-            def experts(x: Tensor) -> tuple[Tensor, Tensor]:
-                return mlp(norm(x), token_mask_sB, memo)
-
-            return recomputed(experts, x_sBD) if self.recompute_mlp else experts(x_sBD)
-
-        def expand(x: Tensor) -> Tensor:
-            return mlp.linear_fc1(norm(x))
-
-        def dense(x: Tensor) -> Tensor:
-            return mlp.contract(expand(x))
-
-        if self.recompute_mlp:
-            y_sBD = recomputed(dense, x_sBD)
-        elif self.recompute_norms:
-            y_sBD = mlp.contract(recomputed(expand, x_sBD))
-        else:
-            y_sBD = dense(x_sBD)
-        return y_sBD, x_sBD.new_zeros((), dtype=torch.float32)
 
 
 def _unchanged(x: Tensor) -> Tensor:
