@@ -17,6 +17,11 @@ from megatron_lsh.parallel.parameters import initialize_parameters
 from tests.models.model_helpers import make_config, randomize
 
 
+def nothing(x: Tensor) -> Tensor:
+    """In place of a norm."""
+    return x
+
+
 def make_attention(**settings: object) -> SelfAttention:
     attention = SelfAttention(make_config(**settings).model, offline_context(device="cpu"), RecomputePlan())
     initialize_parameters(attention, seed=0)
@@ -89,7 +94,7 @@ def test_grouped_queries_equal_repeated_heads() -> None:
     full.linear_proj.load_state_dict(grouped.linear_proj.state_dict())
     x = torch.randn(10, 2, 32)
     rotary = rotary_embedding(torch.arange(10), 8)
-    torch.testing.assert_close(grouped(x, rotary=rotary), full(x, rotary=rotary))
+    torch.testing.assert_close(grouped.after(nothing, x, rotary=rotary), full.after(nothing, x, rotary=rotary))
 
 
 def test_causality() -> None:
@@ -97,10 +102,12 @@ def test_causality() -> None:
     x = torch.randn(8, 1, 32)
     changed = x.clone()
     changed[5] += 1
-    before, after = attention(x), attention(changed)
+    before, after = attention.after(nothing, x), attention.after(nothing, changed)
     assert torch.equal(before[:5], after[:5])
     assert not torch.equal(before[5:], after[5:])
-    assert not torch.equal(attention(x, causal=False)[0], attention(changed, causal=False)[0])
+    assert not torch.equal(
+        attention.after(nothing, x, causal=False)[0], attention.after(nothing, changed, causal=False)[0]
+    )
 
 
 def test_query_and_key_norms_work_per_head() -> None:
@@ -108,10 +115,10 @@ def test_query_and_key_norms_work_per_head() -> None:
     attention = make_attention(qk_layernorm=True, normalization="RMSNorm", add_bias_linear=False)
     assert attention.q_layernorm.weight.shape == attention.k_layernorm.weight.shape == (8,)
     x = torch.randn(8, 1, 32)
-    before = attention(x)
+    before = attention.after(nothing, x)
     with torch.no_grad():
         attention.linear_qkv.weight.unflatten(0, (4, 3, 8))[:, :2] *= 50
-    torch.testing.assert_close(attention(x), before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(attention.after(nothing, x), before, rtol=1e-3, atol=1e-3)
 
 
 def test_query_and_key_norms_over_all_heads() -> None:
@@ -124,13 +131,13 @@ def test_query_and_key_norms_over_all_heads() -> None:
     q = torch.randn(8, 1, 4, 8)
     expected = torch.nn.functional.rms_norm(q.flatten(2), (32,), attention.q_layernorm.weight, eps=1e-5).view_as(q)
     torch.testing.assert_close(attention.q_layernorm(q), expected)
-    before = attention(x)
+    before = attention.after(nothing, x)
     with torch.no_grad():
         packed = attention.linear_qkv.weight.unflatten(0, (4, 3, 8))
         packed[:, :2] *= 50
-        torch.testing.assert_close(attention(x), before, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(attention.after(nothing, x), before, rtol=1e-3, atol=1e-3)
         packed[0, 0] *= 50
-    assert (attention(x) - before).abs().max() > 1e-2
+    assert (attention.after(nothing, x) - before).abs().max() > 1e-2
     with pytest.raises(ConfigError, match=r"model.qk_layernorm_width \(full\) must be head with model.normalization"):
         make_attention(qk_layernorm=True, qk_layernorm_width="full")
     with pytest.raises(ConfigError, match=r"qk_layernorm_width \(full\) must be head with .*\(LayerNorm\)"):
@@ -143,9 +150,11 @@ def test_document_mask_separates_documents() -> None:
     assert mask.shape == (1, 1, 6, 6)
     attention = make_attention()
     x = torch.randn(6, 1, 32)
-    packed = attention(x, attention_mask=mask, rotary=rotary_embedding(torch.tensor([0, 1, 2, 0, 1, 2]), 8))
+    packed = attention.after(
+        nothing, x, attention_mask=mask, rotary=rotary_embedding(torch.tensor([0, 1, 2, 0, 1, 2]), 8)
+    )
     rotary = rotary_embedding(torch.arange(3), 8)
-    alone = torch.cat((attention(x[:3], rotary=rotary), attention(x[3:], rotary=rotary)))
+    alone = torch.cat((attention.after(nothing, x[:3], rotary=rotary), attention.after(nothing, x[3:], rotary=rotary)))
     torch.testing.assert_close(packed, alone)
 
 
