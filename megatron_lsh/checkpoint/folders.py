@@ -122,8 +122,8 @@ def start_folder(root: Path, iteration: int) -> Path:
     return folder
 
 
-def commit(root: Path, iteration: int) -> Path:
-    """Give the complete folder its final name and move the tracker file, durably. Returns the final folder.
+def commit(root: Path, iteration: int, track: bool = True) -> Path:
+    """Give the complete folder its final name and, with `track`, move the tracker file, durably. Returns the final folder.
 
     A checkpoint of the same iteration becomes ``.old`` until `tidy`. Raises OSError; then everything is as before, but
     for the new checkpoint, which is gone.
@@ -136,7 +136,8 @@ def commit(root: Path, iteration: int) -> Path:
     try:
         os.rename(incomplete_folder(root, iteration), final)
         sync_folder(root)
-        write_tracker(root, iteration)
+        if track:
+            write_tracker(root, iteration)
     except OSError:
         remove_checkpoint(final)
         if replaces:

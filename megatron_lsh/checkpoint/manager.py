@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.agreement import Ranks
+from megatron_lsh.checkpoint.compare import short_names
 from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.reader import LoadOptions, find_checkpoint, load_checkpoint
+from megatron_lsh.checkpoint.soundness import Standing, newest, not_finite
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
+from megatron_lsh.checkpoint.tensors import model_tensors
 from megatron_lsh.checkpoint.writer import Snapshot, append_progress, layout_of, take_snapshot, write_checkpoint
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.errors import CheckpointError, DamagedCheckpoint
@@ -54,12 +59,14 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._lock = lock
+        self._fresh: int | None = None  # the newest checkpoint, while no step has been done with its model
         if cfg.save is not None:
             self._try_save_folder(Path(cfg.save))
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: TrainingState, standing: Standing = Standing.SOUND) -> None:
         """Save a checkpoint of ``state.iteration``. Collective.
 
+        `standing` says what may happen to earlier ones. A model or optimizer whose values are not all finite is not saved.
         With --async-save it returns once the state is copied to CPU memory; the training may go on and change it.
         Raises CheckpointError, the same on all ranks, if this save fails, or if the previous asynchronous one did (then
         nothing new is saved). Earlier checkpoints are intact in either case.
@@ -69,6 +76,8 @@ class CheckpointManager:
             raise ValueError("save() needs a save folder: --save is not set")
         root = Path(self._cfg.save)
         start = time.monotonic()
+        if standing is Standing.DOUBTFUL and self._is_there(root, state.iteration):
+            return
         snapshot = self._ranks.each(
             "the training state could not be collected for a checkpoint",
             lambda: take_snapshot(
@@ -79,11 +88,13 @@ class CheckpointManager:
                 copy=self._cfg.async_save,
             ),
         )
+        self._refuse_non_finite(snapshot.local, snapshot.iteration)
+        self._fresh = snapshot.iteration if standing is Standing.FRESH else None
         if not self._cfg.async_save:
-            self._write(root, snapshot, start)
+            self._write(root, snapshot, start, standing)
             return
         self._thread = threading.Thread(
-            target=self._write_in_background, args=(root, snapshot, start), name="checkpoint-writer"
+            target=self._write_in_background, args=(root, snapshot, start, standing), name="checkpoint-writer"
         )
         self._thread.start()
 
@@ -122,6 +133,68 @@ class CheckpointManager:
             self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
         return result
 
+    def check_finite(self, model: nn.Module, iteration: int) -> None:
+        """Raise CheckpointError, the same on all ranks, if a weight is not finite on any. Collective.
+
+        `iteration`: after which the model is as it is.
+        """
+        self.wait()
+        self._refuse_non_finite(model_tensors(model), iteration)
+
+    def way_back(self, last_done: int | None = None) -> str:
+        """One sentence: which checkpoint is the newest of a finite model. Collective.
+
+        `last_done`: the iteration of the last step that was not skipped; one that was saved there may be spoilt.
+        """
+        self.wait()
+        roots = [Path(root) for root in (self._cfg.save, self._cfg.load) if root is not None]
+        found = self._ranks.coordinator(
+            "checkpoints could not be listed", lambda: next((pair for root in roots if (pair := newest(root))), [])
+        )
+        if not found:
+            return "there is no checkpoint to go back to"
+        (iteration, folder), *older = found
+        said = f"the newest checkpoint with finite weights is {folder}, which a plain --load {folder.parent} takes"
+        if iteration == last_done and older:
+            said += f" (should its steps be skipped as well, --ckpt-step {older[0][0]} loads the one before)"
+        return said
+
+    def worked(self) -> None:
+        """A step was done with the model of the newest checkpoint: now older ones may go. Local; every rank calls it."""
+        if self._fresh is None or (self._thread is not None and self._thread.is_alive()):
+            return
+        iteration, self._fresh = self._fresh, None
+        if self._ranks.is_coordinator and self._cfg.save is not None:
+            self._tidy(Path(self._cfg.save), iteration)
+
+    def _tidy(self, root: Path, iteration: int) -> None:
+        if not folders.iteration_folder(root, iteration).exists():
+            return  # loaded from another folder, or its save failed
+        removed, problems = folders.tidy(root, iteration, self._cfg.save_retain_interval)
+        for path in removed:
+            self._notify(f"removed checkpoint {path}")
+        for problem in problems:
+            self._notify(f"WARNING: an older checkpoint could not be removed: {problem}")
+
+    def _refuse_non_finite(self, tensors: Mapping[str, Tensor], iteration: int) -> None:
+        what = "the weights could not be looked at"
+        per_rank = self._ranks.collect(what, lambda: not_finite(tensors))
+        for rank, names in enumerate(per_rank):
+            if names:
+                raise CheckpointError(
+                    f"the model is not finite after iteration {iteration}: {short_names(set(names))} on rank {rank}. No "
+                    f"further step can mend it, so nothing is saved and nothing removed; {self.way_back()}. Resume with a "
+                    "lower --lr, a longer warm-up or a smaller --clip-grad"
+                )
+
+    def _is_there(self, root: Path, iteration: int) -> bool:
+        """Whether a checkpoint of this iteration exists, which is then told."""
+        folder = folders.iteration_folder(root, iteration)
+        there = self._ranks.coordinator(f"{folder} could not be looked at", lambda: os.path.lexists(folder))
+        if there:
+            self._notify(f"WARNING: {folder} is kept as it is: the last steps were skipped")
+        return there
+
     def _load_newest(self, root: Path, step: int | None, state: TrainingState, weights_only: bool) -> LoadResult | None:
         """Load the newest checkpoint that can be read to its end; None if there is none at all."""
         unreadable: dict[Path, str] = {}
@@ -142,41 +215,44 @@ class CheckpointManager:
             except DamagedCheckpoint as error:  # the same on all ranks
                 unreadable[found.folder] = str(error)
                 continue
+            self._fresh = None if no_more else result.iteration
             kind = "weights of checkpoint" if no_more else "checkpoint"
             self._notify(f"loaded {kind} {found.folder} in {time.monotonic() - start:.2f} s")
             return result
 
-    def _write_in_background(self, root: Path, snapshot: Snapshot, start: float) -> None:
+    def _write_in_background(self, root: Path, snapshot: Snapshot, start: float, standing: Standing) -> None:
         try:
             if self._device.type == "cuda":  # a new thread starts on GPU 0, and DCP asks for its stream
                 torch.cuda.set_device(self._device)
-            self._write(root, snapshot, start)
+            self._write(root, snapshot, start, standing)
         except CheckpointError as error:
             self._failure = error
         except Exception as error:  # a peer died: torch's own exception, which must not be lost with the thread
             self._failure = CheckpointError(f"asynchronous save of iteration {snapshot.iteration} failed: {error}")
 
-    def _write(self, root: Path, snapshot: Snapshot, start: float) -> None:
+    def _write(self, root: Path, snapshot: Snapshot, start: float, standing: Standing) -> None:
         lock = self._lock
         what = f"checkpoint of iteration {snapshot.iteration} could not be saved in {root}"
         self._ranks.coordinator(what, lambda: lock.confirm() if lock is not None else None)
-        folder, manifest = write_checkpoint(root, snapshot, self._ranks)
+        folder, manifest = write_checkpoint(root, snapshot, self._ranks, track=standing is not Standing.DOUBTFUL)
         seconds = time.monotonic() - start
         size = f"{manifest.total_bytes / 1e6:.1f} MB"
         self._notify(f"saved checkpoint of iteration {snapshot.iteration} in {folder}: {size} in {seconds:.2f} s")
         if not self._ranks.is_coordinator:
             return
+        if standing is Standing.DOUBTFUL:
+            self._notify(
+                "WARNING: steps are being skipped, so the model may be spoilt: "
+                f"{folders.TRACKER} does not name this checkpoint; --ckpt-step {snapshot.iteration} loads it"
+            )
         # The checkpoint is safe: no reason to end the training, nor for one of these two to stop the other.
         try:
             if self._log_progress:
                 append_progress(root, snapshot, manifest, seconds)
         except OSError as error:
             self._notify(f"WARNING: {root / 'progress.txt'} could not be written: {error}")
-        removed, problems = folders.tidy(root, snapshot.iteration, self._cfg.save_retain_interval)
-        for path in removed:
-            self._notify(f"removed checkpoint {path}")
-        for problem in problems:
-            self._notify(f"WARNING: an older checkpoint could not be removed: {problem}")
+        if standing is Standing.SOUND:
+            self._tidy(root, snapshot.iteration)
 
     def _try_save_folder(self, root: Path) -> None:
         what = f"--save {root} cannot be used"

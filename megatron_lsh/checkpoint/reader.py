@@ -36,6 +36,7 @@ from megatron_lsh.checkpoint.manifest import MANIFEST, Manifest, ManifestError, 
 from megatron_lsh.checkpoint.metadata import Reader, incomplete
 from megatron_lsh.checkpoint.renames import RENAMED, Renamed
 from megatron_lsh.checkpoint.saved import CONFIG, STATE, SavedState, read_config, read_state
+from megatron_lsh.checkpoint.soundness import not_finite
 from megatron_lsh.checkpoint.state import LoadResult, TrainingState
 from megatron_lsh.checkpoint.tensors import (
     PaddedLoadPlanner,
@@ -311,6 +312,8 @@ def _read_tensors(plan: _Plan, ranks: Ranks) -> None:
             raise DamagedCheckpoint(f"its tensors cannot be read: {describe(error, ranks.rank)}") from error
     for tensor in local_tensors(plan.zero, copy=False).values():
         tensor.zero_()
+    if bad := not_finite(plan.model | plan.optimizer):  # saved before such a model was refused
+        raise DamagedCheckpoint(f"its model is not finite: {short_names(set(bad))}")
 
 
 def _restore(found: Found, state: TrainingState, plan: _Plan, options: LoadOptions) -> None:

@@ -105,8 +105,8 @@ def _serialise_rng(rng: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def write_checkpoint(root: Path, snapshot: Snapshot, ranks: Ranks) -> tuple[Path, Manifest]:
-    """Write `snapshot` to ``ROOT/iter_N`` and move the tracker file. Collective. Returns the folder and its manifest.
+def write_checkpoint(root: Path, snapshot: Snapshot, ranks: Ranks, track: bool = True) -> tuple[Path, Manifest]:
+    """Write `snapshot` to ``ROOT/iter_N`` and, with `track`, move the tracker file. Collective. Returns folder and manifest.
 
     Raises the same CheckpointError on all ranks; then nothing of this checkpoint is left behind, and earlier ones and
     the tracker file are as before.
@@ -117,7 +117,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, ranks: Ranks) -> tuple[Path
         ranks.each(what, lambda: _write_tensors(folder, snapshot, ranks))
         entries = ranks.collect(what, lambda: _write_own_files(folder, snapshot, ranks))
         files = [entry for per_rank in entries for entry in per_rank]
-        return ranks.coordinator(what, lambda: _finish(root, folder, snapshot, files))
+        return ranks.coordinator(what, lambda: _finish(root, folder, snapshot, files, track))
     except CheckpointError as error:
         raise CheckpointError(_clean_up(root, snapshot.iteration, ranks, str(error))) from None
 
@@ -161,7 +161,7 @@ def _write_own_files(folder: Path, snapshot: Snapshot, ranks: Ranks) -> list[Fil
     return [hash_file(path) for path in mine + [folder / name for name in files]]
 
 
-def _finish(root: Path, folder: Path, snapshot: Snapshot, files: list[FileEntry]) -> tuple[Path, Manifest]:
+def _finish(root: Path, folder: Path, snapshot: Snapshot, files: list[FileEntry], track: bool) -> tuple[Path, Manifest]:
     for entry in files:
         if not (folder / entry.name).exists():
             raise CheckpointError(
@@ -183,7 +183,7 @@ def _finish(root: Path, folder: Path, snapshot: Snapshot, files: list[FileEntry]
         raise CheckpointError(f"{missing}: something else removes files from --save while they are written")
     sync_folder(folder)  # all files have names that survive a crash before the manifest vouches for them
     write_manifest(folder, manifest)
-    return folders.commit(root, snapshot.iteration), manifest
+    return folders.commit(root, snapshot.iteration, track), manifest
 
 
 def _clean_up(root: Path, iteration: int, ranks: Ranks, message: str) -> str:

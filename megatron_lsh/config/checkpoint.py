@@ -15,7 +15,9 @@ class CheckpointConfig:
     load: str | None = flag(None, "Folder to resume from; without a checkpoint in it, training starts afresh")
     save_interval: int | None = flag(None, "Iterations between checkpoints (absent: only at the end)", at_least=1)
     save_retain_interval: int | None = flag(
-        None, "Keep only the newest checkpoint and every multiple of this", at_least=1
+        None,
+        "Keep only the newest checkpoint and every multiple of this; the one before it stays until a step is done with it",
+        at_least=1,
     )
     save_optim: bool = flag(True, "Saving of the optimizer state", off="--no-save-optim")
     save_rng: bool = flag(True, "Saving of the random number generators' state", off="--no-save-rng")

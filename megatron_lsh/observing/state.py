@@ -26,6 +26,9 @@ class StepResult:
     """losses that are minimized beside the lm loss, by name; means as that is"""
 
 
+_OF_THE_PROCESS = ("started_at", "skipped_before")
+
+
 @dataclass
 class TrainState:
     """Counters, the same on every rank. The sums of the current log interval let a resumed run write the same log line."""
@@ -47,6 +50,24 @@ class TrainState:
     """sequences of the iterations that were not skipped: where the learning-rate schedule is, even without its own state"""
     evaluation_due: bool = False
     """whether the validation that follows this iteration is yet to be made, because the run was told to stop here"""
+    started_at: int = 0
+    """the iteration at which this process began, with so many skipped ones before"""
+    skipped_before: int = 0
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the model may be spoilt: its last step was the last one that could be done."""
+        return self.consecutive_nan_iterations > 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether this process has trained, and every step was skipped."""
+        done = self.iteration - self.started_at
+        return 0 < done == self.skipped_iterations - self.skipped_before
+
+    def start(self) -> None:
+        """A process begins here."""
+        self.started_at, self.skipped_before = self.iteration, self.skipped_iterations
 
     def advance(self, result: StepResult, samples: int) -> None:
         """Count one iteration over `samples` sequences."""
@@ -70,7 +91,7 @@ class TrainState:
         self.interval_further = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_PROCESS}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> TrainState:

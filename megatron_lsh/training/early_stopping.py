@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_lsh.checkpoint import CheckpointManager, SaveLock, TrainingState
+from megatron_lsh.checkpoint import CheckpointManager, SaveLock, Standing, TrainingState
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.parallel.context import ParallelContext
 
@@ -37,8 +38,11 @@ class EarlyStopping:
     waited: int = 0
 
     def observe(self, iteration: int, figures: Mapping[str, float], epoch: float | None = None) -> bool:
-        """Take note of a validation; returns whether it is the best so far."""
+        """Take note of a validation; returns whether it is the best so far. One that is not finite never is."""
         value = figures[self.figure]
+        if not all(map(math.isfinite, figures.values())):
+            self.waited += 1
+            return False
         if self.best_iteration is None or value > self.best[self.figure]:
             self.best, self.best_iteration, self.best_epoch, self.waited = dict(figures), iteration, epoch, 0
             return True
@@ -93,9 +97,11 @@ class BestWeights:
             lock=lock,
         )
 
-    def save(self, state: TrainingState) -> None:
-        """Put these weights in the place of the earlier ones."""
-        self._manager.save(state)
+    def save(self, state: TrainingState, standing: Standing) -> None:
+        """Put these weights in the place of the earlier ones, which stay while steps are being skipped.
+
+        Their validation speaks for them: they are never doubtful."""
+        self._manager.save(state, Standing.FRESH if standing is Standing.DOUBTFUL else Standing.SOUND)
 
     def load(self, state: TrainingState) -> None:
         """Fill the model with them."""

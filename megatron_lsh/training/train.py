@@ -11,7 +11,7 @@ from megatron_lsh.config import Config
 from megatron_lsh.families import Family
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.observing.state import StepResult, TrainState
-from megatron_lsh.parallel.agreement import failed_everywhere, together
+from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.data_parallel import global_norm
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.evaluate import evaluate
@@ -19,6 +19,7 @@ from megatron_lsh.training.faults import StopRequest
 from megatron_lsh.training.finish import closing_report, closing_result
 from megatron_lsh.training.profiling import Profiling
 from megatron_lsh.training.run import Run, set_up
+from megatron_lsh.training.soundness import check_weights, refuse_useless_end, standing, stop_if_never_finite
 from megatron_lsh.training.startup import introduce, set_determinism
 from megatron_lsh.training.watch import SAVING, TRAINING, Place, Watch
 
@@ -66,11 +67,13 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
     """All iterations that are left, with their log lines, evaluations and checkpoints. False if ended early."""
     cfg, state, reporter = run.cfg, run.state, run.reporter
     total, batch = reporter.figures.train_iters, reporter.figures.global_batch_size
-    since_report = 0
+    since_report, save_due = 0, False
+    state.start()
     if state.evaluation_due and not _catch_up(run, stop):
         return False
     if state.iteration >= total or run.stopped_early:
         reporter.print(f"> nothing left to train: {_why_complete(run)}")
+        refuse_useless_end(run, complete=True)
         return True
     with run.batches("train", state.consumed_samples) as batches, Profiling(cfg, run.ctx) as profiling:
         reporter.watch.lap()
@@ -79,24 +82,32 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
             profiling.before(state.iteration)
             result = run.step(batches, state.iteration, stop.requested)
             state.advance(result, batch)
+            if not result.skipped:
+                run.checkpoints.worked()
             profiling.after(state.iteration)
             since_report += 1
             reporter.step(state, result, run.step.schedule.learning_rate)
             if state.iteration % cfg.logging.log_interval == 0:
                 _report(run, result, since_report)
                 since_report = 0
-            _stop_if_never_finite(run)
+            stop_if_never_finite(run)
 
             ends = state.iteration == total
+            save_due = save_due or _multiple(state.iteration, cfg.checkpoint.save_interval)
             state.evaluation_due = run.evaluates("valid") and (ends or run.at_evaluation)
+            if result.skipped or ends or state.evaluation_due:
+                check_weights(run)
             if state.evaluation_due and not result.stop:
                 state.evaluation_due = not _evaluate(run, "validation", stop, final=ends)
                 ends = ends or run.stopped_early
             stopped = result.stop or state.evaluation_due  # an evaluation that is still due was broken off
             complete = ends and not state.evaluation_due
             leaves = not complete and (stopped or _multiple(state.iteration, cfg.training.exit_interval))
-            if ends or leaves or _multiple(state.iteration, cfg.checkpoint.save_interval):
-                _save(run)
+            if ends or leaves or (save_due and not state.doubtful):
+                _save(run, complete)
+                save_due = False
+            if ends or leaves:
+                refuse_useless_end(run, complete)
             if leaves:
                 _tell_end(run, stop.reason if stopped else "reached --exit-interval")
                 return False
@@ -110,7 +121,7 @@ def _catch_up(run: Run, stop: StopRequest) -> bool:
     if state.evaluation_due:
         _tell_end(run, stop.reason)
     elif ends or run.stopped_early:
-        _save(run)  # nothing else will note that it was made
+        _save(run, complete=True)  # nothing else will note that it was made
     return not state.evaluation_due
 
 
@@ -137,18 +148,6 @@ def _report(run: Run, result: StepResult, iterations: int) -> None:
     norm = float(global_norm(run.model.parameters(), run.ctx)) if run.cfg.logging.log_params_norm else None
     run.reporter.interval(run.state, result, run.step.schedule.learning_rate, iterations, layers, norm)
     run.state.start_interval()
-
-
-def _stop_if_never_finite(run: Run) -> None:
-    state, limit = run.state, run.cfg.training.max_consecutive_nan_iterations
-    if state.consecutive_nan_iterations < limit:
-        return
-    raise failed_everywhere(
-        f"the loss or a gradient was not finite in {state.consecutive_nan_iterations} iterations in a row, up to "
-        f"iteration {state.iteration} (--max-consecutive-nan-iterations {limit}). None of them changed the model. Resume "
-        "from the last checkpoint with a lower --lr, a longer warm-up or a smaller --clip-grad, and look at the data "
-        f"around sample {state.consumed_samples}"
-    )
 
 
 def _evaluate(run: Run, name: str, stop: StopRequest, *, final: bool, weights: int | None = None) -> bool:
@@ -200,7 +199,7 @@ def _watch(run: Run, figures: dict[str, float]) -> None:
     keeper = run.best_weights
     if better and keeper is not None:
         with run.reporter.watch.paused():
-            together(run.ctx, lambda: keeper.save(run.checkpoint_state()))
+            together(run.ctx, lambda: keeper.save(run.checkpoint_state(), standing(run.state)))
     if watcher.stopped:
         run.reporter.print(
             f"> no better {watcher.figure} in {watcher.waited} epochs (--early-stopping-patience): stopped after iteration "
@@ -226,12 +225,12 @@ def _dispatches(run: Run) -> list[str]:
     return {"on": ["as trained"], "off": ["exact"], "both": ["as trained", "exact"]}[cfg.lsh.lsh_eval]
 
 
-def _save(run: Run) -> None:
-    if run.cfg.checkpoint.save is None:
+def _save(run: Run, complete: bool) -> None:
+    if run.cfg.checkpoint.save is None or run.state.unchanged:
         return
     run.place.enter(SAVING, run.state.iteration)
     with run.reporter.watch.paused():
-        together(run.ctx, lambda: run.checkpoints.save(run.checkpoint_state()))
+        together(run.ctx, lambda: run.checkpoints.save(run.checkpoint_state(), standing(run.state, complete)))
 
 
 def _multiple(iteration: int, interval: int | None) -> bool:
