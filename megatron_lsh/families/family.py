@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
-
-import torch.distributed as dist
 
 from megatron_lsh.config import Config, parse_args
 from megatron_lsh.data.loader import Datasets, build_datasets
@@ -21,6 +18,7 @@ from megatron_lsh.families.scores import Judge
 from megatron_lsh.models.model import Model
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.moe.telemetry import MoETelemetry
+from megatron_lsh.parallel.agreement import unhurried_barrier
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import initialize_parameters
 
@@ -137,7 +135,7 @@ def text_datasets(
             tokenizer,
             kind(cfg, tokenizer),
             is_builder=ctx.local_rank == 0,
-            barrier=partial(dist.barrier, group=ctx.world.process_group),
+            barrier=unhurried_barrier(ctx, "the index of the data"),
         )
 
     return datasets

@@ -6,15 +6,23 @@ anybody goes on. Either all have succeeded or all raise, and no rank waits for o
 
 from __future__ import annotations
 
+import logging
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
 from megatron_lsh.errors import MegatronLSHError
 from megatron_lsh.parallel.context import ParallelContext
+
+logger = logging.getLogger(__name__)
+
+NOTICE_S = 60.0
+UNHURRIED = timedelta(days=365)  # gloo wants to know a limit
 
 T = TypeVar("T")
 Report = TypeVar("Report")
@@ -76,3 +84,31 @@ def _report(error: BaseException | None) -> tuple[str, str] | None:
     if isinstance(error, MegatronLSHError):
         return type(error).__name__, str(error)
     return type(error).__name__, "".join(traceback.format_exception(error))
+
+
+def unhurried_barrier(ctx: ParallelContext, what: str) -> Callable[[], None]:
+    """A barrier without a time limit, around work of which nobody knows how long it takes. Collective; make it before.
+
+    --distributed-timeout-minutes bounds how far ranks that do the same may be apart. A rank that reads a corpus of
+    terabytes while the others wait is another matter. The wait ends at once if a rank is gone.
+
+    Args:
+        what: is waited for, as the first two ranks say every minute.
+    """
+    if ctx.world.process_group is None or ctx.world.size == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=UNHURRIED)
+
+    def wait() -> None:
+        work, begin, told, pause_s = dist.barrier(group=group, async_op=True), time.monotonic(), 0, 0.001
+        while not work.is_completed():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
+            minutes = int((time.monotonic() - begin) / NOTICE_S)
+            if minutes > told and ctx.rank < 2:
+                logger.warning("waiting for %s on another rank, for %d min so far", what, minutes)
+            told = minutes
+        work.wait()  # raises if a rank is gone
+        dist.destroy_process_group(group)
+
+    return wait

@@ -9,7 +9,7 @@ from megatron_lsh.checkpoint.inspection import inspect
 from megatron_lsh.config import Config
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.convert import Checks, load_native, save_native, upcycle
-from megatron_lsh.parallel.agreement import together
+from megatron_lsh.parallel.agreement import together, unhurried_barrier
 from megatron_lsh.parallel.context import ParallelContext
 
 
@@ -30,7 +30,16 @@ def start_from_dense(cfg: Config, ctx: ParallelContext) -> CheckpointConfig:
     begun = together(ctx, lambda: own and bool(inspect(save)))
     if not begun:
         source = checkpoint.pretrained_checkpoint if own else checkpoint.load
-        together(ctx, lambda: _convert(cfg, str(source), save) if ctx.rank == 0 else None)
+        wait = unhurried_barrier(ctx, "the upcycled checkpoint")
+
+        def convert() -> None:
+            try:
+                if ctx.rank == 0:
+                    _convert(cfg, str(source), save)
+            finally:
+                wait()
+
+        together(ctx, convert)
     # --ckpt-step named an iteration of the dense run.
     return dataclasses.replace(checkpoint, load=save, ckpt_step=checkpoint.ckpt_step if begun else None)
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lsh.config import Config, TrainingConfig, parse_args
+from megatron_lsh.data.samples.dataset import Dataset
+from megatron_lsh.data.samples.kinds import GPTSamples
+from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.families import GPT, Losses
+from megatron_lsh.families.family import text_datasets
+from megatron_lsh.families.gpt import samples
 from megatron_lsh.parallel.testing import DistributedTestError, run_distributed_test
 from megatron_lsh.training import heartbeat, watch
 from megatron_lsh.training.faults import Launcher, StopRequest, launch
@@ -286,3 +292,30 @@ def test_an_iteration_that_takes_longer_than_the_time_out_is_told_where_nccl_wou
     assert line.startswith(
         "error: [rank 0] iteration 7, training step takes longer than --distributed-timeout-minutes: "
     )
+
+
+# A rank that is slow, and not lost
+
+
+def slow_builder(folder: str) -> tuple[int, str]:
+    """Status and log of a rank of two, of which the first builds the index of the data for longer than the time-out."""
+    log, first = Path(folder) / f"rank{os.environ['RANK']}.log", os.environ["RANK"] == "0"
+
+    class Slow(GPTSamples):
+        def mock(self, stream: int, num_samples: int) -> Dataset:
+            if first:
+                time.sleep(9.0)
+            return super().mock(stream, num_samples)
+
+    def kind(cfg: Config, tokenizer: Tokenizer) -> Slow:
+        return Slow(**vars(samples(cfg, tokenizer)))
+
+    cfg = tiny_config("--train-iters 1 --global-batch-size 4 --eval-iters 0 --distributed-timeout-minutes 0.1", 2)
+    with open(log, "w", buffering=1) as sys.stderr:
+        status = launch(lambda: cfg, lambda cfg: train(cfg, replace(GPT, datasets=text_datasets(kind))))
+    return status, log.read_text()
+
+
+@pytest.mark.slow
+def test_the_rank_that_builds_the_index_may_take_longer_than_the_time_out(tmp_path: Path) -> None:
+    assert run_distributed_test(slow_builder, 2, str(tmp_path)) == [(0, "")] * 2
