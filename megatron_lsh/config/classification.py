@@ -120,23 +120,38 @@ class ClassificationConfig(Config):
     """
 
     indexed_data: ClassVar[bool] = False
+    backbone: ClassVar[str] = "gpt"
 
     finetune: ClassificationSettings = field(default_factory=ClassificationSettings)
     examples: int | None = field(default=None, repr=False, compare=False)
+
+    def derive_own(self, check: Checker, world_size: int) -> None:
+        super().derive_own(check, world_size)
+        derive_classification(self, check, world_size)
+
+    def check_own(self, check: Checker) -> None:
+        super().check_own(check)
+        check_classification(self, check)
 
 
 @dataclass
 class BertClassificationConfig(ClassificationConfig, BertConfig):
     """The same for a BERT."""
 
+    backbone: ClassVar[str] = "bert"
+    why_no_sample: ClassVar[str | None] = None  # has a rule of its own for every backbone
+
 
 @dataclass
 class T5ClassificationConfig(ClassificationConfig, T5Config):
     """The same for the encoder of a T5."""
 
+    backbone: ClassVar[str] = "t5"
+    why_no_sample: ClassVar[str | None] = None
+
 
 _CLASSES: Mapping[str, type[ClassificationConfig]] = MappingProxyType(
-    {"gpt": ClassificationConfig, "bert": BertClassificationConfig, "t5": T5ClassificationConfig}
+    {kind.backbone: kind for kind in (ClassificationConfig, BertClassificationConfig, T5ClassificationConfig)}
 )
 
 
@@ -221,7 +236,7 @@ def _of_the_model(values: dict[str, Any], saved: Any, config_class: type[Config]
 def derive_classification(cfg: ClassificationConfig, check: Checker, world_size: int) -> None:
     """Fill in what the backbone, the task and the number of examples decide."""
     tune, training = cfg.finetune, cfg.training
-    check.fill("backbone", "bert" if isinstance(cfg, BertConfig) else "t5" if isinstance(cfg, T5Config) else "gpt")
+    check.fill("backbone", cfg.backbone)
     if tune.pooling is None:
         check.fill("pooling", _POOLING[tune.backbone or "gpt"])
     if tune.classification_metric is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.data import DataConfig
@@ -12,6 +12,9 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from megatron_lsh.config.checker import Checker
 
 
 @dataclass
@@ -24,6 +27,12 @@ class Config:
 
     indexed_data: ClassVar[bool] = True
     """whether samples come from --data-path or --mock-data, and not from files of the entry script's own"""
+
+    tokenized: ClassVar[bool] = True
+    """whether samples are text, and a tokenizer must be named"""
+
+    why_no_sample: ClassVar[str | None] = None
+    """why --sample-prompt is refused; None for a model that continues a text"""
 
     default_tokenizer: ClassVar[str | None] = "GPT2BPETokenizer"
     """--tokenizer-type where only --vocab-file is given, as in Megatron-LM's script for this model"""
@@ -44,6 +53,53 @@ class Config:
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     # One line each, to be printed once (by one rank) at start-up: flags without effect, settings changed on the way.
     notices: list[str] = field(default_factory=list, repr=False, compare=False)
+
+    def derive_own(self, check: Checker, world_size: int) -> None:
+        """Fill in what the rest of the configuration is derived from, where a kind of model has such settings."""
+
+    def check_own(self, check: Checker) -> None:
+        """The rules of one kind of model, and the absence of what other kinds have. Here: of a GPT."""
+        refuse_relative_positions(check)
+        self._check_start_layer(check)
+        self._check_sample(check)
+
+    def _check_start_layer(self, check: Checker) -> None:
+        if self.moe.num_experts is not None:
+            check.rule(
+                "{lsh_start_layer} must be below {num_layers}",
+                lambda start, layers: start < layers,
+                "use --moe-token-dispatcher-type alltoall to run every layer exactly",
+            )
+
+    def _check_sample(self, check: Checker) -> None:
+        if self.why_no_sample is not None:
+            check.rule(
+                f"{{sample_prompt}} must not be given: {self.why_no_sample}", lambda _: False, "drop --sample-prompt"
+            )
+
+
+def refuse_relative_positions(check: Checker) -> None:
+    """Relative position buckets need the bias table that only T5 has."""
+    check.rule(
+        "{position_embedding_type} must not be relative, which only T5 has",
+        lambda kind: kind != "relative",
+        "set --position-embedding-type learned_absolute, rope or none",
+    )
+
+
+def refuse_gpt_only(check: Checker, model: str) -> None:
+    """Switches of the samples that only a GPT is trained on, and what reads GPT checkpoints only."""
+    for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        check.rule(
+            f"{{{name}}} must be off with {model}, whose samples do not run over the ends of documents",
+            lambda on: not on,
+            f"drop --{name.replace('_', '-')}",
+        )
+    check.rule(
+        f"{{moe_use_upcycling}} must be off with {model}: only GPT checkpoints are converted",
+        lambda on: not on,
+        "drop --moe-use-upcycling",
+    )
 
 
 def required(value: int | None) -> int:

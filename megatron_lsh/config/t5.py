@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_lsh.config.bert import refuse_gpt_only
 from megatron_lsh.config.checker import Checker
-from megatron_lsh.config.config import Config
+from megatron_lsh.config.config import Config, refuse_gpt_only
 from megatron_lsh.config.flag import flag
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.model import MOST_LAYERS
@@ -47,8 +46,17 @@ class T5Config(Config):
     """
 
     default_tokenizer: ClassVar[str | None] = "BertWordPieceLowerCase"
+    why_no_sample: ClassVar[str | None] = "only a GPT continues a text"
 
     t5: T5Settings = field(default_factory=T5Settings)
+
+    def derive_own(self, check: Checker, world_size: int) -> None:
+        super().derive_own(check, world_size)
+        derive_t5(self, check)
+
+    def check_own(self, check: Checker) -> None:
+        check_t5(self, check)
+        self._check_sample(check)
 
 
 def derive_t5(cfg: T5Config, check: Checker) -> None:

@@ -11,7 +11,6 @@ from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
-from megatron_lsh.config.families import check_family, derive_family
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.errors import ConfigError
 
@@ -28,7 +27,7 @@ def validate(cfg: C, world_size: int) -> C:
         world_size: number of ranks of the run; see :func:`assumed_world_size`.
 
     Returns:
-        A copy whose derived settings have values and are listed in ``derived``; surprises are told in ``notices``.
+        A copy whose derived settings have values and are listed in ``derived``; unexpected changes go to ``notices``.
 
     Raises:
         ConfigError: with one line (field, value, rule, fix) per problem, as many as can be found at once.
@@ -39,11 +38,11 @@ def validate(cfg: C, world_size: int) -> C:
         raise ConfigError(f"world size ({world_size}) must be at least 1: change --world-size or WORLD_SIZE")
     check.forget_derived()
     check.every_value()
-    derive_family(cfg, check, world_size)
+    cfg.derive_own(check, world_size)
     check.required("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
     derive(cfg, check, world_size)
     _check_model(cfg, check)
-    check_family(cfg, check)
+    cfg.check_own(check)
     _check_moe(cfg, check)
     _check_layout(cfg, check, world_size)
     _check_length_and_batch(cfg, check, world_size)
@@ -346,7 +345,7 @@ def _check_data(cfg: Config, check: Checker) -> None:
         check.problems.append(
             "data.data_path (absent) must be given: set --data-path, or --mock-data to try things out"
         )
-    if not data.mock_data:
+    if cfg.tokenized and not data.mock_data:
         check.required("tokenizer_type")
         if data.tokenizer_type == "NullTokenizer":
             check.required("vocab_size")

@@ -208,15 +208,7 @@ def count_exact_bytes(x_TD: Tensor, counts_E: Tensor, transport: Transport, p: L
     )
 
 
-class Shortcut(nn.Module):
+def gradient_shortcut(y_TD: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
     """``--moe-gradient-shortcut``: the gradient of the identity beside every expert's, and nothing of its value."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        super().__init__()
-        self.dispatcher = dispatcher
-        self.gauges = tuple(getattr(dispatcher, "gauges", ()))
-
-    def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
-        y_TD = self.dispatcher(x_TD, routing, experts, p)
-        weight_T1 = routing.probs_TK.detach().sum(1, keepdim=True).to(x_TD.dtype)
-        return straight_through(y_TD, x_TD * weight_T1)
+    weight_T1 = routing.probs_TK.detach().sum(1, keepdim=True).to(x_TD.dtype)
+    return straight_through(y_TD, x_TD * weight_T1)

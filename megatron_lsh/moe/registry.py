@@ -38,7 +38,7 @@ from megatron_lsh.moe.compressors.lsh import (
 )
 from megatron_lsh.moe.compressors.tokens import TokenLSHCompressor
 from megatron_lsh.moe.dispatcher import GAUGES as DISPATCHER_GAUGES
-from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, Shortcut, ThroughExperts
+from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, ThroughExperts
 from megatron_lsh.moe.nodes import GAUGES as NODE_GAUGES
 from megatron_lsh.moe.nodes import DeduplicatedDispatcher, ExceptOwnNode, InsideNode, node_order
 from megatron_lsh.moe.schedule import DEDUPLICATED, EXACT, LOSSLESS, Scheduled, Trial
@@ -282,9 +282,7 @@ def build_dispatcher(spec: DispatcherSpec) -> Scheduled:
     if name == "auto" and not settled:
         tried = tuple(key for key in alternatives if key != LOSSLESS)
         trial = Trial(spec.layer, tried, spec.lsh.lsh_auto_iters, spec.ctx.device)
-    if spec.moe.moe_gradient_shortcut:
-        alternatives = {key: Shortcut(dispatcher) for key, dispatcher in alternatives.items()}
-    return Scheduled(alternatives, chosen, spec.lsh, spec.layer, trial)
+    return Scheduled(alternatives, chosen, spec.lsh, spec.layer, trial, shortcut=spec.moe.moe_gradient_shortcut)
 
 
 def resolve_dispatcher(name: str) -> DispatcherFactory:

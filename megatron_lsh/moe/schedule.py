@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lsh.config.moe import LSHConfig
-from megatron_lsh.moe.dispatcher import Dispatcher
+from megatron_lsh.moe.dispatcher import Dispatcher, gradient_shortcut
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.gauges import Gauge
 from megatron_lsh.moe.layer_pass import LayerPass, Span, measure
@@ -143,10 +143,13 @@ class Scheduled(nn.Module):
         cfg: LSHConfig,
         layer: int,
         trial: Trial | None = None,
+        *,
+        shortcut: bool = False,
     ) -> None:
         """
         Args:
             chosen: the alternative that the schedules below leave alone.
+            shortcut: whichever runs, with ``gradient_shortcut``.
             cfg: ``lsh_warmup_iters``, ``lsh_anneal_iters`` and ``lsh_start_layer`` are read.
             layer: number of the layer in the model.
         """
@@ -156,7 +159,7 @@ class Scheduled(nn.Module):
             if isinstance(alternative, nn.Module):
                 self.add_module(name, alternative)
         self.trial = trial
-        self._chosen, self._cfg, self._layer = chosen, cfg, layer
+        self._chosen, self._cfg, self._layer, self._shortcut = chosen, cfg, layer, shortcut
         self._held: str | None = None
         self._scheduled_exact = self._exact_at(0, None)
         found = {g.name: g for alternative in alternatives.values() for g in getattr(alternative, "gauges", ())}
@@ -185,9 +188,11 @@ class Scheduled(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
         dispatch = self.alternatives[self.current]
         trial = self.trial
-        if trial is None or not (self.training and trial.measures):
-            return dispatch(x_TD, routing, experts, p)
-        return measure(trial.device, trial.add, dispatch, x_TD, routing, experts, p)
+        if trial is not None and self.training and trial.measures:
+            y_TD = measure(trial.device, trial.add, dispatch, x_TD, routing, experts, p)
+        else:
+            y_TD = dispatch(x_TD, routing, experts, p)
+        return gradient_shortcut(y_TD, x_TD, routing) if self._shortcut else y_TD
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:

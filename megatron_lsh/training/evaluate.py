@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lsh.families import Batch, Judge
+from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import reshard
 from megatron_lsh.training.step import to_device
@@ -43,15 +43,9 @@ def evaluate(
         model.train(was_training)
         reshard(model)
     assert total is not None, "nothing to evaluate on"
-    if ctx.dp.size > 1:  # the ranks of a tensor-parallel group saw the same samples
-        dist.all_reduce(total, group=ctx.dp.process_group)
-    return judge.figures(total.cpu())
+    return judge.figures(all_reduce_(total, ctx.dp).cpu())  # the ranks of a tensor-parallel group saw the same samples
 
 
 def _anyone(wish: bool, ctx: ParallelContext) -> bool:
     """Whether any rank has this wish; the same answer on all of them."""
-    if ctx.world.size == 1:
-        return wish
-    wishes = torch.tensor(float(wish), device=ctx.device)
-    dist.all_reduce(wishes, group=ctx.world.process_group)
-    return bool(wishes > 0)
+    return bool(all_reduce_(torch.tensor(float(wish), device=ctx.device), ctx.world) > 0)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,6 +15,7 @@ from megatron_lsh.families.losses import MAIN, mean_of
 from megatron_lsh.models.model import Model
 from megatron_lsh.moe.schedule import decide, trials
 from megatron_lsh.observing.state import StepResult
+from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, finalize_gradients
 from megatron_lsh.training.schedule import Schedule
@@ -88,9 +88,7 @@ class Step:
     def _token_weight(self, tokens: int) -> float:
         """Data-parallel ranks per loss token of the global batch, of which this rank has `tokens`. Collective over DP."""
         total = torch.tensor(float(tokens), dtype=torch.float64, device=self.ctx.device)
-        if self.ctx.dp.size > 1:
-            dist.all_reduce(total, group=self.ctx.dp.process_group)
-        return self.ctx.dp.size / max(float(total), 1.0)
+        return self.ctx.dp.size / max(float(all_reduce_(total, self.ctx.dp)), 1.0)
 
     def _agree(self, sums: Mapping[str, Tensor], grad_norm: Tensor, stop: bool) -> tuple[dict[str, float], bool, bool]:
         """(mean losses by name, whether they and the gradient norm are finite on all ranks, whether any rank wants to stop).
@@ -100,9 +98,7 @@ class Step:
         found = torch.cat(list(sums.values()))
         bad = ~(torch.isfinite(found).all() & torch.isfinite(grad_norm))
         values = torch.cat([found, bad.double()[None], torch.tensor([float(stop)], dtype=torch.float64).to(bad.device)])
-        if self.ctx.world.size > 1:
-            dist.all_reduce(values, group=self.ctx.world.process_group)
-        *pairs, bad_ranks, stop_ranks = values.tolist()
+        *pairs, bad_ranks, stop_ranks = all_reduce_(values, self.ctx.world).tolist()
         means = {name: mean_of(pairs[2 * place : 2 * place + 2]) for place, name in enumerate(sums)}
         return means, bad_ranks == 0, stop_ranks > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -94,9 +95,15 @@ def picture_losses(cfg: Config, model: PictureModel, batch: Batch) -> Losses:
     return Losses(Mean.of(F.cross_entropy(logits_BC, batch["label"], reduction="none")), Mean(aux_loss, len(logits_BC)))
 
 
+@dataclass
+class PictureConfig(Config):
+    indexed_data: ClassVar[bool] = False
+    tokenized: ClassVar[bool] = False
+
+
 PICTURES = Family(
     name="pictures",
-    config=Config,
+    config=PictureConfig,
     stacks=picture_stacks,
     model=PictureModel,
     head=lambda cfg, vocab_size: Head(),
@@ -116,7 +123,7 @@ def test_a_family_without_a_tokenizer_trains_and_is_judged_by_its_own_figures(
         "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 4 --attention-dropout 0 --hidden-dropout 0 "
         "--position-embedding-type none --num-experts 4 --moe-ffn-hidden-size 32 --moe-aux-loss-coeff 1e-2 "
         "--moe-token-dispatcher-type lsh --micro-batch-size 16 --global-batch-size 32 --train-iters 60 --eval-interval 30 "
-        "--lr 5e-3 --lr-decay-style constant --mock-data --num-workers 0 --no-progress --peak-tflops 1 --device cpu "
+        "--lr 5e-3 --lr-decay-style constant --num-workers 0 --no-progress --peak-tflops 1 --device cpu "
         f"--save {tmp_path}/run --metrics-jsonl {tmp_path}/m.jsonl"
     )
     state = train(validate(PICTURES.parse(flags.split()), 1), PICTURES)
