@@ -126,7 +126,7 @@ def convert(args: argparse.Namespace) -> None:
         source = with_reference(source, args.reference)
     print(_summary(source))
     if not args.verify:
-        print("WARNING: --no-verify: nobody will have looked whether the result is what was read", file=sys.stderr)
+        print("WARNING: --no-verify: the result is not compared with the source", file=sys.stderr)
     checks = Checks(verify=args.verify, logits=args.logits, logits_with=compare, progress=not args.quiet)
     if args.target == "hf":
         save_hf(source, args.save, model_type=args.model_type, max_shard=args.max_shard_size, checks=checks)

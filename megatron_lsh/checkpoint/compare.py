@@ -152,7 +152,7 @@ def short_names(keys: set[str]) -> str:
 def different_tensors(
     metadata: Metadata, tensors: Mapping[str, Tensor], padded: set[str], ignored: set[str]
 ) -> list[str]:
-    """What the stored model has otherwise than the present one: missing, surplus and differently shaped tensors."""
+    """How the stored model differs from the present one: missing, surplus and differently shaped tensors."""
     stored = metadata.state_dict_metadata
     problems = []
     for key, tensor in tensors.items():

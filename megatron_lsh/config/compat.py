@@ -8,7 +8,7 @@ Every flag of Megatron-LM that we know is in exactly one of three places:
 * ``REJECTED``: it would change a number, or is a feature that someone relies on. Each says its feature and what to use
   instead. A rejected flag that is given the value in ``SAME_AS_HERE`` asks for what happens anyway: no effect.
 
-A flag that an entry script declares as a setting of its own leaves these tables by itself.
+A flag that an entry script declares as a setting of its own is dropped from these tables.
 """
 
 from __future__ import annotations

@@ -342,7 +342,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def small_files(folder: Path) -> dict[str, Path]:
-    """Name -> path of what goes along with the weights: tokenizer, generation_config.json and the like."""
+    """Name -> path of the files copied with the weights: tokenizer, generation_config.json and the like."""
     return {path.name: path for path in sorted(folder.iterdir()) if _belongs_along(path)}
 
 

@@ -31,7 +31,7 @@ class Clusters(_Derived):
     Attributes:
         cluster_N: int64, cluster of each row, in [0, C). Clusters are numbered by their first rows, so that the
             centroids of one expert are contiguous.
-        sizes_C: int64, rows per cluster, all >= 1.
+        sizes_C: int64, rows per cluster.
         counts_E: int64, clusters per expert; sums to C.
         order_N: int64, rows sorted by cluster (stable: equal clusters keep row order).
         offsets_C: int64, start of each cluster in ``order_N``.

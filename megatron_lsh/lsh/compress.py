@@ -76,7 +76,7 @@ def residual_energy(
     """How much of the rows the centroids miss.
 
     For means: sum_n |x_n - c|^2 = sum_n |x_n|^2 - sum_j n_j |c_j|^2, which reads the rows once. It cancels to
-    about 1e-6 of the total, ample for a gauge. With ``index_N`` (int64), row n is ``rows_ND[index_N[n]]``.
+    about 1e-6 of the total, accurate enough for a metric. With ``index_N`` (int64), row n is ``rows_ND[index_N[n]]``.
 
     Returns:
         (sum |x - c|^2, sum |x|^2) as 0-dim tensors of at least fp32; no host synchronisation.

@@ -191,7 +191,7 @@ class _Fit(NamedTuple):
 
     def change(self, own_n: Tensor) -> Tensor:
         """f(x_n) - f(c_own(n)), [n, D]."""
-        # K W could be had as outputs - ridge W; but as a product it has the same rounding as k(x) W, which cancels.
+        # K W equals outputs - ridge W, but as a product it rounds like k(x) W, and the rounding cancels.
         return (self.around_nB @ self.weights_BD).sub_((self.among_BB @ self.weights_BD).index_select(0, own_n))
 
     def backward(

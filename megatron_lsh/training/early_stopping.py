@@ -51,7 +51,7 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        """Whether the training shall go no further."""
+        """Whether to stop training."""
         return self.patience is not None and self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class EarlyStopping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the saved run was; `figure` and `patience` are the command line's."""
         if state["best_iteration"] is not None and self.figure not in state["best"]:
-            return  # judged by another figure: that best is none of ours
+            return  # saved under another metric: does not apply
         self.best, self.best_iteration, self.waited = dict(state["best"]), state["best_iteration"], state["waited"]
         self.best_epoch = state.get("best_epoch")  # a checkpoint of before this was saved has none
 

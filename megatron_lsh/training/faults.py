@@ -110,8 +110,8 @@ def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> in
 
     From here on a log that cannot be written (a full disk, a pipe whose reader is gone) does not end the process.
 
-    What all ranks know of is told once: an error in `prepare`, which needs no process group, by the first rank of each
-    node; an error that went through `together` by the rank that met it. Other errors tell which rank they are from.
+    An error that every rank knows is reported once: one in `prepare`, which needs no process group, by the first rank of
+    each node; one that went through `together` by the rank that met it. Other errors tell which rank they are from.
     Exceptions that are not MegatronLSHError are bugs, or accidents of the machine, and pass with their traceback.
     """
     _keep_streams()

@@ -154,7 +154,8 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
     shard_model(model, ctx, cfg.precision)
     describe_model(model, cfg.model.vocab_size, padded, ctx)
     describe_dispatch(cfg, ctx)
-    step = _step(cfg, family, model, ctx)
+    reporter = Reporter(cfg.logging, ctx, _figures(cfg, family, ctx, padded), cfg.moe.moe_per_layer_logging)
+    step = _step(cfg, family, model, reporter)
     checkpoint = start_from_dense(cfg, ctx)
     timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     if cfg.training.skip_train:
@@ -167,7 +168,6 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
     best_weights = None
     if criterion is not None and checkpoint.save is not None and not cfg.training.skip_train:
         best_weights = together(ctx, lambda: BestWeights(checkpoint, ctx, timeout, lock))
-    figures = _figures(cfg, family, ctx, padded)
     run = Run(
         cfg=cfg,
         family=family,
@@ -182,7 +182,7 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
         judge=LossJudge(step.forward_step) if family.judge is None else family.judge(cfg),
         early_stopping=None if criterion is None else EarlyStopping(criterion.figure, criterion.patience),
         best_weights=best_weights,
-        reporter=Reporter(cfg.logging, ctx, figures, cfg.moe.moe_per_layer_logging),
+        reporter=reporter,
         place=place,
     )
     place.enter("loading a checkpoint", 0)
@@ -208,7 +208,8 @@ def _vocabulary(cfg: Config, family: Family, ctx: ParallelContext) -> tuple[Toke
     return tokenizer, padded_vocab_size(cfg.model.vocab_size, cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
 
 
-def _step(cfg: Config, family: Family, model: Model, ctx: ParallelContext) -> Step:
+def _step(cfg: Config, family: Family, model: Model, reporter: Reporter) -> Step:
+    ctx = reporter.ctx
     optimizer = together(ctx, lambda: build_optimizer(model, cfg.optimizer))
     schedule = Schedule(
         optimizer,
@@ -228,6 +229,7 @@ def _step(cfg: Config, family: Family, model: Model, ctx: ParallelContext) -> St
         clip_grad=cfg.optimizer.clip_grad,
         total_iterations=required(cfg.training.train_iters),
         loss_tokens=family.loss_tokens if cfg.training.calculate_per_token_loss else None,
+        tell=reporter.print,
     )
 
 
@@ -288,13 +290,12 @@ def _set_length(run: Run, result: LoadResult) -> None:
         run.cfg.derived["train_iters"] = training.train_iters
         run.step = replace(run.step, total_iterations=training.train_iters)
         run.reporter.figures = replace(run.reporter.figures, train_iters=training.train_iters)
-    if before != batch and run.ctx.rank == 0:
+    if before != batch:
         total = required(training.train_iters)
         samples = state.consumed_samples + max(total - state.iteration, 0) * batch
-        print(
+        run.reporter.print(
             f"WARNING: the global batch size is {batch}, and was {before} in the checkpoint: the run ends after iteration "
-            f"{total}, with {samples} samples",
-            flush=True,
+            f"{total}, with {samples} samples"
         )
 
 
@@ -304,17 +305,16 @@ def _restore_dispatchers(run: Run, result: LoadResult) -> None:
     taken = restore_decisions(run.model, saved) if result.same_layout else None
     if taken is None and saved and trials(run.model):
         taken = "auto dispatcher: the parallel layout is not that of the checkpoint, so it measures again"
-    if taken is not None and run.reporter.writes:
-        print(f"> {taken}", flush=True)
+    if taken is not None:
+        run.reporter.print(f"> {taken}")
 
 
 def _compare_data(run: Run, result: LoadResult) -> None:
     before, now = result.extra.get("data"), run.checkpoint_state().extra["data"]
-    if run.ctx.rank == 0 and before is not None and now is not None and before != now:
-        print(
+    if before is not None and now is not None and before != now:
+        run.reporter.print(
             f"WARNING: the training data (or --split, --seq-length, --seed) is not that of {result.folder}; the run goes "
-            f"on with sample {run.state.consumed_samples} of the new data",
-            flush=True,
+            f"on with sample {run.state.consumed_samples} of the new data"
         )
 
 

@@ -24,6 +24,10 @@ from megatron_lsh.training.schedule import Schedule
 ForwardStep = Callable[[Any, Batch], Losses]
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Step:
     """The parts of an iteration that stay the same throughout a run. Call it once per iteration."""
@@ -40,6 +44,8 @@ class Step:
     loss_tokens: Callable[[Batch], int] | None = None
     """how many tokens of a micro-batch have a loss, if all of the global batch shall have the same weight in the gradient
     (--calculate-per-token-loss); None gives every micro-batch the same weight"""
+    tell: Callable[[str], None] = _say_nothing
+    """writes a line to the log; called on every rank"""
 
     def __call__(self, batches: Iterator[Batch], iteration: int, stop: bool) -> StepResult:
         """Run the iteration that follows `iteration` complete ones. Collective over the world.
@@ -50,8 +56,8 @@ class Step:
         """
         self.model.set_iteration(iteration, self.total_iterations)
         decision = decide(trials(self.model), self.ctx)
-        if decision is not None and self.ctx.rank == self.ctx.world.size - 1:  # the rank that writes the log line
-            print(f"> {decision}", flush=True)
+        if decision is not None:
+            self.tell(f"> {decision}")
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._accumulate(batches)
         finalize_gradients(self.model, self.ctx)

@@ -35,7 +35,7 @@ class Corpus(NamedTuple):
         return self.source.document_start(stop) - self.source.document_start(start)
 
     def less_than(self, tokens: int, needs: str) -> str | None:
-        """Says that there are fewer tokens than one sample ``needs``, if so."""
+        """Error text if there are fewer tokens than one sample ``needs``, else None."""
         if self.num_tokens >= tokens:
             return None
         start, stop = self.documents
@@ -57,7 +57,7 @@ class SampleKind(Protocol):
         ...
 
     def shortage(self, corpus: Corpus) -> str | None:
-        """Says that a corpus is too small for one sample, if so."""
+        """Error text if a corpus is too small for one sample, else None."""
         ...
 
     def dataset(self, corpus: Corpus, num_samples: int, cache: ArrayCache) -> Dataset:

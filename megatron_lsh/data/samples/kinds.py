@@ -105,7 +105,7 @@ class PassageSamples:
         if not len(per_document) or per_document.max() > 1:
             return
         if (read_description(source) or {}).get("split_sentences"):
-            return  # every document is a single sentence, indeed
+            return  # every document is a single sentence (recorded as split)
         raise DataError(
             f"{source.prefix} holds whole documents ({source.num_documents}, each one sequence), but {self.recipe.name} "
             "needs them split into sentences: write the data again with tools/preprocess_data.py --split-sentences and give "

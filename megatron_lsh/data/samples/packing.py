@@ -3,7 +3,7 @@
 A passage is a run of whole sentences with at most ``length`` tokens, as many of them as fit. With a probability of
 ``short_share`` it aims at fewer tokens, uniformly drawn from 2 to ``length``, so that a model also sees short texts
 (Devlin et al. 2018, arXiv:1810.04805, appendix A.2). A sentence that is too long is cut into equal pieces, so that no token
-is lost: every token of the corpus is in exactly one passage, but for ends of documents that are too short.
+is lost: every token of the corpus is in exactly one passage, except ends of documents that are too short.
 
 The corpus is packed once, by the seed alone. Each epoch reads all passages in another order, and what is drawn at random
 inside a sample (segments, masks, spans) depends on its number, so it differs from epoch to epoch.

@@ -59,7 +59,7 @@ class Prompt:
                     "shorten them"
                 )
             shorter = tokenizer.detokenize(ids[: max(len(ids) - excess, 0)]).rstrip("\ufffd")
-            # A shortened text may tokenize otherwise than its tokens; it must become shorter all the same.
+            # A shortened text may tokenize differently; drop a character so that the loop ends.
             texts[longest] = shorter[: len(texts[longest]) - 1]
 
 

@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         """Ids of a text.
 
         Args:
-            add_special_tokens: with what the tokenizer by itself puts around a text (most put nothing).
+            add_special_tokens: whether to add the tokenizer's own special tokens around the text (most have none).
         """
         ...
 
@@ -166,7 +166,7 @@ class ByteTokenizer(SpecialTokens):
 
 
 class NullTokenizer(SpecialTokens):
-    """No text at all: ids written as decimal numbers. Id ``vocab_size`` (as given) ends a document.
+    """Input is ids, not text: decimal numbers. Id ``vocab_size`` (as given) ends a document.
 
     For models that need them, the six highest numbers stand for BERT's three marks, padding, beginning and end; the data of
     such a model should not contain them otherwise. (A vocabulary under 16 has none.)

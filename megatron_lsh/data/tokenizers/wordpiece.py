@@ -116,7 +116,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lower_case: bool = Fa
     for word, count in words.items():
         characters.update({character: count * word.count(character) for character in set(word)})
     alphabet = set(sorted(characters, key=lambda character: (-characters[character], character))[:ALPHABET])
-    # Left to itself the trainer numbers the characters in the order of a hash table, another in each process.
+    # By default the trainer numbers the characters in the order of a hash table, which differs between processes.
     first = sorted({word[0] for word in words} & alphabet)
     inside = sorted({character for word in words for character in word[1:]} & alphabet)
     trainer = trainers.WordPieceTrainer(
