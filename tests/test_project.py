@@ -287,3 +287,11 @@ def test_changelog_and_licence() -> None:
     assert "## [Unreleased]" in changelog or f"## [{megatron_lsh.__version__}]" in changelog
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_the_reading_order_tells_how_long_files_are() -> None:
+    named = re.findall(r"`([\w/]+\.py)`\s+\((\d+)\)", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 15
+    for name, lines in named:
+        now = len((PACKAGE / name).read_text().splitlines())
+        assert abs(now - int(lines)) <= max(20, now // 5), f"docs/architecture.md: {name} has {now} lines now, not {lines}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """Everything that describes a run. Rooms receive the part they need, never the whole.
+    """Everything that describes a run. Who computes gets the part that it needs: a layer its sections, a model all of them.
 
     An entry script whose model needs further flags declares a dataclass of them and a subclass of Config with one more
     part (see ``bert.py``), and passes the subclass to :func:`parse_args`.
