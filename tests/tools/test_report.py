@@ -158,3 +158,15 @@ def test_axes() -> None:
     log = line_chart([Series("falls", 0, [(0, 1e4), (1, 1e-2)])], x_label="x", y_label="y")
     assert ">10k<" in log and ">0.01<" in log
     assert stacked_bars([("run", {"a": 0.0})], ["a"], "ms").startswith("<svg")
+
+
+def test_a_gauge_of_a_plug_in_is_on_the_page_and_ours_are_called_as_declared(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", lsh=True)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    kept = [
+        line | {"rows_kept": 0.5, "rows_kept_per_layer": [0.4, 0.6]} if "lm_loss" in line else line for line in lines
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    page = render([read_run(folder)], "title")
+    assert page.count("rows kept") == 2  # during training, and by layer
+    assert "all-to-all, ms per step" in page and "error of restored outputs" in page

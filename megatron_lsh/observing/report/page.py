@@ -7,35 +7,37 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from megatron_lsh.observing.report.charts import Point, Series, line_chart, short, stacked_bars
+from megatron_lsh.observing.report.labels import further_gauges, label_of
 from megatron_lsh.observing.report.runs import REST, STEP_PARTS, RunData, differing_settings, pick
 from megatron_lsh.observing.report.style import STYLE
 
 NONE = "\N{EN DASH}"
 AXES = {"steps": "iterations", "tokens": "tokens", "seconds": "seconds of training", "bytes": "bytes sent, all ranks"}
-OVER_TIME = {
-    "lsh_compression_rate": "rows sent, share",
-    "lsh_residual_energy": "residual energy |x-c|²/|x|²",
-    "lsh_restored_error": "error of restored outputs",
-    "alltoall_share": "all-to-all, share of the step",
-    "expert_load_max_over_mean": "fullest expert / mean",
-    "tokens_per_second": "tokens per second",
-}
-BY_LAYER = {
-    "lsh_compression_rate": "rows sent, share",
-    "lsh_residual_energy": "residual energy |x-c|²/|x|²",
-    "lsh_restored_error": "error of restored outputs",
-    "alltoall_bytes": "bytes sent per step, all ranks",
-    "alltoall_time_ms": "all-to-all, ms per step",
-    "lsh_time_ms": "LSH, ms per step",
-    "experts_time_ms": "experts, ms per step",
-    "load_max_over_mean": "fullest expert / mean",
-}
+OVER_TIME = (
+    "lsh_compression_rate",
+    "lsh_residual_energy",
+    "lsh_restored_error",
+    "alltoall_share",
+    "expert_load_max_over_mean",
+    "tokens_per_second",
+)
+BY_LAYER = (
+    "lsh_compression_rate",
+    "lsh_residual_energy",
+    "lsh_restored_error",
+    "alltoall_bytes",
+    "alltoall_time_ms",
+    "lsh_time_ms",
+    "experts_time_ms",
+    "load_max_over_mean",
+)
 
 
 def render(runs: Sequence[RunData], title: str, note: str = "") -> str:
     """The whole page as one HTML text that needs no other file. The others are compared with the first run."""
-    layers = [_by_layer(runs, key, words) for key, words in BY_LAYER.items()]
-    over_time = [_over_time(runs, key, words) for key, words in OVER_TIME.items()]
+    further = further_gauges(runs)
+    layers = [_by_layer(runs, key, label_of(key)) for key in (*BY_LAYER, *further)]
+    over_time = [_over_time(runs, key, label_of(key)) for key in (*OVER_TIME, *further)]
     sections = [
         f"<h1>{escape(title)}</h1><p>{escape(note)}</p>",
         f'<div class="panel">{_overview(runs)}</div>',
