@@ -168,5 +168,5 @@ def test_a_gauge_of_a_plug_in_is_on_the_page_and_ours_are_called_as_declared(tmp
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     page = render([read_run(folder)], "title")
-    assert page.count("rows kept") == 2  # during training, and by layer
+    assert page.count("rows kept") == 4  # during training and by layer, each on its axis and for who cannot see it
     assert "all-to-all, ms per step" in page and "error of restored outputs" in page
