@@ -368,6 +368,63 @@ Tensor project(Tensor rows, Tensor rotation) {
     LSH_RUN(project, rows, args);
     return out;
 }
+
+// Groups lie in order within the rows; widths are at most the block's.
+void check_groups(const Tensor& starts, const Tensor& counts, const Tensor& widths, int64_t rows, int64_t block) {
+    int64_t end = 0;
+    for (int64_t g = 0; g < starts.size(0); ++g) {
+        const int64_t start = data<int64_t>(starts)[g], count = data<int64_t>(counts)[g], width = data<int64_t>(widths)[g];
+        STD_TORCH_CHECK(end <= start && 0 <= count && start + count <= rows, "group ", g, " of rows ", start, " to ",
+                        start + count, " must begin after the group before it and end within ", rows, " rows");
+        STD_TORCH_CHECK(0 <= width && width <= block, "group ", g, ": width ", width, " must be within ", block);
+        end = start + count;
+    }
+}
+
+ScalarType fp32_or_fp64(const Tensor& t) {
+    STD_TORCH_CHECK(dtype_of(t) == kFloat32 || dtype_of(t) == kFloat64, "grouped products are in fp32 or fp64");
+    return t.scalar_type();
+}
+
+int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+Tensor grouped(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tensor widths, bool transposed) {
+    const ScalarType dtype = fp32_or_fp64(rows);
+    matrices = checked(matrices, "matrices", dtype, {-1, -1, -1}, rows);
+    const int64_t groups = matrices.size(0), block = matrices.size(1), features = matrices.size(2);
+    rows = checked(rows, "rows", dtype, {-1, transposed ? features : block}, rows);
+    starts = integers(starts, "starts", groups, rows);
+    counts = integers(counts, "counts", groups, rows);
+    widths = integers(widths, "widths", groups, rows);
+    const int64_t num_rows = rows.size(0);
+    check_groups(starts, counts, widths, num_rows, block);
+    Tensor out = empty(rows, {num_rows, transposed ? block : features}, dtype);
+    Tensor packed = empty(rows, {groups, transposed ? padded(block) * features : padded(features) * block}, dtype);
+    const GroupedArgs args{data(rows),   data(matrices), data<int64_t>(starts), data<int64_t>(counts),
+                           data<int64_t>(widths), data(out), data(packed),      num_rows,
+                           groups,       block,          features,              transposed ? 1 : 0,
+                           dtype_of(rows)};
+    LSH_RUN(grouped, rows, args);
+    return out;
+}
+
+Tensor grouped_outer(Tensor left, Tensor right, Tensor starts, Tensor counts, Tensor widths) {
+    const ScalarType dtype = fp32_or_fp64(left);
+    left = checked(left, "left", dtype, {-1, -1}, left);
+    right = checked(right, "right", dtype, {left.size(0), -1}, left);
+    const int64_t groups = starts.size(0), num_rows = left.size(0), block = left.size(1), features = right.size(1);
+    starts = integers(starts, "starts", groups, left);
+    counts = integers(counts, "counts", groups, left);
+    widths = integers(widths, "widths", groups, left);
+    check_groups(starts, counts, widths, num_rows, block);
+    Tensor out = empty(left, {groups, block, features}, dtype);
+    Tensor packed = empty(left, {num_rows, block}, dtype);
+    const GroupedOuterArgs args{data(left),   data(right), data<int64_t>(starts), data<int64_t>(counts),
+                                data<int64_t>(widths), data(out), data(packed),   num_rows,
+                                groups,       block,       features,              dtype_of(left)};
+    LSH_RUN(grouped_outer, left, args);
+    return out;
+}
 #endif
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
@@ -384,6 +441,8 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
     m.impl("decode", TORCH_BOX(&decode));
 #if !defined(LSH_ON_GPU) && !defined(LSH_EMULATED)
     m.impl("project", TORCH_BOX(&project));
+    m.impl("grouped", TORCH_BOX(&grouped));
+    m.impl("grouped_outer", TORCH_BOX(&grouped_outer));
 #endif
 }
 

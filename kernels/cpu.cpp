@@ -178,6 +178,25 @@ NearestWork nearest_work(const NearestArgs& a, int64_t panel) {
     return work;
 }
 
+// What no group writes: rows between groups.
+template <class Args>
+void clear_gaps(const Args& a, char* out, int64_t row_bytes) {
+    int64_t end = 0;
+    for (int64_t g = 0; g <= a.groups; ++g) {
+        const int64_t start = g < a.groups ? a.starts[g] : a.num_rows;
+        std::memset(out + end * row_bytes, 0, (start - end) * row_bytes);
+        if (g < a.groups) end = start + a.counts[g];
+    }
+}
+
+// body(i, j) for i < outer, j < inner.
+template <class Body>
+void for_pairs(int64_t outer, int64_t inner, const Body& body) {
+    parallel_for(outer * inner, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i / inner, i % inner);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -229,6 +248,40 @@ int lsh_project_cpu(const ProjectArgs& a) {
             const int64_t row = b * kBlockRows;
             loops.project(a, {row, std::min(kBlockRows, a.num_rows - row), 0, a.columns, 0});
         }
+    });
+    return 0;
+}
+
+int lsh_grouped_cpu(const GroupedArgs& a) {
+    const MatrixLoops& loops = matrix_loops();
+    const int64_t panel = a.dtype == kFloat64 ? loops.panel_f64 : loops.panel, bytes = a.dtype == kFloat64 ? 8 : 4;
+    const int64_t columns = a.transposed ? a.block : a.features;
+    for_pairs(a.groups, (columns + panel - 1) / panel, [&](int64_t g, int64_t p) {
+        if (a.counts[g] && p * panel < (a.transposed ? a.widths[g] : a.features)) loops.pack_grouped(a, g, p);
+    });
+    clear_gaps(a, static_cast<char*>(a.out), columns * bytes);
+    std::vector<std::pair<int64_t, RowBlock>> blocks;
+    for (int64_t g = 0; g < a.groups; ++g)
+        for (int64_t r = 0; r < a.counts[g]; r += kBlockRows)
+            blocks.push_back({g, {a.starts[g] + r, std::min(kBlockRows, a.counts[g] - r), 0, 0, 0}});
+    parallel_for(blocks.size(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) loops.grouped(a, blocks[i].first, blocks[i].second);
+    });
+    return 0;
+}
+
+int lsh_grouped_outer_cpu(const GroupedOuterArgs& a) {
+    const MatrixLoops& loops = matrix_loops();
+    const int64_t panel = a.dtype == kFloat64 ? loops.panel_f64 : loops.panel, bytes = a.dtype == kFloat64 ? 8 : 4;
+    const int64_t panels = (a.features + panel - 1) / panel, row_bytes = a.features * bytes;
+    for_pairs(a.groups, 1, [&](int64_t g, int64_t) { loops.transpose_left(a, g); });
+    char* out = static_cast<char*>(a.out);
+    for (int64_t g = 0; g < a.groups; ++g) {
+        const int64_t there = a.counts[g] ? a.widths[g] : 0;
+        std::memset(out + (g * a.block + there) * row_bytes, 0, (a.block - there) * row_bytes);
+    }
+    for_pairs(a.groups, panels, [&](int64_t g, int64_t p) {
+        if (a.counts[g]) loops.grouped_outer(a, g, p);
     });
     return 0;
 }

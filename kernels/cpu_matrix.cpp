@@ -197,6 +197,94 @@ void project(const ProjectArgs& a, const RowBlock& block) {
     delete[] buffer;
 }
 
+// Columns of a product, rounded up to whole panels of any instruction set.
+int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+template <class A>
+void pack_grouped(const GroupedArgs& a, int64_t g, int64_t p) {
+    constexpr int64_t P = Vector<A>::panel;
+    const int64_t depth = a.transposed ? a.features : a.widths[g], all = a.transposed ? a.widths[g] : a.features;
+    const int64_t columns = all - p * P < P ? all - p * P : P;
+    const int64_t size = a.transposed ? padded(a.block) * a.features : padded(a.features) * a.block;
+    const A* matrix = static_cast<const A*>(a.matrices) + g * a.block * a.features;
+    A* panel = static_cast<A*>(a.packed) + g * size + p * P * depth;
+    for (int64_t d = 0; d < depth; ++d) {
+        const A* first = a.transposed ? matrix + p * P * a.features + d : matrix + d * a.features + p * P;
+        const int64_t step = a.transposed ? a.features : 1;
+        for (int64_t j = 0; j < columns; ++j) panel[d * P + j] = first[j * step];
+        for (int64_t j = columns; j < P; ++j) panel[d * P + j] = 0;
+    }
+}
+
+template <class A>
+void grouped(const GroupedArgs& a, int64_t g, const RowBlock& block) {
+    constexpr int64_t P = Vector<A>::panel;
+    const int64_t depth = a.transposed ? a.features : a.widths[g], columns = a.transposed ? a.widths[g] : a.features;
+    const int64_t size = a.transposed ? padded(a.block) * a.features : padded(a.features) * a.block;
+    const int64_t stride = a.transposed ? a.features : a.block, out_stride = a.transposed ? a.block : a.features;
+    const A* rows[kBlockRows];
+    row_pointers<A>(static_cast<const A*>(a.rows), nullptr, block, stride, static_cast<A*>(nullptr), rows);
+    A* out = static_cast<A*>(a.out) + block.first_row * out_stride;
+    alignas(kVectorBytes) A tiles[kBlockRows * P] = {};
+    for (int64_t column = 0; column < columns; column += P) {
+        const int64_t width = columns - column < P ? columns - column : P;
+        const A* panel = static_cast<const A*>(a.packed) + g * size + column * depth;
+        multiply_panel<A>(rows, block.num_rows, panel, width, depth, tiles);
+        for (int64_t r = 0; r < block.num_rows; ++r)
+            for (int64_t j = 0; j < width; ++j) out[r * out_stride + column + j] = tiles[r * P + j];
+    }
+    for (int64_t r = 0; r < block.num_rows; ++r)
+        for (int64_t j = columns; j < out_stride; ++j) out[r * out_stride + j] = 0;
+}
+
+// [width, count]
+template <class A>
+void transpose_left(const GroupedOuterArgs& a, int64_t g) {
+    constexpr int64_t kTile = 16;  // both sides stay in the first-level cache
+    const int64_t count = a.counts[g];
+    A* packed = static_cast<A*>(a.packed) + a.starts[g] * a.block;
+    const A* left = static_cast<const A*>(a.left) + a.starts[g] * a.block;
+    for (int64_t first = 0; first < count; first += kTile) {
+        const int64_t end = first + kTile < count ? first + kTile : count;
+        for (int64_t i = 0; i < a.widths[g]; ++i)
+            for (int64_t n = first; n < end; ++n) packed[i * count + n] = left[n * a.block + i];
+    }
+}
+
+// Columns [P p, ...) of a group's product.
+template <class A>
+void grouped_outer(const GroupedOuterArgs& a, int64_t g, int64_t p) {
+    constexpr int64_t P = Vector<A>::panel;
+    const int64_t count = a.counts[g], width = a.widths[g];
+    const int64_t columns = a.features - p * P < P ? a.features - p * P : P;
+    const A* right = static_cast<const A*>(a.right) + a.starts[g] * a.features + p * P;
+    A* panel = new A[count * P];
+    for (int64_t n = 0; n < count; ++n) {
+        for (int64_t j = 0; j < columns; ++j) panel[n * P + j] = right[n * a.features + j];
+        for (int64_t j = columns; j < P; ++j) panel[n * P + j] = 0;
+    }
+    const A* left = static_cast<const A*>(a.packed) + a.starts[g] * a.block;
+    A* out = static_cast<A*>(a.out) + g * a.block * a.features + p * P;
+    alignas(kVectorBytes) A tiles[kBlockRows * P] = {};
+    for (int64_t i = 0; i < width; i += kBlockRows) {
+        const RowBlock block{i, width - i < kBlockRows ? width - i : kBlockRows, 0, 0, 0};
+        const A* rows[kBlockRows];
+        row_pointers<A>(left, nullptr, block, count, static_cast<A*>(nullptr), rows);
+        multiply_panel<A>(rows, block.num_rows, panel, columns, count, tiles);
+        for (int64_t r = 0; r < block.num_rows; ++r)
+            for (int64_t j = 0; j < columns; ++j) out[(i + r) * a.features + j] = tiles[r * P + j];
+    }
+    delete[] panel;
+}
+
+// Of an operation for fp32 and fp64.
+#define LSH_BY_DTYPE(name, parameters, arguments)                         \
+    void name##_any parameters { (a.dtype == kFloat64 ? name<double> : name<float>)arguments; }
+LSH_BY_DTYPE(pack_grouped, (const GroupedArgs& a, int64_t g, int64_t p), (a, g, p))
+LSH_BY_DTYPE(grouped, (const GroupedArgs& a, int64_t g, const RowBlock& block), (a, g, block))
+LSH_BY_DTYPE(transpose_left, (const GroupedOuterArgs& a, int64_t g), (a, g))
+LSH_BY_DTYPE(grouped_outer, (const GroupedOuterArgs& a, int64_t g, int64_t p), (a, g, p))
+
 void pack_centroids_any(const NearestArgs& a, const RowBlock& block, int64_t p, int64_t num_panels) {
     (a.dtype == kFloat32    ? pack_centroids<float>
      : a.dtype == kFloat16  ? pack_centroids<Half>
@@ -219,6 +307,7 @@ void project_any(const ProjectArgs& a, const RowBlock& block) {
 
 extern const MatrixLoops LSH_JOIN(matrix_loops_, LSH_ISA) = {
     Vector<float>::panel, Vector<double>::panel, pack_centroids_any, nearest_any, pack_rotation, project_any,
+    pack_grouped_any,     grouped_any,           transpose_left_any, grouped_outer_any,
 };
 
 }  // namespace megatron_lsh

@@ -51,6 +51,35 @@ struct ProjectArgs {
     DType dtype;
 };
 
+// Rows in groups, and one matrix for each group: rows [start, start + count) of group g times matrix g, of whose B rows the
+// first `width` are there. Groups are in order and do not overlap. Rows of no group, and what is beyond a width, become zero.
+// CPU only; on a GPU these are the library's grouped products.
+struct GroupedArgs {
+    const void* rows;       // [N, B], or [N, X] if transposed
+    const void* matrices;   // [G, B, X]
+    const int64_t* starts;  // [G]
+    const int64_t* counts;  // [G]
+    const int64_t* widths;  // [G]
+    void* out;              // [N, X] rows * matrix; [N, B] rows * matrix^T if transposed
+    void* packed;           // scratch: G times the matrix, its columns rounded up to kPanel
+    int64_t num_rows, groups, block, features;
+    int32_t transposed;
+    DType dtype;  // fp32 or fp64
+};
+
+// out[g] = left^T right over the rows of group g.
+struct GroupedOuterArgs {
+    const void* left;       // [N, B]
+    const void* right;      // [N, X]
+    const int64_t* starts;  // [G]
+    const int64_t* counts;  // [G]
+    const int64_t* widths;  // [G]
+    void* out;              // [G, B, X]
+    void* packed;           // [N, B] scratch
+    int64_t num_rows, groups, block, features;
+    DType dtype;  // fp32 or fp64
+};
+
 // The nearest centroid of each row among those of its expert.
 struct NearestArgs {
     const void* source;           // [M, D]
@@ -176,6 +205,8 @@ LSH_DECLARE(spread, SpreadArgs)
 LSH_DECLARE(encode, EncodeArgs)
 LSH_DECLARE(decode, DecodeArgs)
 int lsh_project_cpu(const ProjectArgs&);
+int lsh_grouped_cpu(const GroupedArgs&);
+int lsh_grouped_outer_cpu(const GroupedOuterArgs&);
 }
 
 }  // namespace megatron_lsh

@@ -121,11 +121,13 @@ class LSHConfig:
         "--lsh-residual interpolate, else mean)",
         choices=("mean", "member"),
     )
-    lsh_interpolation_block: int = flag(
-        128,
+    lsh_interpolation_block: int | None = flag(
+        None,
         "Most representatives of one expert that --lsh-residual interpolate fits a function to; an expert with more gets "
-        "several. Larger: closer outputs, more time per row",
+        "several. Larger: closer outputs, more time per row. auto: as many as cost 5% of the exact experts' arithmetic, "
+        "but 128 at least (default: auto)",
         at_least=2,
+        parse=lambda value: None if value == "auto" else value,
     )
     lsh_residual_rank: int = flag(16, "Rank of --lsh-residual lowrank", at_least=1)
     lsh_gradient: str = flag(

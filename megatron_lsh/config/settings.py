@@ -77,6 +77,8 @@ class Setting:
             raise ValueError("must have a value")
         if self.parse is not None:
             value = self.parse(value)
+            if value is None and self.optional:
+                return None
         if not self.is_list:
             return _CONVERTERS[self.kind](value)
         elements = value if isinstance(value, list | tuple) else [value]

@@ -11,26 +11,35 @@ s is `width` times the mean squared distance between two representatives. A row 
 E(x). Nothing more travels: all of it is on the row's rank already. And the value is a smooth function of x, so its
 gradient knows how the expert changes around the row, where E(c_j) alone would give all rows of a cluster the same.
 
-Per row that was not sent 2 B D operations for the distances, as many for the weighted sum, and twice that backward. To keep
-the whole linear in the rows, an expert's representatives are fitted in blocks of at most `block`; B is the block's size
-then, and B^3 operations invert K.
+With M = (K + ridge I)^-1 the change of row n is (k(x_n) - K_j)^T M (Y - mean Y). It can be multiplied out from either side:
+
+    "outputs"    W = M (Y - mean Y) when the outputs are back;  change = k(x) W - K_j W
+    "weights"    A = centre((k(x) - K_j) M) before they are;    change = A Y
+
+The first does less arithmetic. The second leaves one product, and one of the backward pass's, for the time after the
+outputs have travelled; the rest is done meanwhile. cost.py compares them.
+
+To keep the whole linear in the rows, an expert's representatives are fitted in blocks of at most `block`. All blocks are one
+padded batch (blocks.py): as many operations are launched for sixty-four experts as for one, and none waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_lsh.lsh.blocks import Blocks
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.ops import accumulator, choose
+from megatron_lsh.ops import PlainOps, accumulator, choose
 
 RIDGE, WIDTH, BLOCK = 0.01, 1.0, 128
 """The error of the restored outputs is flat around the first two: within a fifth for WIDTH 1-4 and RIDGE 0.003-0.03. It
 falls with BLOCK, and the time rises (benchmarks/clustering.py)."""
+
+FORMS = ("outputs", "weights")
 
 
 def interpolate(
@@ -43,8 +52,10 @@ def interpolate(
     block: int = BLOCK,
     ridge: float = RIDGE,
     width: float = WIDTH,
+    form: str = "outputs",
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """Restored outputs [N, D] in the dtype of ``expert_out_CD``; differentiable in all three tensors. Waits for the device.
+    """Restored outputs [N, D] in the dtype of ``expert_out_CD``; differentiable in all three tensors.
 
     Args:
         expert_out_CD: [C, D], the expert's output for each representative.
@@ -53,12 +64,15 @@ def interpolate(
         block: most representatives that one function is fitted to.
         ridge: added to the diagonal of K, whose entries are 1 there: how much of Y is taken for noise.
         width: of the kernel, in mean squared distances.
+        form: "outputs" or "weights", see the module's docstring; equal but for rounding.
+        counts: clusters per expert on the host. Without them this waits for the device.
 
     Arithmetic is in fp32, or fp64 with fp64 rows; `s` carries no gradient.
     """
     prepared = prepare_interpolation(
-        rows_ND, representatives_CD, clusters, member_C, block=block, ridge=ridge, width=width
-    )
+        rows_ND, representatives_CD, clusters, member_C,
+        block=block, ridge=ridge, width=width, form=form, counts=counts,
+    )  # fmt: skip
     return prepared(expert_out_CD)
 
 
@@ -71,164 +85,120 @@ def prepare_interpolation(
     block: int = BLOCK,
     ridge: float = RIDGE,
     width: float = WIDTH,
+    form: str = "outputs",
+    counts: Sequence[int] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """The first half of :func:`interpolate`: all that needs no output, so that it can run while rows travel.
 
     Returns:
         The second half, from ``expert_out_CD`` to the restored outputs [N, D]; called once.
     """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if clusters.num_clusters == clusters.num_rows:
         return lambda expert_out_CD: expert_out_CD.index_select(0, clusters.cluster_N)
-    plan, systems, dtype = _Plan.of(clusters, member_C, block), [], accumulator(rows_ND.dtype)
+    counts = clusters.counts_E.tolist() if counts is None else counts
+    blocks = Blocks.of(clusters, member_C, block, counts, accumulator(rows_ND.dtype))
+    if form == "weights":
+        weights_NB = _Weights.apply(rows_ND, representatives_CD, blocks, ridge, width)
+        return lambda expert_out_CD: _Weighted.apply(weights_NB, expert_out_CD, clusters, blocks)
     with torch.no_grad():
-        rows_MD = rows_ND.index_select(0, plan.row_M)
-        for n, c in plan.parts:
-            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], dtype)
-            systems.append(_System.of(rows_nD, centres_BD, ridge, width))
+        system = _System.of(rows_ND, representatives_CD, blocks, ridge, width)
 
     def finish(expert_out_CD: Tensor) -> Tensor:
-        return _Interpolate.apply(expert_out_CD, rows_ND, representatives_CD, clusters, plan, systems)
+        return _Fitted.apply(expert_out_CD, rows_ND, representatives_CD, clusters, blocks, system)
 
     return finish
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which rows are interpolated in which block.
-
-    Attributes:
-        row_M: int64, the M rows to interpolate, sorted by cluster.
-        clusters: of these M rows.
-        parts: per block its part of the M rows, and its clusters.
-    """
-
-    row_M: Tensor
-    clusters: Clusters
-    parts: list[tuple[slice, slice]]
-
-    @staticmethod
-    def of(clusters: Clusters, member_C: Tensor | None, block: int) -> _Plan:
-        blocks, device = _blocks(clusters.counts_E.tolist(), block), clusters.cluster_N.device
-        # Rows take their representative's output where they are it, or where it is the only one.
-        lengths = torch.tensor([c.stop - c.start for c in blocks])
-        moves_C = (lengths > 1).repeat_interleave(lengths).to(device) & (clusters.sizes_C > 1)
-        moves_N = moves_C.index_select(0, clusters.cluster_N)
-        if member_C is not None:
-            moves_N = moves_N & ~_are_sent(clusters, member_C)
-        row_M = clusters.order_N[moves_N.index_select(0, clusters.order_N)]
-        cluster_M = clusters.cluster_N.index_select(0, row_M)
-        sizes_C = torch.bincount(cluster_M, minlength=clusters.num_clusters)
-        ends_C = sizes_C.cumsum(0)
-        kept = Clusters(
-            cluster_M, sizes_C, clusters.counts_E, torch.arange(len(row_M), device=device), ends_C - sizes_C
-        )
-        ends = [0, *ends_C.tolist()]
-        parts = [(slice(ends[c.start], ends[c.stop]), c) for c in blocks if ends[c.start] < ends[c.stop]]
-        return _Plan(row_M, kept, parts)
-
-
-def _are_sent(clusters: Clusters, member_C: Tensor) -> Tensor:
-    """bool [N]: the rows that are their own cluster's member. (An empty cluster's member is another's row.)"""
-    numbers_C = torch.arange(clusters.num_clusters, device=member_C.device)
-    owns_C = clusters.cluster_N.index_select(0, member_C) == numbers_C
-    return torch.zeros_like(clusters.cluster_N).scatter_add_(0, member_C, owns_C.long()) > 0
-
-
-def _blocks(counts: list[int], most: int) -> list[slice]:
-    """Each expert's clusters in runs of equal length, give or take one, of at most this many.
-
-    Neighbours in number are neighbours in the text. Blocks of neighbours in hash order or in space would take off another
-    tenth or fifth of the error, too little to sort for: what counts is how many representatives a function is fitted to.
-    """
-    found, first = [], 0
-    for count in counts:
-        pieces = -(-count // most)
-        ends = [first + count * (piece + 1) // pieces for piece in range(pieces)]
-        found += [slice(start, end) for start, end in zip([first, *ends], ends, strict=False)]
-        first += count
-    return found
+def _operations(rows_ND: Tensor) -> PlainOps:
+    """For numbers in the dtype of the arithmetic."""
+    return choose(rows_ND.new_empty(0, dtype=accumulator(rows_ND.dtype)))
 
 
 class _System(NamedTuple):
-    """What the function of one block, n rows and B representatives, owes to where they are: k(x), K and (K + ridge I)^-1.
+    """What the functions of all blocks owe to where rows and representatives are: k(x), K and (K + ridge I)^-1."""
 
-    Rows and representatives come shifted to the mean of the representatives: it changes no distance, and keeps their
-    rounding small.
-    """
-
-    scale: Tensor
-    around_nB: Tensor
-    among_BB: Tensor
-    inverse_BB: Tensor
+    scale_G: Tensor
+    around_NB: Tensor
+    among_GBB: Tensor
+    inverse_GBB: Tensor
 
     @staticmethod
-    def of(rows_nD: Tensor, centres_BD: Tensor, ridge: float, width: float) -> _System:
+    def of(rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks, ridge: float, width: float) -> _System:
+        x_ND, c_GBD = _shifted(rows_ND, representatives_CD, blocks)
+        ops = _operations(rows_ND)
+        norm_GB = c_GBD.square().sum(2)
         # Between two of B points |c_i - c_j|^2 is on average twice their variance.
-        spread = centres_BD.square().sum() * (2 / centres_BD.shape[0])
-        scale = (width * spread).clamp(min=1e-20)
-        columns = _columns(centres_BD, scale)
-        around_nB, among_BB = ((_row_features(x) @ columns).exp_() for x in (rows_nD, centres_BD))
-        system_BB = among_BB.clone()
-        system_BB.diagonal().add_(ridge)
-        # Its condition number is at most B / ridge, and one product with the inverse is several times faster than two
-        # triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps it positive.
-        inverse_BB = torch.cholesky_inverse(torch.linalg.cholesky_ex(system_BB)[0])
-        return _System(scale, around_nB, among_BB, inverse_BB)
+        scale_G = (width * 2 * norm_GB.sum(1) / blocks.width_G1.squeeze(1)).clamp(min=1e-20)
+        columns_GBD = c_GBD * (2 / scale_G)[:, None, None]
+        # What is no representative is infinitely far away: exp makes it zero.
+        far_GB = (norm_GB / scale_G.unsqueeze(1)).masked_fill_(~blocks.valid_GB, torch.inf)
+        near_N = torch.linalg.vector_norm(x_ND, dim=1).square_().div_(scale_G.index_select(0, blocks.block_N))
+        around_NB = ops.grouped(x_ND, columns_GBD, blocks.rows, True)
+        around_NB.sub_(near_N.unsqueeze(1)).sub_(far_GB.index_select(0, blocks.block_N)).exp_()
+        among_GBB = ops.grouped(c_GBD.flatten(0, 1), columns_GBD, blocks.places, True).view(*blocks.shape, -1)
+        among_GBB.sub_(far_GB.unsqueeze(2)).sub_(far_GB.unsqueeze(1)).exp_()
+        diagonal_GB = torch.full_like(far_GB, 1.0).masked_fill_(blocks.valid_GB, ridge)
+        return _System(scale_G, around_NB, among_GBB, _inverse(among_GBB + torch.diag_embed(diagonal_GB)))
+
+    def difference(self, blocks: Blocks) -> Tensor:
+        """k(x) - K_own [N, B]. It is small, and rounded after it is taken: k(x) by itself would lose most of it."""
+        return self.among_GBB.flatten(0, 1).index_select(0, blocks.slot_N).neg_().add_(self.around_NB)
+
+    def gradients(
+        self,
+        grad_around_NB: Tensor,
+        grad_among_GBB: Tensor,
+        rows_ND: Tensor,
+        representatives_CD: Tensor,
+        blocks: Blocks,
+        ops: PlainOps,
+    ) -> tuple[Tensor, Tensor]:
+        """With respect to rows and representatives, given those of k(x) and K; both may be overwritten."""
+        x_ND, c_GBD = _shifted(rows_ND, representatives_CD, blocks)
+        factor_G = 2 / self.scale_G
+        # With Z = -|a - c|^2 / s and K = exp Z: dZ = dK K. A representative is on both sides of K.
+        around_NB = grad_around_NB.mul_(self.around_NB).mul_(factor_G.index_select(0, blocks.block_N).unsqueeze(1))
+        among_GBB = grad_among_GBB.mul_(self.among_GBB).mul_(factor_G[:, None, None])
+        among_GBB = among_GBB + among_GBB.transpose(1, 2)
+        grad_rows_ND = ops.grouped(around_NB, c_GBD, blocks.rows)
+        grad_rows_ND.addcmul_(x_ND, around_NB.sum(1, keepdim=True), value=-1)
+        place_N, starts_G, counts_G = blocks.moving[0], blocks.rows.starts, blocks.rows.counts
+        pull_GB = ops.segment(around_NB, None, None, place_N, starts_G, counts_G, False) + among_GBB.sum(2)
+        grad_c_GBD = ops.grouped_outer(around_NB, x_ND, blocks.rows)
+        grad_c_GBD += ops.grouped(among_GBB.flatten(0, 1), c_GBD, blocks.places).view_as(grad_c_GBD)
+        grad_c_GBD.addcmul_(c_GBD, pull_GB.unsqueeze(2), value=-1)
+        dtype = rows_ND.dtype
+        return grad_rows_ND.to(dtype).index_select(0, blocks.inverse_N), blocks.unpad(grad_c_GBD).to(dtype)
 
 
-class _Fit(NamedTuple):
-    """The function fitted for one block, and what its derivative needs. Outputs come less their mean."""
-
-    scale: Tensor
-    around_nB: Tensor
-    among_BB: Tensor
-    inverse_BB: Tensor
-    weights_BD: Tensor
-
-    @staticmethod
-    def of(system: _System, outputs_BD: Tensor) -> _Fit:
-        return _Fit(*system, system.inverse_BB @ outputs_BD)
-
-    def change(self, own_n: Tensor) -> Tensor:
-        """f(x_n) - f(c_own(n)), [n, D]."""
-        # K W equals outputs - ridge W, but as a product it rounds like k(x) W, and the rounding cancels.
-        return (self.around_nB @ self.weights_BD).sub_((self.among_BB @ self.weights_BD).index_select(0, own_n))
-
-    def backward(
-        self, grad_nD: Tensor, sums_BD: Tensor, rows_nD: Tensor, centres_BD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients with respect to rows, representatives and outputs.
-
-        Args:
-            grad_nD: of the changes. sums_BD: its sum over the rows of each cluster.
-
-        The changes are k(x) W - K_own W, so dW = k(x)^T g - K s, and with M = (K + ridge I)^-1 the outputs receive M dW and
-        K receives -(s + M dW) W^T.
-        """
-        of_outputs_BD = self.inverse_BB @ (self.around_nB.T @ grad_nD).sub_(self.among_BB @ sums_BD)
-        # With Z = -|a - c|^2 / s and K = exp Z: dZ = dK K.
-        around_nB = (grad_nD @ self.weights_BD.T).mul_(self.around_nB)
-        among_BB = ((sums_BD + of_outputs_BD) @ self.weights_BD.T).mul_(self.among_BB).neg_()
-        among_BB = among_BB + among_BB.T  # a representative is on both sides
-        grad_rows_nD = (around_nB @ centres_BD).addcmul_(rows_nD, around_nB.sum(1, keepdim=True), value=-1)
-        pull_B1 = (around_nB.sum(0) + among_BB.sum(1)).unsqueeze(1)
-        grad_centres_BD = around_nB.T @ rows_nD + among_BB @ centres_BD - pull_B1 * centres_BD
-        factor = 2 / self.scale
-        return grad_rows_nD.mul_(factor), grad_centres_BD.mul_(factor), of_outputs_BD - of_outputs_BD.mean(0)
+def _shifted(rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Rows in the blocks' order and representatives in their places, in the dtype of the arithmetic, less the mean of each
+    block's representatives: that changes no distance, and keeps their rounding small."""
+    dtype = accumulator(rows_ND.dtype)
+    padded_GBD = blocks.pad(representatives_CD).to(dtype)
+    mean_GD = padded_GBD.sum(1) / blocks.width_G1
+    c_GBD = (padded_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
+    rows_ND = rows_ND.index_select(0, blocks.order_N).to(dtype)
+    return rows_ND.sub_(mean_GD.index_select(0, blocks.block_N)), c_GBD
 
 
-def _row_features(a_ND: Tensor) -> Tensor:
-    """[N, D + 2], such that the product with :func:`_columns` is -|a - c|^2 / s: distances in one matrix product."""
-    return torch.cat([a_ND, a_ND.square().sum(1, keepdim=True), a_ND.new_ones(a_ND.shape[0], 1)], 1)
+def _inverse(system_GBB: Tensor) -> Tensor:
+    """Of positive definite matrices. The condition number is at most B / ridge, and one product with the inverse is several
+    times faster than two triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps it positive."""
+    factor_GBB = torch.linalg.cholesky_ex(system_GBB)[0]
+    if not system_GBB.is_cuda:
+        return torch.cholesky_inverse(factor_GBB)
+    # There cholesky_inverse is a loop over the batch.
+    identity_BB = torch.eye(system_GBB.shape[1], dtype=system_GBB.dtype, device=system_GBB.device)
+    half_GBB = torch.linalg.solve_triangular(factor_GBB, identity_BB.expand_as(factor_GBB), upper=False)
+    return half_GBB.transpose(1, 2) @ half_GBB
 
 
-def _columns(c_BD: Tensor, scale: Tensor) -> Tensor:
-    """[D + 2, B]."""
-    minus_B1 = c_BD.new_full((c_BD.shape[0], 1), -1.0)
-    return (torch.cat([2 * c_BD, minus_B1, -c_BD.square().sum(1, keepdim=True)], 1) / scale).T
+class _Fitted(torch.autograd.Function):
+    """The form "outputs"."""
 
-
-class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -236,45 +206,108 @@ class _Interpolate(torch.autograd.Function):
         rows_ND: Tensor,
         representatives_CD: Tensor,
         clusters: Clusters,
-        plan: _Plan,
-        systems: list[_System],
+        blocks: Blocks,
+        system: _System,
     ) -> Tensor:
-        ctx.clusters, ctx.plan, ctx.out_dtype = clusters, plan, expert_out_CD.dtype
-        ctx.dtype = dtype = accumulator(rows_ND.dtype)
-        ctx.ops = choose(rows_ND.new_empty(0, dtype=dtype))
-        restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
-        change_MD = rows_ND.new_empty(len(plan.row_M), rows_ND.shape[1], dtype=dtype)
-        kept: list[Tensor] = []
-        for (n, c), system in zip(plan.parts, systems, strict=True):
-            outputs_BD = expert_out_CD[c].to(dtype)
-            fit = _Fit.of(system, outputs_BD - outputs_BD.mean(0))
-            change_MD[n] = fit.change(plan.clusters.cluster_N[n] - c.start)
-            kept += fit
+        ctx.clusters, ctx.blocks, ctx.out_dtype = clusters, blocks, expert_out_CD.dtype
+        ctx.ops = ops = _operations(rows_ND)
+        dtype = accumulator(rows_ND.dtype)
+        outputs_GBD = blocks.centred(blocks.pad(expert_out_CD).to(dtype))
+        weights_GBD = ops.grouped(system.inverse_GBB.flatten(0, 1), outputs_GBD, blocks.places).view_as(outputs_GBD)
+        change_ND = ops.grouped(system.difference(blocks), weights_GBD, blocks.rows)
         # Not as attributes: what is saved is dropped under activation recomputation.
-        ctx.save_for_backward(rows_ND, representatives_CD, *kept)
-        return restored_ND.index_add_(0, plan.row_M, change_MD.to(restored_ND.dtype))
+        ctx.save_for_backward(rows_ND, representatives_CD, weights_GBD, *system)
+        restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
+        return restored_ND.index_add_(0, blocks.order_N, change_ND.to(restored_ND.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        plan: _Plan = ctx.plan
-        rows_ND, representatives_CD, *kept = ctx.saved_tensors
-        grad_ND = grads[0].to(ctx.dtype).contiguous()
-        rows_MD, grad_MD = (x.index_select(0, plan.row_M) for x in (rows_ND, grad_ND))
-        sums_CD = ctx.ops.segment(grad_MD, None, None, *plan.clusters.segments, False)
-        grad_out_CD = ctx.ops.segment(grad_ND, None, None, *ctx.clusters.segments, False)
-        grad_centres_CD = torch.zeros_like(sums_CD)
-        for n, c in plan.parts:
-            size = len(_Fit._fields)
-            fit, kept = _Fit(*kept[:size]), kept[size:]
-            centres_BD, rows_nD = _shifted(representatives_CD[c], rows_MD[n], ctx.dtype)
-            grad_MD[n], grad_centres_CD[c], of_outputs_BD = fit.backward(grad_MD[n], sums_CD[c], rows_nD, centres_BD)
-            grad_out_CD[c] += of_outputs_BD
-        grad_rows_ND = torch.zeros_like(rows_ND).index_copy_(0, plan.row_M, grad_MD.to(rows_ND.dtype))
-        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_centres_CD.to(rows_ND.dtype), None, None, None
+        """The changes are D W with D = k(x) - K_own, so dW = D^T g; the outputs receive M dW, and K receives
+        -(sums + M dW) W^T, sums those of g over the rows of each cluster."""
+        blocks: Blocks = ctx.blocks
+        ops: PlainOps = ctx.ops
+        rows_ND, representatives_CD, weights_GBD, *kept = ctx.saved_tensors
+        system = _System(*kept)
+        grad_ND, grad_out_CD, sums_GBD = _arriving(grads[0], ctx.clusters, blocks, weights_GBD.dtype, ops)
+        grad_w_GBD = ops.grouped_outer(system.difference(blocks), grad_ND, blocks.rows)
+        inverse = system.inverse_GBB.flatten(0, 1)
+        of_outputs_GBD = ops.grouped(inverse, grad_w_GBD, blocks.places).view_as(sums_GBD)
+        grad_around_NB = ops.grouped(grad_ND, weights_GBD, blocks.rows, True)
+        through_GBD = (sums_GBD + of_outputs_GBD).neg_()
+        grad_among_GBB = ops.grouped(through_GBD.flatten(0, 1), weights_GBD, blocks.places, True)
+        grad_rows_ND, grad_c_CD = system.gradients(
+            grad_around_NB, grad_among_GBB.view(*blocks.shape, -1), rows_ND, representatives_CD, blocks, ops
+        )
+        grad_out_CD += blocks.unpad(blocks.centred(of_outputs_GBD))
+        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_c_CD, None, None, None
 
 
-def _shifted(centres_BD: Tensor, rows_nD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the arithmetic, less the mean of the representatives."""
-    centres_BD, rows_nD = centres_BD.to(dtype), rows_nD.to(dtype)
-    mean_D = centres_BD.mean(0)
-    return centres_BD - mean_D, rows_nD - mean_D
+def _arriving(
+    grad_ND: Tensor, clusters: Clusters, blocks: Blocks, dtype: torch.dtype, ops: PlainOps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the restored rows in the blocks' order; its sum over the rows of each cluster [C, D]; and over those
+    that move, in the clusters' places."""
+    grad_ND = grad_ND.to(dtype).contiguous()
+    whole_CD = ops.segment(grad_ND, None, None, *clusters.segments, False)
+    grad_ND = grad_ND.index_select(0, blocks.order_N)
+    return grad_ND, whole_CD, blocks.pad(ops.segment(grad_ND, None, None, *blocks.moving, False))
+
+
+class _Weights(torch.autograd.Function):
+    """The form "weights", first half: A [N, B] in the blocks' order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks, ridge: float, width: float
+    ) -> Tensor:
+        ctx.blocks, ctx.ops = blocks, _operations(rows_ND)
+        system = _System.of(rows_ND, representatives_CD, blocks, ridge, width)
+        uncentred_NB = ctx.ops.grouped(system.difference(blocks), system.inverse_GBB, blocks.rows)
+        ctx.save_for_backward(rows_ND, representatives_CD, uncentred_NB, *system)
+        return _centred(uncentred_NB, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """With D = k(x) - K_own: dD = centre(dA) M, and K receives -(D M)^T dD - onehot(own)^T dD."""
+        blocks: Blocks = ctx.blocks
+        ops: PlainOps = ctx.ops
+        rows_ND, representatives_CD, uncentred_NB, *kept = ctx.saved_tensors
+        system = _System(*kept)
+        grad_NB = ops.grouped(_centred(grads[0].contiguous(), blocks), system.inverse_GBB, blocks.rows)
+        grad_among_GBB = ops.grouped_outer(uncentred_NB, grad_NB, blocks.rows)
+        grad_among_GBB += blocks.pad(ops.segment(grad_NB, None, None, *blocks.moving, False))
+        grad_rows_ND, grad_c_CD = system.gradients(
+            grad_NB, grad_among_GBB.neg_(), rows_ND, representatives_CD, blocks, ops
+        )
+        return grad_rows_ND, grad_c_CD, None, None, None
+
+
+def _centred(a_NB: Tensor, blocks: Blocks) -> Tensor:
+    """Each row less its mean over the valid places; zero elsewhere."""
+    mean_N1 = a_NB.sum(1, keepdim=True) / blocks.width_G1.index_select(0, blocks.block_N)
+    return (a_NB - mean_N1).mul_(blocks.valid_GB.to(a_NB.dtype).index_select(0, blocks.block_N))
+
+
+class _Weighted(torch.autograd.Function):
+    """The form "weights", second half: E(c_own) + A Y."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_NB: Tensor, expert_out_CD: Tensor, clusters: Clusters, blocks: Blocks) -> Tensor:
+        ctx.clusters, ctx.blocks, ctx.ops = clusters, blocks, choose(weights_NB)
+        ctx.save_for_backward(weights_NB, expert_out_CD)
+        outputs_GBD = blocks.pad(expert_out_CD).to(weights_NB.dtype)
+        change_ND = ctx.ops.grouped(weights_NB, outputs_GBD, blocks.rows)
+        restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
+        # Added apart from the product: the output itself is not rounded with it.
+        return restored_ND.index_add_(0, blocks.order_N, change_ND.to(restored_ND.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        blocks: Blocks = ctx.blocks
+        ops: PlainOps = ctx.ops
+        weights_NB, expert_out_CD = ctx.saved_tensors
+        grad_ND, grad_out_CD, _ = _arriving(grads[0], ctx.clusters, blocks, weights_NB.dtype, ops)
+        outputs_GBD = blocks.pad(expert_out_CD).to(weights_NB.dtype)
+        grad_weights_NB = ops.grouped(grad_ND, outputs_GBD, blocks.rows, True)
+        grad_out_CD += blocks.unpad(ops.grouped_outer(weights_NB, grad_ND, blocks.rows))
+        return grad_weights_NB, grad_out_CD.to(expert_out_CD.dtype), None, None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
-from megatron_lsh.moe.experts import Experts
+from megatron_lsh.moe.experts import Experts, expert_width
 from megatron_lsh.moe.gauges import Gauge, max_over_mean, of_load, per_micro_batch, quantile
 from megatron_lsh.moe.layer_pass import Deferred, LayerPass, Noise, ReplayMemo
 from megatron_lsh.moe.registry import GAUGES as DISPATCHER_GAUGES
@@ -63,7 +63,10 @@ class MoELayer(nn.Module):
             SharedExperts(model_cfg, moe_cfg, ctx) if moe_cfg.moe_shared_expert_intermediate_size else None
         )
         self._shared_first = moe_cfg.moe_shared_expert_overlap and self.shared_experts is not None
-        spec = DispatcherSpec(moe_cfg, lsh_cfg, ctx, model_cfg.hidden_size, moe_cfg.num_experts, layer)
+        spec = DispatcherSpec(
+            moe_cfg, lsh_cfg, ctx, model_cfg.hidden_size, moe_cfg.num_experts, layer,
+            expert_width(model_cfg, moe_cfg), model_cfg.swiglu,
+        )  # fmt: skip
         self.dispatcher = build_dispatcher(spec)
         self._record = telemetry.layer(layer, moe_cfg.num_experts, (*GAUGES, *self.dispatcher.gauges))
 

@@ -22,6 +22,7 @@ from importlib.metadata import entry_points
 from megatron_lsh import lsh
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.lsh.cost import MOST, Restoration, choose_restoration
 from megatron_lsh.moe.compressors.low_rank import LowRankResidual
 from megatron_lsh.moe.compressors.lsh import GAUGES as LSH_GAUGES
 from megatron_lsh.moe.compressors.lsh import (
@@ -60,6 +61,8 @@ class DispatcherSpec:
         hidden: D, width of a row.
         num_experts: E.
         layer: number of the layer in the model.
+        expert_width: F; None where nobody knows.
+        gated: whether experts are SwiGLU.
     """
 
     moe: MoEConfig
@@ -68,6 +71,15 @@ class DispatcherSpec:
     hidden: int
     num_experts: int
     layer: int
+    expert_width: int | None = None
+    gated: bool = False
+
+    def restoration(self) -> Restoration:
+        """How ``--lsh-residual interpolate`` restores rows here."""
+        cfg = self.lsh
+        return choose_restoration(
+            self.hidden, self.expert_width, self.gated, cfg.lsh_target_rate, cfg.lsh_interpolation_block
+        )
 
     def transport(self, kind: type[Transport] = AllToAllTransport) -> Transport:
         """What moves rows, in the numbers of ``--lsh-wire-dtype``; with one expert-parallel rank nothing moves."""
@@ -203,6 +215,20 @@ def describe(spec: DispatcherSpec) -> str | None:
     return f"{where}: {flat:.2f} rows per token cross the network"
 
 
+def describe_restoration(spec: DispatcherSpec) -> str | None:
+    """One line for the log where interpolation takes more of the exact experts' arithmetic than it should."""
+    if spec.moe.moe_token_dispatcher_type not in ("lsh", "auto") or spec.lsh.lsh_residual != "interpolate":
+        return None
+    found = spec.restoration()
+    if found.share is None or found.share <= MOST:
+        return None
+    return (
+        f"interpolation between blocks of {found.block} representatives takes {found.share:.1%} of the arithmetic of exact "
+        f"experts, more than {MOST:.0%}, because experts of width {spec.expert_width} are narrow: --lsh-residual none "
+        "restores for nothing, at more loss"
+    )
+
+
 def lsh_compressor(
     spec: DispatcherSpec,
     *,
@@ -235,7 +261,8 @@ def lsh_compressor(
 def _restoration(spec: DispatcherSpec) -> RestoreRows:
     cfg = spec.lsh
     if cfg.lsh_residual == "interpolate":
-        return interpolated(cfg.lsh_interpolation_block)
+        found = spec.restoration()
+        return interpolated(found.block, found.form)
     if cfg.lsh_residual == "none":
         return as_sent(cfg.lsh_gradient == "straight-through")
     if cfg.lsh_residual == "identity":

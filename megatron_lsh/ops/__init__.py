@@ -18,6 +18,7 @@ them, from ``offset`` on in ``order``.
 
 from megatron_lsh.ops.choice import choose, describe, reference_only
 from megatron_lsh.ops.dtypes import accumulator
+from megatron_lsh.ops.groups import Groups
 from megatron_lsh.ops.plain import PlainOps, by_row
 
-__all__ = ["PlainOps", "accumulator", "by_row", "choose", "describe", "reference_only"]
+__all__ = ["Groups", "PlainOps", "accumulator", "by_row", "choose", "describe", "reference_only"]

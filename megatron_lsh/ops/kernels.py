@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.ops.dtypes import accumulator
+from megatron_lsh.ops.groups import Groups
 from megatron_lsh.ops.plain import PlainOps
 from megatron_lsh.ops.wire_formats import FORMATS
 
@@ -26,6 +27,16 @@ class KernelOps(PlainOps):
         if rows.device.type != "cpu" or torch.float64 in (rows.dtype, rotation.dtype):
             return super().project(rows, rotation)
         return self._kernels.project(rows, rotation)
+
+    def grouped(self, rows: Tensor, matrices: Tensor, groups: Groups, transposed: bool = False) -> Tensor:
+        if rows.device.type != "cpu":
+            return super().grouped(rows, matrices, groups, transposed)
+        return self._kernels.grouped(rows, matrices, *groups[:3], transposed)
+
+    def grouped_outer(self, left: Tensor, right: Tensor, groups: Groups) -> Tensor:
+        if left.device.type != "cpu":
+            return super().grouped_outer(left, right, groups)
+        return self._kernels.grouped_outer(left, right, *groups[:3])
 
     def plan(
         self,

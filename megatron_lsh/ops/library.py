@@ -27,6 +27,10 @@ SCHEMAS = {
     "int num_clusters, int num_hashes, int code_bits) -> (Tensor, Tensor, Tensor, Tensor)",
     # rows [N, D] @ rotation [D, P] in fp32. CPU only: a GPU has its library's matrix product.
     "project": "(Tensor rows, Tensor rotation) -> Tensor",
+    # Rows of each group times its matrix [B, X], or times the matrix transposed -> [N, X] or [N, B]. CPU only, fp32, fp64.
+    "grouped": "(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tensor widths, bool transposed) -> Tensor",
+    # left [N, B] transposed times right [N, X], over the rows of each group -> [G, B, X]. CPU only, fp32 and fp64.
+    "grouped_outer": "(Tensor left, Tensor right, Tensor starts, Tensor counts, Tensor widths) -> Tensor",
     # Nearest centroid of each row among its expert's -> cluster [N], squared distance [N] in fp32 or better.
     "nearest": "(Tensor rows, Tensor? index, Tensor centroids, Tensor row_ends, Tensor cluster_ends) "
     "-> (Tensor, Tensor)",
@@ -124,6 +128,16 @@ def _fake_project(rows: Tensor, rotation: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], rotation.shape[1], dtype=torch.float32)
 
 
+def _fake_grouped(
+    rows: Tensor, matrices: Tensor, starts: Tensor, counts: Tensor, widths: Tensor, transposed: bool
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], matrices.shape[1 if transposed else 2])
+
+
+def _fake_grouped_outer(left: Tensor, right: Tensor, starts: Tensor, counts: Tensor, widths: Tensor) -> Tensor:
+    return left.new_empty(starts.shape[0], left.shape[1], right.shape[1])
+
+
 def _fake_nearest(
     rows: Tensor, index: Tensor | None, centroids: Tensor, row_ends: Tensor, cluster_ends: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -188,6 +202,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "hash": _fake_hash,
     "plan": _fake_plan,
     "project": _fake_project,
+    "grouped": _fake_grouped,
+    "grouped_outer": _fake_grouped_outer,
     "nearest": _fake_nearest,
     "regroup": _fake_regroup,
     "segment": _fake_segment,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_lsh.ops import clustering, wire_formats
 from megatron_lsh.ops.dtypes import accumulator
+from megatron_lsh.ops.groups import Groups, Tiles, pick, put
 
 
 class PlainOps:
@@ -91,7 +92,9 @@ class PlainOps:
         # embedding_bag is torch's fused gather-and-reduce: it reads each row once, accumulates bf16 in fp32, and its forward
         # is deterministic on GPUs too (a thread walks a bag in order), which index_add is not.
         picked = order if index is None else index.index_select(0, order)
-        return F.embedding_bag(picked, source, offsets, mode="mean" if mean else "sum").to(dtype)
+        # Clusters follow one another in the order. What is behind the last belongs to none, and has a bag of its own.
+        starts = torch.cat([offsets, offsets[-1:] + sizes[-1:]])
+        return F.embedding_bag(picked, source, starts, mode="mean" if mean else "sum")[:-1].to(dtype)
 
     def segment_residual(self, source: Tensor, order: Tensor, offsets: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each cluster's rows [C, D], and what each row differs from it [N, D]."""
@@ -169,6 +172,41 @@ class PlainOps:
                 part = part + _pick(grad_centroid, i).to(out.dtype) / size.clamp(min=1)
             out += part.masked_fill((i < 0).unsqueeze(1), 0)
         return out.to(like.dtype)
+
+    # Products of groups of rows.
+
+    def grouped(self, rows: Tensor, matrices: Tensor, groups: Groups, transposed: bool = False) -> Tensor:
+        """The rows of each group times the group's matrix [B, X], or times the matrix transposed.
+
+        Args:
+            rows: [N, B], or [N, X] if transposed; in the dtype of sums.
+            matrices: [G, B, X], zero beyond a group's width.
+
+        Returns:
+            [N, X], or [N, B] if transposed; zero in the rows of no group.
+        """
+        matrices = matrices.transpose(1, 2) if transposed else matrices
+        if groups.even:
+            return torch.bmm(rows.view(len(matrices), -1, rows.shape[1]), matrices).flatten(0, 1)
+        if rows.shape[0] == 0:
+            return rows.new_zeros(0, matrices.shape[2])
+        tiles = Tiles.of(groups, rows.shape[0])
+        return put(torch.bmm(pick(rows, tiles), matrices[tiles.group_S]), tiles, rows.shape[0])
+
+    def grouped_outer(self, left: Tensor, right: Tensor, groups: Groups) -> Tensor:
+        """``left^T right`` over the rows of each group: [G, B, X]; ``left`` [N, B] is zero beyond a group's width."""
+        num_groups, shape = groups.starts.shape[0], (left.shape[1], right.shape[1])
+        if groups.even:
+            left, right = (x.view(num_groups, -1, x.shape[1]) for x in (left, right))
+            return torch.bmm(left.transpose(1, 2), right)
+        if left.shape[0] == 0:
+            return left.new_zeros(num_groups, *shape)
+        tiles = Tiles.of(groups, left.shape[0])
+        products = torch.bmm(pick(left, tiles).transpose(1, 2), pick(right, tiles)).flatten(1)
+        order = torch.arange(products.shape[0], device=left.device)
+        return PlainOps.segment(
+            self, products, None, None, order, tiles.offsets_G, tiles.sizes_G, False
+        ).unflatten(1, shape)  # fmt: skip
 
     # Numbers on the wire.
 

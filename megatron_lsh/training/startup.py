@@ -19,7 +19,8 @@ from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.serialize import describe, to_json
 from megatron_lsh.errors import CheckpointError, ConfigError
-from megatron_lsh.moe.registry import DispatcherSpec
+from megatron_lsh.moe.experts import expert_width
+from megatron_lsh.moe.registry import DispatcherSpec, describe_restoration
 from megatron_lsh.moe.registry import describe as describe_dispatcher
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import num_local_parameters, num_parameters
@@ -121,13 +122,17 @@ def _cpu() -> str:
 
 
 def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
-    """Print, on rank 0, how rows cross the network, where expert parallelism spans nodes."""
+    """Print, on rank 0, how rows cross the network where expert parallelism spans nodes, and what restoring them costs if it
+    is much."""
     if cfg.moe.num_experts is None or ctx.rank != 0:
         return
-    spec = DispatcherSpec(cfg.moe, cfg.lsh, ctx, cfg.model.hidden_size or 1, cfg.moe.num_experts, 0)
-    line = describe_dispatcher(spec)
-    if line is not None:
-        print(line, flush=True)
+    spec = DispatcherSpec(
+        cfg.moe, cfg.lsh, ctx, cfg.model.hidden_size or 1, cfg.moe.num_experts, 0,
+        expert_width(cfg.model, cfg.moe), cfg.model.swiglu,
+    )  # fmt: skip
+    for line in (describe_dispatcher(spec), describe_restoration(spec)):
+        if line is not None:
+            print(line, flush=True)
 
 
 def describe_model(model: nn.Module, vocab_size: int | None, padded_vocab_size: int, ctx: ParallelContext) -> None:

@@ -32,11 +32,14 @@ def example_calls() -> dict[str, tuple]:
     c = routed(20, 2, 3, 8, torch.float32)
     slots, sizes = lsh.clusters_of_slots(c.clusters, c.permutation.row_of_TK), c.clusters.sizes_C
     wire, x, probs = torch.randn(c.clusters.num_clusters, 8), c.x.detach(), c.probs.detach()
+    groups = (torch.tensor([2, 30]), torch.tensor([25, 9]), torch.tensor([5, 3]))
     payload = torch.ops.megatron_lsh.encode(wire, None, 1)
     return {
         "hash": (case.rows, None, case.row_ends, 3, 3),
         "plan": (key, case.rows, None, *ends, count, 3, 3),
         "project": (case.rows, torch.randn(12, 7)),
+        "grouped": (case.rows, torch.randn(2, 5, 12), *groups, True),
+        "grouped_outer": (torch.randn(case.num_rows, 5), case.rows, *groups),
         "nearest": (case.floats(30, 12), index, centroids, *ends),
         "regroup": (nearest, distance, *ends, count),
         "segment": (case.rows, None, weight, *case.order, False),

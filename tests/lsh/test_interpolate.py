@@ -1,12 +1,19 @@
 """Interpolated restoration, and members in the place of means: values, gradients, exactness, improvement."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lsh import lsh
-from megatron_lsh.lsh.interpolate import RIDGE, WIDTH, _blocks
+from megatron_lsh.lsh.blocks import block_widths
+from megatron_lsh.lsh.cost import LEAST, MOST, choose_restoration, operations
+from megatron_lsh.lsh.interpolate import FORMS, RIDGE, WIDTH
+from megatron_lsh.ops import reference_only
+from tests.lsh import looped_interpolation
 from tests.lsh.test_compress_restore import CLUSTERS, make_clusters
 
 # Expert 0 has clusters 0-1, expert 1 none, expert 2 clusters 2-6: one block, or two of 2 and 3.
@@ -50,34 +57,127 @@ def inputs():
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((13, 5), (5, 5))]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("members", [True, False])
 @pytest.mark.parametrize(("block", "blocks"), [(5, [(0, 2), (2, 7)]), (4, [(0, 2), (2, 4), (4, 7)])])
-def test_values_and_gradients_equal_the_plain_formula(inputs, members, block, blocks):
-    expected, got = plain(*inputs, WIDE, members, blocks), ours(*inputs, WIDE, members, block=block)
+def test_values_and_gradients_equal_the_plain_formula(inputs, form, members, block, blocks):
+    expected, got = plain(*inputs, WIDE, members, blocks), ours(*inputs, WIDE, members, block=block, form=form)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     gradients = [torch.autograd.grad(out.pow(3).sum(), inputs) for out in (expected, got)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
 
 
-def test_gradcheck_at_fixed_scale(inputs):
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_at_fixed_scale(inputs, form):
     """`s` is a constant to the gradient, so the check must not see it move: it is fixed by points that do not."""
     rows, weight = inputs
     points = rows.detach()[[0, 1, 3, 4, 6, 7, 9]]
 
     def function(x, y):
-        return lsh.interpolate(y, x, points, WIDE, block=3)
+        return lsh.interpolate(y, x, points, WIDE, block=3, form=form)
 
     assert torch.autograd.gradcheck(function, (rows, torch.tanh(points @ weight).detach().requires_grad_()))
 
 
-def test_the_first_half_needs_no_output_and_both_equal_the_whole(inputs):
+def clustered(counts, hidden, rate, dtype=torch.float64):
+    """Rows of a few kinds around an offset, their clusters and members."""
+    torch.manual_seed(sum(counts))
+    rows = torch.randn(20, hidden)[torch.randint(20, (sum(counts),))] + 0.5 * torch.randn(sum(counts), hidden)
+    rows = (rows + 3 * torch.randn(hidden)).to(dtype)
+    counts_E = torch.tensor(counts)
+    budgets_E = lsh.row_budgets(counts_E, rate)
+    projection = lsh.project(rows.float(), lsh.make_rotation(hidden, 6, 16, seed=1))
+    start = lsh.cluster_projection(projection, counts_E, budgets_E, int(budgets_E.sum()), 6)
+    clusters = lsh.refine(rows, start, counts_E)
+    return rows, clusters, lsh.nearest_members(rows, clusters)
+
+
+def restored_with_gradients(function, rows, clusters, member_C, members, dtype, **settings):
+    x = rows.to(dtype).requires_grad_()
+    if members:
+        points, _ = lsh.compress_to_members(rows.to(dtype), clusters, member_C, with_residual=False)
+    else:
+        points, _ = lsh.compress(rows.to(dtype), clusters, with_residual=False)
+    generator = torch.Generator().manual_seed(5)
+    weight, upstream = (torch.randn(n, rows.shape[1], generator=generator) for n in (rows.shape[1], len(rows)))
+    points = points.detach().requires_grad_()
+    out = torch.tanh(points.detach().double() @ weight.double() / 4).to(dtype).requires_grad_()
+    y = function(out, x, points, clusters, member_C if members else None, **settings)
+    return [y, *torch.autograd.grad(y, (out, x, points), upstream.to(dtype))]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("members", [True, False])
+@pytest.mark.parametrize(
+    ("counts", "block"), [([200, 0, 57, 3, 1], 16), ([300, 150], 128), ([64] * 8, 4), ([700, 9], 64)]
+)
+def test_both_forms_are_the_loop_over_blocks(counts, block, members, kernels):
+    """In fp64 values and gradients are within 1e-12; in fp32 the error against fp64 is at most twice the loop's."""
+    case = clustered(counts, 24, 0.3)
+    with nullcontext() if kernels else reference_only():
+        loop = looped_interpolation.interpolate
+        exact, before = (
+            restored_with_gradients(loop, *case, members, dtype, block=block)
+            for dtype in (torch.float64, torch.float32)
+        )
+        for form in FORMS:
+            got, rounded = (
+                restored_with_gradients(lsh.interpolate, *case, members, dtype, block=block, form=form)
+                for dtype in (torch.float64, torch.float32)
+            )
+            for ours, want, ours32, loop32 in zip(got, exact, rounded, before, strict=True):
+                assert (ours - want).norm() <= 1e-12 * want.norm()
+                assert (ours32 - want).norm() <= 2 * (loop32 - want).norm()
+
+
+class Calls(TorchDispatchMode):
+    """How many operations are launched."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_launches_do_not_grow_with_experts_or_blocks(form, kernels):
+    counted = []
+    with nullcontext() if kernels else reference_only():
+        for experts, block in ((8, 128), (64, 128), (8, 2)):
+            case = clustered([512 // experts] * experts, 8, 0.25, torch.float32)
+            counts = case[1].counts_E.tolist()
+            with Calls() as calls:
+                settings = {"block": block, "form": form, "counts": counts}
+                restored_with_gradients(lsh.interpolate, *case, True, torch.float32, **settings)
+            counted.append(calls.count)
+    assert len(set(counted)) == 1, counted
+
+
+def test_the_cost_function_chooses_form_and_block():
+    wide, narrow = choose_restoration(4096, 14336, True, 0.2), choose_restoration(2048, 768, True, 0.2)
+    assert wide.block > 1000 and wide.share <= MOST
+    assert choose_restoration(4096, 14336, True, 0.2, wide.block + 64).share > MOST
+    assert narrow.block == LEAST and narrow.share > MOST
+    assert choose_restoration(4096, None, True, 0.2).block == LEAST
+    for block, hidden in ((128, 4096), (128, 128), (1024, 1024)):
+        found = choose_restoration(hidden, 1024, False, 0.2, block)
+        assert operations(found.form, block, hidden, 0.2) == min(operations(f, block, hidden, 0.2) for f in FORMS)
+    assert {choose_restoration(4096, 1, True, 0.2, block).form for block in (64, 2048)} == set(FORMS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_first_half_needs_no_output_and_both_equal_the_whole(inputs, form):
     """It runs while rows travel. To the bit, gradients included."""
     rows, weight = inputs
     member_C = lsh.nearest_members(rows, WIDE)
     points, _ = lsh.compress_to_members(rows, WIDE, member_C, with_residual=False)
-    finish = lsh.prepare_interpolation(rows, points, WIDE, member_C, block=4)
+    finish = lsh.prepare_interpolation(rows, points, WIDE, member_C, block=4, form=form)
     out = torch.tanh(points @ weight)
-    halves, whole = finish(out), lsh.interpolate(out, rows, points, WIDE, member_C, block=4)
+    halves, whole = finish(out), lsh.interpolate(out, rows, points, WIDE, member_C, block=4, form=form)
     assert torch.equal(halves, whole)
     gradients = [torch.autograd.grad(y.pow(3).sum(), inputs, retain_graph=True) for y in (halves, whole)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -86,14 +186,11 @@ def test_the_first_half_needs_no_output_and_both_equal_the_whole(inputs):
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=9), st.integers(2, 64))
 @settings(max_examples=60, deadline=None)
 def test_blocks_are_equal_runs_of_one_experts_clusters(counts, most):
-    blocks = _blocks(counts, most)
-    assert [c for block in blocks for c in range(block.start, block.stop)] == list(range(sum(counts)))
-    first = 0
+    widths = iter(block_widths(counts, most))
     for count in counts:
-        sizes = [block.stop - block.start for block in blocks if first <= block.start < first + count]
-        assert sum(sizes) == count and len(sizes) == -(-count // most)
-        assert not sizes or max(sizes) <= min(most, min(sizes) + 1)
-        first += count
+        mine = [next(widths) for _ in range(-(-count // most))]
+        assert sum(mine) == count and (not mine or max(mine) <= min(most, min(mine) + 1))
+    assert not list(widths)
 
 
 @pytest.mark.parametrize("with_residual", [True, False])

@@ -169,11 +169,11 @@ def send_members(with_residual: bool) -> Represent:
     return represent
 
 
-def interpolated(block: int) -> RestoreRows:
+def interpolated(block: int, form: str = "outputs") -> RestoreRows:
     """``--lsh-residual interpolate``: E(c) + f(x) - f(c), with f fitted to all pairs (c, E(c)) of a block."""
 
     def restore(rows_ND: Tensor, sent: Sent, clusters: Clusters, counts_E: Tensor) -> Callable[[Tensor], Tensor]:
-        return lsh.prepare_interpolation(rows_ND, sent.rows_CD, clusters, sent.member_C, block=block)
+        return lsh.prepare_interpolation(rows_ND, sent.rows_CD, clusters, sent.member_C, block=block, form=form)
 
     return restore
 

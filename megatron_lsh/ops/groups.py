@@ -1,0 +1,71 @@
+"""Products of rows in groups, each group with a matrix of its own, where only the device knows how long the groups are.
+
+Batched in plain PyTorch: rows are cut into tiles of one group each. How many tiles that makes has a bound that the host
+knows, so nothing waits, and one batched product does all of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 128
+
+
+class Groups(NamedTuple):
+    """Rows [start, start + count) belong to group g, and the first ``width`` of the B rows of its matrix are there.
+
+    Attributes:
+        starts, counts, widths: int64 [G]. Groups are in order and do not overlap.
+        even: the starts are 0, B, 2 B, ...: one batch of [G, B, features], in which what is beyond a width is zero.
+    """
+
+    starts: Tensor
+    counts: Tensor
+    widths: Tensor
+    even: bool = False
+
+
+class Tiles(NamedTuple):
+    """Attributes:
+    group_S: int64, the group of each tile.
+    row_SR: int64, the rows of each tile; the number of rows where there is none.
+    offsets_G, sizes_G: int64, which tiles a group has.
+    """
+
+    group_S: Tensor
+    row_SR: Tensor
+    offsets_G: Tensor
+    sizes_G: Tensor
+
+    @staticmethod
+    def of(groups: Groups, num_rows: int) -> Tiles:
+        device, num_groups = groups.starts.device, groups.starts.shape[0]
+        sizes_G = torch.div(groups.counts + TILE - 1, TILE, rounding_mode="floor")
+        ends_G = sizes_G.cumsum(0)
+        tile_S = torch.arange(num_rows // TILE + num_groups, device=device)
+        group_S = torch.searchsorted(ends_G, tile_S, right=True).clamp_(max=num_groups - 1)
+        first_S = (tile_S - (ends_G - sizes_G)[group_S]) * TILE
+        place_SR = first_S.unsqueeze(1) + torch.arange(TILE, device=device)
+        # Surplus tiles count on from the last group's, beyond its rows.
+        row_SR = torch.where(
+            place_SR < groups.counts[group_S].unsqueeze(1), place_SR + groups.starts[group_S].unsqueeze(1), num_rows
+        )
+        return Tiles(group_S, row_SR, ends_G - sizes_G, sizes_G)
+
+
+def pick(rows_NX: Tensor, tiles: Tiles) -> Tensor:
+    """[S, R, X]: the rows of each tile, zero where there is none."""
+    row_R = tiles.row_SR.flatten()
+    picked = rows_NX.index_select(0, row_R.clamp(max=rows_NX.shape[0] - 1))
+    return picked.masked_fill_((row_R == rows_NX.shape[0]).unsqueeze(1), 0).view(*tiles.row_SR.shape, -1)
+
+
+def put(tiled_SRX: Tensor, tiles: Tiles, num_rows: int) -> Tensor:
+    """[N, X]: the inverse of :func:`pick`; zero where a row is in no tile."""
+    width = tiled_SRX.shape[2]
+    # The last place takes what has no row.
+    out = tiled_SRX.new_zeros(num_rows + 1, width)
+    return out.index_copy_(0, tiles.row_SR.flatten(), tiled_SRX.reshape(-1, width))[:num_rows]
