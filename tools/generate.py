@@ -106,8 +106,6 @@ def _tokenizer_settings(args: argparse.Namespace, cfg: Config, folder: Path) -> 
     if args.tokenizer_type is not None or args.tokenizer_model is not None:
         cfg.data.tokenizer_type = args.tokenizer_type or cfg.data.tokenizer_type or "HuggingFaceTokenizer"
         cfg.data.tokenizer_model = args.tokenizer_model
-    elif cfg.data.tokenizer_type == "HuggingFaceTokenizer" and not Path(cfg.data.tokenizer_model or "").exists():
-        cfg.data.tokenizer_model = str(folder / HF)  # a converted checkpoint that has been moved since
     if cfg.data.tokenizer_type is None and not cfg.data.mock_data:
         raise ConfigError(f"{folder} does not know its tokenizer: give --tokenizer-type and --tokenizer-model")
     return cfg

@@ -139,15 +139,15 @@ def is_plain_name(name: object) -> TypeGuard[str]:
     return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of one file. Raises OSError."""
+def hash_file(path: Path, root: Path | None = None) -> FileEntry:
+    """Size and SHA-256 of one file, by its name inside `root` (by default the folder that it is in). Raises OSError."""
     digest = hashlib.sha256()
     size = 0
     with open(path, "rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
             size += len(block)
-    return FileEntry(path.name, size, digest.hexdigest())
+    return FileEntry(path.name if root is None else path.relative_to(root).as_posix(), size, digest.hexdigest())
 
 
 def check_file(folder: Path, entry: FileEntry, *, hashes: bool = True) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ class TrainingState:
         extra: further plain JSON, the same on all ranks: LSH seed, fingerprint of the data, ...
         padded_rows: parameter name -> rows that carry meaning, for parameters whose dimension 0 is padded to a multiple
             that depends on the layout (the vocabulary). Only for these may dimension 0 differ when loading.
+        files: name in the checkpoint -> content of small files to go along (the tokenizer's). Rank 0 writes them.
         fresh: beginnings of the names of parameters that keep their initial values where a checkpoint that is loaded for
             its weights only lacks them, or has them in another shape: the head of a new task.
         unused: beginnings of the names of parameters that such a checkpoint may have in addition: the heads of its task.
@@ -46,6 +48,7 @@ class TrainingState:
     rng: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     padded_rows: dict[str, int] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
     fresh: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +45,7 @@ class Snapshot:
         local: this rank's shard of each, the values to write.
         rng: this rank's random state, serialised.
         state, config: content of state.json and config.json.
+        files: further files, name -> content.
     """
 
     iteration: int
@@ -54,6 +56,7 @@ class Snapshot:
     config: bytes
     layout: dict[str, Any]
     has_optimizer: bool
+    files: Mapping[str, bytes]
 
 
 def rng_file(rank: int) -> str:
@@ -87,6 +90,7 @@ def take_snapshot(
         config=_to_json(state.config, "config"),
         layout=layout,
         has_optimizer=common["optimizer"] is not None,
+        files=state.files,
     )
 
 
@@ -144,13 +148,15 @@ def _write_tensors(folder: Path, snapshot: Snapshot, ranks: Ranks) -> None:
 
 def _write_own_files(folder: Path, snapshot: Snapshot, ranks: Ranks) -> list[FileEntry]:
     """Write this rank's remaining files and hash all that this rank wrote."""
-    files = {}
+    files: dict[str, bytes] = {}
     if snapshot.rng is not None:
         files[rng_file(ranks.rank)] = snapshot.rng
     if ranks.is_coordinator:
         files[STATE] = snapshot.state
         files[CONFIG] = snapshot.config
+        files |= snapshot.files
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         with open(folder / name, "xb") as stream:
             stream.write(content)
             stream.flush()
@@ -158,7 +164,9 @@ def _write_own_files(folder: Path, snapshot: Snapshot, ranks: Ranks) -> list[Fil
     mine = sorted(path for path in folder.iterdir() if path.name.startswith(f"__{ranks.rank}_"))
     if ranks.is_coordinator:
         mine.append(folder / METADATA)
-    return [hash_file(path) for path in mine + [folder / name for name in files]]
+    for subfolder in {(folder / name).parent for name in files} - {folder}:
+        sync_folder(subfolder)
+    return [hash_file(path, folder) for path in mine + [folder / name for name in files]]
 
 
 def _finish(root: Path, folder: Path, snapshot: Snapshot, files: list[FileEntry], track: bool) -> tuple[Path, Manifest]:

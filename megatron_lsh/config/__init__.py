@@ -11,7 +11,7 @@ from megatron_lsh.config.logging import LoggingConfig
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
-from megatron_lsh.config.serialize import describe, from_dict, to_dict, to_json
+from megatron_lsh.config.serialize import describe, from_dict, to_dict, to_json, to_saved
 from megatron_lsh.config.t5 import T5Config, T5Settings
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
 from megatron_lsh.config.validate import assumed_world_size, check_model, validate
@@ -47,5 +47,6 @@ __all__ = [
     "required",
     "to_dict",
     "to_json",
+    "to_saved",
     "validate",
 ]

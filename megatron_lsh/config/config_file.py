@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_lsh.config.kept_tokenizer import without_lost_files
 from megatron_lsh.config.serialize import is_saved_config, settings_given_in
 from megatron_lsh.config.settings import as_key, shown
 from megatron_lsh.errors import ConfigError
@@ -126,7 +127,7 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read, or names a section that does not exist or a setting twice.
     """
-    document = read_document(path)
+    document, folder = read_document(path), Path(path).parent
     path = shown(path, 1000)
     if document is None:
         return {}
@@ -134,6 +135,8 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
         raise ConfigError(f"--config ({path}) must hold a mapping from settings to values, not {shown(document)}")
     if is_saved_config(document):
         document = settings_given_in(document)
+    if isinstance(document.get("data"), dict) and (folder / "manifest.json").exists():  # the one of a checkpoint
+        document["data"] = without_lost_files(folder, document["data"])
 
     flat: dict[str, Any] = {}
     for key, value in document.items():

@@ -79,7 +79,7 @@ def parse_data_path(words: list[str], name: str = "data_path") -> tuple[list[str
         ConfigError: if weights and prefixes do not alternate, a weight is not positive, or a prefix appears twice.
     """
     what, flag = named(f"data.{name}", " ".join(words)), "--" + name.replace("_", "-")
-    numbers = [_is_number(word) for word in words]
+    numbers = [is_number(word) for word in words]
     weights: list[Fraction] | None = None
     prefixes = list(words)
     if any(numbers):
@@ -100,7 +100,8 @@ def parse_data_path(words: list[str], name: str = "data_path") -> tuple[list[str
     return prefixes, weights
 
 
-def _is_number(word: str) -> bool:
+def is_number(word: str) -> bool:
+    """Whether a word of a data path is a weight."""
     try:
         float(word)
     except ValueError:

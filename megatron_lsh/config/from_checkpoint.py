@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lsh.config.config_file import read_document
+from megatron_lsh.config.kept_tokenizer import without_lost_files
 from megatron_lsh.config.serialize import is_saved_config, settings_given_in
 from megatron_lsh.config.settings import Setting, named, shown
 from megatron_lsh.errors import ConfigError
@@ -24,7 +25,7 @@ _ALWAYS = (
     "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
     "moe_router_score_function", "moe_router_enable_expert_bias", "moe_router_topk_scaling_factor", "moe_router_num_groups",
     "moe_router_group_topk", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "tokenizer_type",
-    "tokenizer_model",
+    "tokenizer_model", "vocab_file", "merge_file",
 )  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def with_checkpoint_args(values: Mapping[str, Any], settings: Mapping[str, Setti
     if not is_saved_config(document):
         raise ConfigError(f"{shown(path, 1000)} must be the configuration of a checkpoint: drop --use-checkpoint-args")
     there = {name: value for section in settings_given_in(document).values() for name, value in section.items()}
+    there = without_lost_files(path.parent, there)
     names = [name for name in _WHERE_ABSENT if values.get(name) is None] + list(_ALWAYS)
     taken, problems = {}, []
     for name in names:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.saved_paths import with_full_paths
 from megatron_lsh.config.settings import named, sections_of, settings_of, spellings_of
 from megatron_lsh.errors import ConfigError
 
@@ -61,8 +62,13 @@ def from_dict(document: Mapping[str, Any], config_class: type[C] = Config) -> C:
 
 
 def to_json(cfg: Config) -> str:
-    """:func:`to_dict` as indented text. It can be given to ``--config`` to repeat the run; :func:`from_dict` reads it."""
-    return json.dumps(to_dict(cfg), indent=2) + "\n"
+    """:func:`to_saved` as indented text. It can be given to ``--config`` to repeat the run; :func:`from_dict` reads it."""
+    return json.dumps(to_saved(cfg), indent=2) + "\n"
+
+
+def to_saved(cfg: Config) -> dict[str, Any]:
+    """:func:`to_dict` for a file: with full paths, since its reader may stand in another folder."""
+    return with_full_paths(to_dict(cfg))
 
 
 def is_saved_config(document: Any) -> bool:

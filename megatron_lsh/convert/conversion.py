@@ -21,6 +21,7 @@ from megatron_lsh.convert.native import NativeSource, NativeWriter, mark_release
 from megatron_lsh.convert.output import new_folder
 from megatron_lsh.convert.progress import ByteProgress
 from megatron_lsh.convert.source import Origin, Rows, Source, TensorSpec, required_vocab, total_bytes
+from megatron_lsh.convert.tokenizer import compare_ids
 from megatron_lsh.convert.verify import Recorder, verify_copy
 from megatron_lsh.errors import CheckpointError
 
@@ -65,6 +66,8 @@ def save_hf(
         digests = _stream(source, writer, checks)
         if checks.verify:
             _verify(digests, HuggingFaceSource(partial), checks)
+            if source.origin.tokenizer is not None:
+                checks.say(compare_ids(source.origin.tokenizer, partial))
             if checks.logits:
                 _compare(source, partial, checks)
 

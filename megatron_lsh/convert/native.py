@@ -40,7 +40,6 @@ from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.compare import started_at_zero, zero_if_absent
 from megatron_lsh.checkpoint.manifest import (
     MANIFEST,
-    FileEntry,
     Manifest,
     ManifestError,
     check_file,
@@ -56,6 +55,7 @@ from megatron_lsh.checkpoint.saved import read_config as read_saved_config
 from megatron_lsh.checkpoint.tensors import MODEL
 from megatron_lsh.checkpoint.writer import layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
+from megatron_lsh.config.kept_tokenizer import CONVERTED, KEPT, kept_tokenizer, tokenizer_contents
 from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.hf import vocabulary_pieces
 from megatron_lsh.convert.source import (
@@ -70,12 +70,13 @@ from megatron_lsh.convert.source import (
     required_vocab,
     whole,
 )
-from megatron_lsh.convert.tokenizer import tokenizer_files
+from megatron_lsh.convert.tokenizer import export_tokenizer
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.parallel.context import offline_context
 
-HF = "hf"  # folder inside a converted checkpoint for the small files that the model came with
+HF = CONVERTED  # the small files that the model came with
 _COMPRESSOR = ".mlp.dispatcher."
+_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids")
 _FILE_BYTES = 2**30  # of one data file; several let ranks verify and read in parallel
 
 
@@ -105,7 +106,7 @@ class NativeSource:
             if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
         }
         self._stored = {name: entry for name, entry in stored.items() if _COMPRESSOR not in name}
-        self.notices = []
+        self.notices = list(self.cfg.notices)
         if len(self._stored) < len(stored):
             self.notices.append(
                 f"{self.what}: what the token dispatcher learned is left out; the exact model needs none of it"
@@ -120,17 +121,28 @@ class NativeSource:
             name: TensorSpec(shape, torch.float32 if name in zero else self._stored[name].properties.dtype)
             for name, shape in shapes.items()
         }
-        dtypes = saved.extra.get("hf_dtypes", {})
-        self.origin = _origin(self.folder, self.cfg, {name: getattr(torch, kind) for name, kind in dtypes.items()})
-        self._check_tokenizer()
+        kinds = saved.extra.get("hf_dtypes", {})
+        self.origin = self._origin({name: getattr(torch, kind) for name, kind in kinds.items()})
 
-    def _check_tokenizer(self) -> None:
-        model = self.cfg.data.tokenizer_model
-        if model is not None and not self.origin.files:
-            self.notices.append(
-                f"{self.what}: its tokenizer ({model}) is not there, or of a kind that transformers does not read, so an "
-                "export has neither tokenizer nor end token: give --reference, the folder of a model that has them"
+    def _origin(self, dtypes: Mapping[str, torch.dtype]) -> Origin:
+        """What the manifest vouches for of the model that it was converted from, or else the tokenizer of the run."""
+        names = {entry.name for entry in read_manifest(self.folder).files}
+        if f"{HF}/config.json" in names:
+            own = {name[len(HF) + 1 :] for name in names if name.startswith(f"{HF}/")} - {"config.json"}
+            files = {name: self.folder / HF / name for name in sorted(own)}
+            return Origin(read_json(self.folder / HF / "config.json"), files, dtypes)
+        strays = [path for path in sorted(self.folder.glob(f"{KEPT}/*")) if f"{KEPT}/{path.name}" not in names]
+        if strays:
+            raise CheckpointError(
+                f"{strays[0]} is no file of this checkpoint, and could change its tokenizer: remove it"
             )
+        exported = export_tokenizer(self.cfg.data)
+        if exported.missing is not None:
+            self.notices.append(
+                f"{self.what}: an export has neither tokenizer nor end token, because {exported.missing}. --reference takes "
+                "the folder of a model that has them"
+            )
+        return Origin(exported.ids, exported.files, dtypes, exported.tokenizer)
 
     def pieces(self, name: str) -> list[Rows]:
         if name in VOCABULARY:
@@ -228,7 +240,9 @@ def read_config(folder: Path, dispatcher: str | None = None) -> Config:
     A dispatcher of another package (``module:factory``) is code that the checkpoint names. It takes the place of the plain
     all-to-all only if the user names it as well, as `dispatcher`: nothing is imported because a file says so.
     """
-    cfg: Config = from_dict({"version": 1, "derived": [], "config": read_saved_config(folder)})
+    saved = read_saved_config(folder)
+    cfg: Config = from_dict({"version": 1, "derived": [], "config": saved})
+    _find_tokenizer(cfg, folder, saved.get("data", {}))
     if ":" in cfg.moe.moe_token_dispatcher_type and cfg.moe.moe_token_dispatcher_type != dispatcher:
         cfg.moe.moe_token_dispatcher_type = "alltoall"
     rows = set(read_state(folder).padded_rows.values())
@@ -237,13 +251,17 @@ def read_config(folder: Path, dispatcher: str | None = None) -> Config:
     return cfg
 
 
-def _origin(folder: Path, cfg: Config, dtypes: Mapping[str, torch.dtype]) -> Origin:
-    own = folder / HF
-    if own.is_dir():
-        files = {path.name: path for path in sorted(own.iterdir()) if path.name != "config.json"}
-        return Origin(read_json(own / "config.json"), files, dtypes)
-    small, token_ids = tokenizer_files(cfg.data)
-    return Origin(token_ids, small, dtypes)
+def _find_tokenizer(cfg: Config, folder: Path, data: Mapping[str, Any]) -> None:
+    """Set the paths of the tokenizer to the checkpoint's own files; those that nobody can follow to None."""
+    kept = kept_tokenizer(folder, data)
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = kept.get(name, getattr(cfg.data, name))
+        if path is not None and not Path(path).is_absolute() and name not in kept:
+            on_the_hub = cfg.data.tokenizer_type == "HuggingFaceTokenizer" and not Path(path).exists()
+            if not on_the_hub:
+                cfg.notices.append(f"{folder}: data.{name} ({path}) lies in a folder that the checkpoint does not name")
+                path = None
+        setattr(cfg.data, name, path)
 
 
 class NativeWriter:
@@ -293,7 +311,7 @@ class NativeWriter:
         kept = {name: sections[name] for name in ("model", *(["moe"] if self._source.cfg.moe.num_experts else []))}
         data = self._source.cfg.data
         if data.tokenizer_type is not None:  # the source was trained here
-            kept["data"] = {"tokenizer_type": data.tokenizer_type, "tokenizer_model": data.tokenizer_model}
+            kept["data"] = {name: sections["data"][name] for name in _TOKENIZER}
         elif "tokenizer.json" in self._source.origin.files or "tokenizer.model" in self._source.origin.files:
             place = (self._folder.parent / folders.RELEASE / HF).absolute()
             kept["data"] = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}
@@ -301,6 +319,12 @@ class NativeWriter:
 
     def _copy_small_files(self) -> None:
         origin = self._source.origin
+        if origin.tokenizer is not None:  # the source was trained here
+            (self._folder / KEPT).mkdir()
+            for name, content in tokenizer_contents(self._source.cfg.data).items():
+                (self._folder / KEPT / name).write_bytes(content)
+            sync_folder(self._folder / KEPT)
+            return
         if not origin.hf_config:
             return
         (self._folder / HF).mkdir()
@@ -312,8 +336,7 @@ class NativeWriter:
         files = []
         for path in sorted(self._folder.rglob("*")):
             if path.is_file():
-                entry = hash_file(path)
-                files.append(FileEntry(str(path.relative_to(self._folder)), entry.size, entry.sha256))
+                files.append(hash_file(path, self._folder))
         assert any(entry.name == METADATA for entry in files)
         return Manifest(
             iteration=0,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.config import Config, padded_vocab_size
+from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import CheckpointError, MegatronLSHError
 from megatron_lsh.inference.load import keep_all_tokens
 from megatron_lsh.models.gpt import GPTModel
@@ -53,12 +54,14 @@ class Origin:
     Attributes:
         hf_config: the config.json it came with, or at least the ids of special tokens.
         files: small files to go along, name -> path or content (tokenizer, generation_config.json).
+        tokenizer: the one that training used, if the model was trained here; `files` hold what transformers makes of it.
         dtypes: tensors of the Hugging Face layout whose type differs from that of the native tensor they are part of.
     """
 
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
     def copy_files(self, folder: Path) -> None:
         """Write the small files into `folder`. Raises OSError."""

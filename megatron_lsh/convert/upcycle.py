@@ -49,7 +49,7 @@ class UpcycledSource:
         for name, shape in model_shapes(self.cfg).items():
             origin = dense.tensors.get(_dense_name(name)) or dense.tensors["decoder.final_layernorm.weight"]
             self.tensors[name] = TensorSpec(shape, origin.dtype)
-        self.origin = Origin(_token_ids(dense.origin.hf_config), dense.origin.files)
+        self.origin = Origin(_token_ids(dense.origin.hf_config), dense.origin.files, tokenizer=dense.origin.tokenizer)
         self._last: tuple[str, Tensor] | None = None
 
     def pieces(self, name: str) -> list[Rows]:

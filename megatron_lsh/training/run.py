@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_lsh.checkpoint import CheckpointManager, LoadResult, TrainingState
-from megatron_lsh.config import Config, padded_vocab_size, required, to_dict
+from megatron_lsh.config import Config, padded_vocab_size, required, to_saved
+from megatron_lsh.config.kept_tokenizer import KEPT, tokenizer_contents
 from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import DataError
@@ -37,16 +37,6 @@ from megatron_lsh.training.upcycling import start_from_dense
 from megatron_lsh.training.watch import Place
 
 
-def _to_save(cfg: Config) -> dict[str, Any]:
-    """Settings as a checkpoint keeps them: files of the tokenizer by their full paths, whatever folder it is read from."""
-    config: dict[str, Any] = to_dict(cfg)["config"]
-    data = config.get("data", {})
-    for name in ("tokenizer_model", "vocab_file", "merge_file"):
-        if data.get(name) and Path(data[name]).exists():  # else the name of one on the hub
-            data[name] = str(Path(data[name]).absolute())
-    return config
-
-
 @dataclass
 class Run:
     """A run, ready to train. Each part is the same object for the whole life of the process."""
@@ -56,6 +46,8 @@ class Run:
     ctx: ParallelContext
     tokenizer: Tokenizer | None
     """None for a family whose samples are no text"""
+    tokenizer_contents: Mapping[str, bytes]
+    """its files by name, which every checkpoint holds; on rank 0, else empty"""
     datasets: Datasets
     telemetry: MoETelemetry
     model: Model
@@ -121,7 +113,7 @@ class Run:
             optimizer=self.step.optimizer,
             schedule=self.step.schedule,
             progress=self.state.state_dict(),
-            config=_to_save(self.cfg),
+            config=to_saved(self.cfg)["config"],
             rng=get_rng_state(),
             extra={
                 "data": train.fingerprint() if train is not None else None,
@@ -132,6 +124,7 @@ class Run:
             padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.cfg.model.vocab_size or 0),
             fresh=self.family.fresh_parameters(self.cfg),
             unused=self.family.unused_parameters,
+            files={f"{KEPT}/{name}": content for name, content in self.tokenizer_contents.items()},
         )
 
 
@@ -145,6 +138,8 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
     lock = together(ctx, lambda: take_save_folder(cfg, ctx))  # before anything is read or built, and long before saving
     place.enter("reading the data", 0)
     tokenizer, padded = _vocabulary(cfg, family, ctx)
+    keep = tokenizer is not None and ctx.rank == 0
+    contents = together(ctx, lambda: tokenizer_contents(cfg.data) if keep else {})
     batch = required(cfg.training.global_batch_size)
     planned = cfg.training.train_samples or required(cfg.training.train_iters) * batch
     datasets = together(ctx, lambda: family.datasets(cfg, tokenizer, ctx, _samples(cfg, planned)))
@@ -173,6 +168,7 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
         family=family,
         ctx=ctx,
         tokenizer=tokenizer,
+        tokenizer_contents=contents,
         datasets=datasets,
         telemetry=telemetry,
         model=model,

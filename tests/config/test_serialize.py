@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,9 +38,23 @@ def test_round_trip(values: dict[str, Any]) -> None:
     cfg = Config()
     for name, value in values.items():
         SETTINGS[name].set(cfg, value)
+    assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
     text = to_json(cfg)
-    assert from_dict(json.loads(text)) == cfg
     assert to_json(from_dict(json.loads(text))) == text
+
+
+def test_saved_paths_are_full_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads a saved configuration stands in another folder. Names on the hub, and weights, stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vocab.txt").touch()
+    cfg = Config()
+    cfg.data.data_path = ["0.3", "a/corpus", "1e-1", "/b"]
+    cfg.data.tokenizer_model, cfg.data.vocab_file, cfg.checkpoint.save = "gpt2", "vocab.txt", "runs/x"
+    saved = json.loads(to_json(cfg))["config"]
+    assert saved["data"]["data_path"] == ["0.3", f"{tmp_path}/a/corpus", "1e-1", "/b"]
+    assert (saved["data"]["tokenizer_model"], saved["data"]["vocab_file"]) == ("gpt2", f"{tmp_path}/vocab.txt")
+    assert saved["checkpoint"]["save"] == f"{tmp_path}/runs/x" and saved["checkpoint"]["load"] is None
+    assert cfg.checkpoint.save == "runs/x"
 
 
 def test_derived_values_are_remembered() -> None:

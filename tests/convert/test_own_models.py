@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ pytest.importorskip("transformers")
 import transformers
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
-from megatron_lsh.config import Config, MoEConfig, to_dict
+from megatron_lsh.config import Config, MoEConfig, parse_args, to_saved
 from megatron_lsh.config.checkpoint import CheckpointConfig
-from megatron_lsh.convert import load_native, save_hf, save_native, upcycle
+from megatron_lsh.config.kept_tokenizer import KEPT, tokenizer_contents
+from megatron_lsh.convert import load_hf, load_native, save_hf, save_native, upcycle
+from megatron_lsh.convert.native import find_native, read_config
 from megatron_lsh.data.tokenizers import build_tokenizer
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.context import offline_context
 from tests.convert.helpers import QUIET
-from tests.convert.tiny import hf_logits, load_pretrained, prompts
-from tests.data.conftest import TEXTS, huggingface_folder, sentencepiece_model  # noqa: F401 (fixtures)
+from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
+from tests.data.conftest import TEXTS, gpt2_files, huggingface_folder, sentencepiece_model  # noqa: F401 (fixtures)
 from tests.models.model_helpers import LLAMA_LIKE, MOE, make_config, make_gpt, randomize
 
 DENSE = {**LLAMA_LIKE, "group_query_attention": False, "num_query_groups": 1}
@@ -42,8 +45,9 @@ def trained(folder: Path, vocab: int, **settings: Any) -> tuple[Config, GPTModel
     manager = CheckpointManager(
         CheckpointConfig(save=str(folder)), offline_context(device="cpu"), notify=lambda text: None
     )
-    config = to_dict(cfg)["config"]
-    manager.save(TrainingState(model, config=config, progress={"iteration": 7}, padded_rows=rows))
+    files = {f"{KEPT}/{name}": content for name, content in tokenizer_contents(cfg.data).items()}
+    config = to_saved(cfg)["config"]
+    manager.save(TrainingState(model, config=config, progress={"iteration": 7}, padded_rows=rows, files=files))
     return cfg, model.eval()
 
 
@@ -119,3 +123,74 @@ def test_upcycled_runs_keep_their_tokenizer(sentencepiece_model: Path, tmp_path:
     assert source.cfg.data.tokenizer_type == "Llama2Tokenizer" and source.cfg.moe.num_experts == 4
     save_hf(source, tmp_path / "hf", checks=QUIET)
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == sentencepiece_model.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["Llama2Tokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer"])
+def test_a_checkpoint_holds_its_tokenizer(
+    kind: str,
+    sentencepiece_model: Path,  # noqa: F811
+    huggingface_folder: Path,  # noqa: F811
+    gpt2_files: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Moved, read from another folder, the run's own files gone, another tokenizer where a relative path would lead."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    shutil.copy(sentencepiece_model, "tokenizer.model")
+    shutil.copytree(huggingface_folder, "tokenizer")
+    files: dict[str, dict[str, str]] = {
+        "Llama2Tokenizer": {"tokenizer_model": "tokenizer.model"},
+        "HuggingFaceTokenizer": {"tokenizer_model": "tokenizer"},
+        "GPT2BPETokenizer": {name: shutil.copy(path, name) for name, path in gpt2_files.items()},
+    }
+    cfg, _ = trained(here / "run", 320, **{**LLAMA_LIKE, "tokenizer_type": kind, **files[kind]})
+    expected = build_tokenizer(cfg.data).tokenize(TEXTS[0])
+    eod = build_tokenizer(cfg.data).eod
+    shutil.move(here / "run", tmp_path / "moved")
+    shutil.rmtree(here)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "tokenizer.model").write_text("another")
+    (elsewhere / "tokenizer").mkdir()
+
+    said: list[str] = []
+    source = load_native(tmp_path / "moved")
+    save_hf(source, tmp_path / "hf", checks=replace(QUIET, verify=True, logits=False, say=said.append))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == eod
+    assert any(line.startswith("verified: the tokenizer gives the ids of training") for line in said), said
+    folder = find_native(tmp_path / "moved", None)
+    assert build_tokenizer(read_config(folder).data).tokenize(TEXTS[0]) == expected
+    again = parse_args(["--config", str(folder / "config.json")])
+    assert build_tokenizer(again.data).tokenize(TEXTS[0]) == expected
+
+    save_native(source, tmp_path / "converted", checks=QUIET)
+    shutil.move(tmp_path / "converted", tmp_path / "away")
+    assert load_native(tmp_path / "away").origin.tokenizer is not None
+    (folder / KEPT / "stray.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"stray\.json is no file of this checkpoint"):
+        load_native(tmp_path / "moved")
+
+
+def test_a_relative_path_of_an_older_checkpoint_leads_nowhere(
+    sentencepiece_model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {**DENSE, "tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "tokenizer.model"}
+    trained(tmp_path / "run", 320, **settings)  # when there was no such file, nothing could be kept
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(sentencepiece_model, "tokenizer.model")
+    source = load_native(tmp_path / "run")
+    assert source.origin.files == {} and source.cfg.data.tokenizer_model is None
+    notices = "\n".join(source.notices)
+    assert "data.tokenizer_model (tokenizer.model) lies in a folder that the checkpoint does not name" in notices
+    assert "an export has neither tokenizer nor end token" in notices
+
+
+def test_files_of_a_converted_model_that_its_manifest_does_not_list_stay_behind(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "hf", "llama")
+    save_native(load_hf(tmp_path / "hf"), tmp_path / "native", checks=QUIET)
+    (tmp_path / "native/release/hf/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y"]}}')
+    assert "tokenizer_config.json" not in load_native(tmp_path / "native").origin.files

@@ -36,21 +36,21 @@ class GPT2BPETokenizer(SpecialTokens):
     def __init__(self, vocab_file: str, merge_file: str, vocab_extra_ids: int = 0) -> None:
         vocabulary = _read_vocabulary(Path(vocab_file))
         merges = _read_merges(Path(merge_file), vocabulary)
-        self._backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
-        self._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._backend.decoder = decoders.ByteLevel()
-        self._backend.add_special_tokens([END])
-        self.eod = self.bos = self.eos = self._backend.get_vocab()[END]
+        self.backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
+        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.backend.decoder = decoders.ByteLevel()
+        self.backend.add_special_tokens([END])
+        self.eod = self.bos = self.eos = self.backend.get_vocab()[END]
         self.vocab_size = 1 + max(self.eod, *vocabulary.values())  # ids may have gaps
         self._find_sentinels(vocabulary.get, vocab_extra_ids)
         self._hash = hashlib.sha256(repr((sorted(vocabulary.items()), merges)).encode()).hexdigest()
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         special = {self.eod, *self.sentinels}
-        return str(self._backend.decode([int(i) for i in ids if i not in special and i < self.vocab_size]))
+        return str(self.backend.decode([int(i) for i in ids if i not in special and i < self.vocab_size]))
 
     def fingerprint(self) -> str:
         return digest(self.name, self._hash)

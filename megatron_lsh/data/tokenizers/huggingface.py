@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from megatron_lsh.data.tokenizers.huggingface_files import FilesBeside
 from megatron_lsh.data.tokenizers.special_tokens import SpecialTokens, digest
 from megatron_lsh.errors import DataError
@@ -36,6 +38,8 @@ class HuggingFaceTokenizer(SpecialTokens):
 
     def __init__(self, model: str, vocab_extra_ids: int = 0) -> None:
         path = Path(model)
+        self.folder = path if path.is_dir() else path.parent if path.is_file() else None
+        """of its files; None for a name on the hub"""
         file = path / "tokenizer.json" if path.is_dir() else path
         if file.is_file():
             self._backend: _TokenizersBackend | _TransformersBackend = _TokenizersBackend(file)
@@ -48,6 +52,11 @@ class HuggingFaceTokenizer(SpecialTokens):
         for name in USUAL_TOKENS:
             setattr(self, name, self._backend.special(name))
         self._find_sentinels(self._backend.id_of, vocab_extra_ids)
+
+    @property
+    def backend(self) -> Tokenizer | None:
+        """What does the work, with what the files beside it add; None where that is no ``tokenizers.Tokenizer``."""
+        return self._backend.backend
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens)
@@ -63,10 +72,8 @@ class _TokenizersBackend:
     """tokenizer.json, with the tokens and options that the files beside it add, as ``transformers`` reads them."""
 
     def __init__(self, file: Path) -> None:
-        from tokenizers import Tokenizer as Backend
-
         try:
-            self._backend = Backend.from_file(str(file))
+            self.backend = Tokenizer.from_file(str(file))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the Rust side raises plain Exception, or panics
@@ -74,12 +81,12 @@ class _TokenizersBackend:
                 f"{file} is not a tokenizer.json ({error}): --tokenizer-type HuggingFaceTokenizer takes that "
                 "file or its folder"
             ) from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self._file = file
         self._beside = FilesBeside(file.parent)
-        self._changes = self._beside.apply(self._backend)
-        vocabulary = self._backend.get_vocab()
+        self._changes = self._beside.apply(self.backend)
+        vocabulary = self.backend.get_vocab()
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
         end = self._beside.named("eos_token") or self._beside.named("sep_token")
         candidates = [end] if end else [token for token in USUAL_END_TOKENS if token in vocabulary]
@@ -89,10 +96,10 @@ class _TokenizersBackend:
                 'tokenizer_config.json with an "eos_token" beside it'
             )
         self.eod: int = vocabulary[candidates[0]]
-        self._added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()}
+        self._added = {token.content: number for number, token in self.backend.get_added_tokens_decoder().items()}
 
     def id_of(self, token: str) -> int | None:
-        found: int | None = self._backend.token_to_id(token)
+        found: int | None = self.backend.token_to_id(token)
         return found
 
     def special(self, name: str) -> int | None:
@@ -103,10 +110,10 @@ class _TokenizersBackend:
         return next((self._added[token] for token in USUAL_TOKENS[name] if token in self._added), None)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._backend.decode(ids))
+        return str(self.backend.decode(ids))
 
     def content(self) -> str:
         content = hashlib.sha256(self._file.read_bytes()).hexdigest()
@@ -125,7 +132,7 @@ class _TransformersBackend:
                 "formats, is not installed: pip install transformers, or give a folder with a tokenizer.json"
             ) from error
         try:
-            self._backend = AutoTokenizer.from_pretrained(model)
+            self._backend = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except Exception as error:
             raise DataError(
                 f"--tokenizer-model {model} cannot be loaded by transformers ({str(error).splitlines()[0]}): give a "
@@ -138,6 +145,7 @@ class _TransformersBackend:
                 f"--tokenizer-model {model} has no eos_token, which ends a document: name one in its tokenizer_config.json"
             )
         self.eod = int(eod)
+        self.backend: Tokenizer | None = getattr(self._backend, "backend_tokenizer", None)
         self._vocabulary: dict[str, int] = self._backend.get_vocab()
 
     def id_of(self, token: str) -> int | None:

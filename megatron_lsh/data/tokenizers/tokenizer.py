@@ -91,6 +91,23 @@ class SentencePieceTokenizer(SpecialTokens):
         self.vocab_size = len(self._ids)
         self._find_sentinels(self._ids.get, vocab_extra_ids)
 
+    @property
+    def content(self) -> bytes:
+        """The model's file."""
+        return bytes(self._model.serialized_model_proto())
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        own, pieces = self._model, self._model.get_piece_size()
+        named = {
+            own.id_to_piece(number): number
+            for number in (self.bos, self.eos, self.pad)
+            if number is not None and number < pieces
+        }
+        added = {name: number for name, number in self._ids.items() if number >= pieces}
+        return {**named, **{name: self._ids[name] for name in ("<CLS>", "<SEP>", "<EOD>", "<MASK>")}, **added}
+
     def _special(self, token: str) -> int:
         return self._ids.setdefault(token, len(self._ids))
 
@@ -126,6 +143,18 @@ class GPTSentencePieceTokenizer(SpecialTokens):
                 )
         self.bos, self.eos, self.pad, self.eod = bos, eos, pad, model.eos_id()
         self._find_sentinels(pieces.get, vocab_extra_ids)
+
+    @property
+    def content(self) -> bytes:
+        """The model's file."""
+        return bytes(self._model.serialized_model_proto())
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        return {
+            self._model.id_to_piece(number): number for number in (self.bos, self.eos, self.pad) if number is not None
+        }
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = list(self._model.encode(text))

@@ -38,12 +38,19 @@ class BertWordPieceTokenizer(SpecialTokens):
         self.name = "BertWordPieceLowerCase" if lower_case else "BertWordPieceCase"
         vocabulary, self._hash = _read(vocab_file)
         self._pieces = vocabulary
-        self._backend = _backend(models.WordPiece(vocab=vocabulary, unk_token=UNKNOWN), lower_case)
+        self.backend = _backend(models.WordPiece(vocab=vocabulary, unk_token=UNKNOWN), lower_case)
         self.vocab_size = 1 + max(vocabulary.values())
         self.cls, self.sep, self.mask, self.pad = map(vocabulary.get, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
         self.bos, self.eos = self._own_or_next("[BOS]"), self._own_or_next("[EOS]")
         self.eod = self.eos
         self._find_sentinels(vocabulary.get, vocab_extra_ids)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by name, as far as there are any."""
+        ids = (self.pad, self.cls, self.sep, self.mask, self.bos, self.eos)
+        names = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
+        return {name: number for name, number in zip(names, ids, strict=True) if number is not None}
 
     def _own_or_next(self, token: str) -> int:
         if token in self._pieces:
@@ -52,11 +59,11 @@ class BertWordPieceTokenizer(SpecialTokens):
         return self.vocab_size - 1
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         special = {self.cls, self.sep, self.mask, self.pad, self.bos, self.eos, *self.sentinels}
-        return str(self._backend.decode([int(i) for i in ids if i not in special and i < self.vocab_size]))
+        return str(self.backend.decode([int(i) for i in ids if i not in special and i < self.vocab_size]))
 
     def continues_word(self) -> npt.NDArray[np.bool_]:
         """Pieces that begin with ``##``."""

@@ -1,0 +1,33 @@
+"""Paths in saved configurations are full ones: whoever reads them stands in another folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_lsh.config.data_paths import is_number
+
+_FOLDERS = ("save", "load", "pretrained_checkpoint", "data_cache_path", "tensorboard_dir", "metrics_jsonl")
+_PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+# Where there is no such file, the value is a name on the Hugging Face hub, or a mistake to be told as it was written.
+_FILES = ("tokenizer_model", "vocab_file", "merge_file", "train_data", "valid_data", "test_data", "hf_dataset")
+
+
+def with_full_paths(document: dict[str, Any]) -> dict[str, Any]:
+    """What `to_dict` returns, with full paths in the place of relative ones."""
+    config = {
+        section: {name: _full(name, value) for name, value in values.items()}
+        for section, values in document["config"].items()
+    }
+    return {**document, "config": config}
+
+
+def _full(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_full(name, entry) for entry in value]
+    if not isinstance(value, str) or not value:
+        return value
+    path = Path(value)
+    if name in _FOLDERS or (name in _PREFIXES and not is_number(value)) or (name in _FILES and path.exists()):
+        return str(path.absolute())
+    return value
