@@ -62,8 +62,8 @@ def from_dict(document: Mapping[str, Any], config_class: type[C] = Config) -> C:
 
 
 def to_json(cfg: Config) -> str:
-    """:func:`to_saved` as indented text. It can be given to ``--config`` to repeat the run; :func:`from_dict` reads it."""
-    return json.dumps(to_saved(cfg), indent=2) + "\n"
+    """:func:`to_dict` as indented text. It can be given to ``--config`` to repeat the run; :func:`from_dict` reads it."""
+    return json.dumps(to_dict(cfg), indent=2) + "\n"
 
 
 def to_saved(cfg: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.checkpoint.manifest import write_atomically
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config import Config
-from megatron_lsh.config.serialize import describe, to_json
+from megatron_lsh.config.serialize import describe, to_saved
 from megatron_lsh.errors import CheckpointError, ConfigError
 from megatron_lsh.moe.experts import expert_width
 from megatron_lsh.moe.registry import DispatcherSpec, describe_restoration
@@ -154,7 +155,7 @@ def save_config(cfg: Config, ctx: ParallelContext) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", to_json(cfg).encode())
+        write_atomically(folder / "config.json", (json.dumps(to_saved(cfg), indent=2) + "\n").encode())
     except OSError as error:
         if error.errno in (
             errno.ENOSPC,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lsh.config import Config, describe, from_dict, to_dict, to_json
+from megatron_lsh.config import Config, describe, from_dict, to_dict, to_json, to_saved
 from megatron_lsh.config.settings import Setting, settings_of
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import small
@@ -38,8 +38,8 @@ def test_round_trip(values: dict[str, Any]) -> None:
     cfg = Config()
     for name, value in values.items():
         SETTINGS[name].set(cfg, value)
-    assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
     text = to_json(cfg)
+    assert from_dict(json.loads(text)) == cfg
     assert to_json(from_dict(json.loads(text))) == text
 
 
@@ -50,7 +50,7 @@ def test_saved_paths_are_full_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cfg = Config()
     cfg.data.data_path = ["0.3", "a/corpus", "1e-1", "/b"]
     cfg.data.tokenizer_model, cfg.data.vocab_file, cfg.checkpoint.save = "gpt2", "vocab.txt", "runs/x"
-    saved = json.loads(to_json(cfg))["config"]
+    saved = to_saved(cfg)["config"]
     assert saved["data"]["data_path"] == ["0.3", f"{tmp_path}/a/corpus", "1e-1", "/b"]
     assert (saved["data"]["tokenizer_model"], saved["data"]["vocab_file"]) == ("gpt2", f"{tmp_path}/vocab.txt")
     assert saved["checkpoint"]["save"] == f"{tmp_path}/runs/x" and saved["checkpoint"]["load"] is None
