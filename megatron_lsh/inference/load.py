@@ -44,6 +44,8 @@ def load_model(
     Raises CheckpointError: there is none, it is damaged, or it is of another model.
     """
     model = build_model(cfg, ctx)
+    for parameter in model.parameters():
+        parameter.detach().zero_()  # rows that pad the vocabulary are in no checkpoint of another padding
     if (folder / MANIFEST).exists():  # the checkpoint itself
         step = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else step
         folder = folder.parent
