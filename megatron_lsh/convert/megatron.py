@@ -116,9 +116,13 @@ class MegatronSource:
     def _vocab(self, vocab_size: int | None) -> int:
         parts = self._ranks.dense("embedding.word_embeddings.weight")
         rows = sum(part.spec.shape[0] for part in parts)
+        if not rows:
+            raise CheckpointError(
+                f"{self.what}: embedding.word_embeddings.weight is missing or empty: files are missing or not of a GPT"
+            )
         if vocab_size is not None and not 1 <= vocab_size <= rows:
             raise CheckpointError(
-                f"--vocab-size ({vocab_size}) must be at most {rows}, the rows of the embedding: correct it"
+                f"--vocab-size ({vocab_size}) must be from 1 to {rows}, the rows of the embedding: correct it"
             )
         return vocab_size or rows
 
@@ -151,7 +155,9 @@ class MegatronSource:
                         name = spellings(row, layer, expert)[0]
                         problems.append(f"{name} is {part.spec} and should have shape {list(expected)}, {first.dtype}")
         problems += [f"{name} is left over" for name in self._ranks.unused() if not IGNORED.fullmatch(name)]
-        fail(self.what, problems, "the files are incomplete or of another model; copy them again")
+        absent = any(problem.endswith(" is missing") for problem in problems)
+        complete = "the model is another than the args in the checkpoint say, or of a kind that this version does not know"
+        fail(self.what, problems, "the files are incomplete or of another model; copy them again" if absent else complete)
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...], native: str) -> bool:

@@ -143,8 +143,14 @@ def test_refused(real: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str
     file, content = copy("surplus")
     content["model"]["decoder.layers.2.input_layernorm.weight"] = torch.ones(16)
     torch.save(content, file)
-    with pytest.raises(CheckpointError, match=r"decoder.layers.2.input_layernorm.weight is left over"):
+    with pytest.raises(CheckpointError, match=r"decoder.layers.2.input_layernorm.weight is left over: the model is"):
         load_megatron(tmp_path / "surplus", vocab_size=VOCAB)
+
+    file, content = copy("rows")
+    del content["model"]["embedding.word_embeddings.weight"]
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight is missing or empty: files are missing"):
+        load_megatron(tmp_path / "rows", vocab_size=VOCAB)
 
     file, content = copy("shape")
     content["model"][expert] = torch.ones(16, 11)
@@ -175,7 +181,7 @@ def test_refused(real: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_megatron(tmp_path / "truncated")
 
-    with pytest.raises(CheckpointError, match=r"--vocab-size \(1000\) must be at most 128"):
+    with pytest.raises(CheckpointError, match=r"--vocab-size \(1000\) must be from 1 to 128"):
         load_megatron(REAL, vocab_size=1000)
     with pytest.raises(CheckpointError, match=r"neither mp_rank_\* folders nor a valid"):
         load_megatron(tmp_path / "absent")
