@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lsh.observing.writers import is_number, iter_jsonl
+from megatron_lsh.observing.writers import MOST, is_number, iter_jsonl
 
 
 def plot_losses(metrics: str | Path, png: str | Path | None = None, title: str | None = None) -> Path:
@@ -57,7 +57,7 @@ def _curves(metrics: str | Path, keys: Sequence[str]) -> list[tuple[list[int], l
     curves: list[tuple[list[int], list[float]]] = [([], []) for _ in keys]
     for record in iter_jsonl(metrics):
         for key, (iterations, values) in zip(keys, curves, strict=True):
-            if is_number(record.get("iteration")) and is_number(record.get(key)):
+            if all(is_number(record.get(name)) and abs(record[name]) < MOST for name in ("iteration", key)):
                 iterations.append(record["iteration"])
                 values.append(record[key])
     return curves

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, TextIO
 from megatron_lsh.config.logging import LoggingConfig
 from megatron_lsh.errors import ConfigError
 
+MOST = 1e100
+"""beyond this a number in a metrics file is none that a run found"""
 FLUSH_S = 120.0
 """after which TensorBoard's points are written even if there are few of them"""
 

@@ -155,6 +155,8 @@ def _close_up(values: Sequence[float]) -> Point:
 
 def _breakdown(runs: Sequence[RunData]) -> str:
     bars = [(run.name, values) for run in runs if (values := run.breakdown())]
+    if not bars:
+        return ""
     parts = [*STEP_PARTS.values(), REST]
     present = [part for part in parts if any(part in values for _, values in bars)]
     chips = "".join(f'<span><span class="chip k{parts.index(part)}"></span>{escape(part)}</span>' for part in present)

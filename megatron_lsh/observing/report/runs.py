@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lsh.errors import DataError
-from megatron_lsh.observing.writers import read_jsonl
+from megatron_lsh.observing.writers import MOST, is_number, read_jsonl
 
 #: What a step consists of, as keys of a metrics record -> words; the rest is what these leave of the iteration's time.
 STEP_PARTS = {
@@ -39,7 +39,8 @@ class RunData:
 
     @property
     def seq_length(self) -> int | None:
-        return self.config.get("model", {}).get("seq_length")
+        found = self.config.get("model", {}).get("seq_length")
+        return found if type(found) is int and 0 < found < 1 << 31 else None
 
     def positions(self, axis: str) -> dict[int, float]:
         """Iteration -> place on an axis: "steps", "tokens", "seconds" or "bytes" (totals since the run began)."""
@@ -49,9 +50,10 @@ class RunData:
             if axis == "steps":
                 total = iteration
             elif axis == "tokens":
-                total = record["consumed_samples"] * (self.seq_length or 1)
+                total = (record.get("consumed_samples") or 0) * (self.seq_length or 1)
             else:
-                per_step = record["iteration_time_ms"] / 1e3 if axis == "seconds" else record["alltoall_bytes"]
+                milliseconds, size = record.get("iteration_time_ms") or 0.0, record.get("alltoall_bytes")
+                per_step = milliseconds / 1e3 if axis == "seconds" else size
                 total += (per_step or 0.0) * (iteration - before)
             places[iteration], before = total, iteration
         return places
@@ -84,8 +86,9 @@ class RunData:
         if not records:
             return []
         points = []
-        for index, layer in enumerate(records[-1]["moe_layers"]):
-            values = [v for r in records if (v := r[f"{key}_per_layer"][index]) is not None]
+        for index, layer in enumerate(records[-1].get("moe_layers") or []):
+            columns = (r[f"{key}_per_layer"] for r in records)
+            values = [column[index] for column in columns if index < len(column) and column[index] is not None]
             if values:
                 points.append((float(layer), statistics.median(values)))
         return points
@@ -111,14 +114,42 @@ def read_run(place: Path, name: str | None = None) -> RunData:
     metrics = place if place.is_file() else _first_of(place, "metrics.jsonl", "*.jsonl")
     if metrics is None:
         raise DataError(f"{place} holds no metrics: start runs with --metrics-jsonl {place / 'metrics.jsonl'}")
-    records = read_jsonl(metrics)
+    records = [record for found in read_jsonl(metrics) if (record := _sound(found)) is not None]
     training = [record for record in records if "lm_loss" in record]
     if not training:
         raise DataError(f"{metrics} holds no training records: the run has not reached its first --log-interval")
     evaluations = [record for record in records if "validation_loss" in record]
     settings = _first_of(metrics.parent, "config.json")
-    config = json.loads(settings.read_text(encoding="utf-8")).get("config", {}) if settings else {}
+    config = _settings(settings) if settings else {}
     return RunData(name or _name(place), training, evaluations, config)
+
+
+def _sound(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record without what no run writes; None for one that does not say of which iteration it is."""
+    iteration = record.get("iteration")
+    if type(iteration) is not int or not 0 <= iteration < 1 << 62:
+        return None
+    fits = {key: _is_list if key.endswith(("_per_layer", "moe_layers")) else _is_figure for key in record}
+    return {key: value for key, value in record.items() if fits[key](value)}
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (is_number(value) and abs(value) < MOST)  # false for NaN
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_figure, value))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Sections of a config.json. Raises DataError."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+        return {section: fields for section, fields in config.items() if isinstance(fields, dict)}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} must be the config.json of a run: {error}; remove it, and the report goes without"
+        ) from None
 
 
 def _first_of(folder: Path, *patterns: str) -> Path | None:
