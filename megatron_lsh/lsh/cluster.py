@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,14 @@ class _Derived:
     Attributes:
         num_rows, num_clusters: N and C.
         segments: order, offsets and sizes, as the operations of ``ops/`` want them.
+        counts: ``counts_E`` as numbers, where somebody knows them (:meth:`Clusters.known`).
     """
 
     # Set at once: a cached_property takes a lock before Python 3.12, which torch.compile cannot trace.
     num_rows: int
     num_clusters: int
     segments: tuple[Tensor, Tensor, Tensor]
+    counts: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ class Clusters(_Derived):
         object.__setattr__(self, "num_rows", self.cluster_N.shape[0])
         object.__setattr__(self, "num_clusters", self.sizes_C.shape[0])
         object.__setattr__(self, "segments", (self.order_N, self.offsets_C, self.sizes_C))
+        object.__setattr__(self, "counts", None)
+
+    def known(self, counts: Sequence[int] | None) -> Clusters:
+        """These clusters, with ``counts_E`` on the host: who asks for them need not wait for the device."""
+        object.__setattr__(self, "counts", counts)
+        return self
+
+    def counts_on_host(self) -> Sequence[int]:
+        """Waits for the device unless they are known."""
+        return self.counts_E.tolist() if self.counts is None else self.counts
 
     @staticmethod
     def from_assignment(cluster_N: Tensor, sizes_C: Tensor, counts_E: Tensor) -> Clusters:

@@ -25,7 +25,7 @@ padded batch (blocks.py): as many operations are launched for sixty-four experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,6 @@ def interpolate(
     ridge: float = RIDGE,
     width: float = WIDTH,
     form: str = "outputs",
-    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Restored outputs [N, D] in the dtype of ``expert_out_CD``; differentiable in all three tensors.
 
@@ -65,13 +64,13 @@ def interpolate(
         ridge: added to the diagonal of K, whose entries are 1 there: how much of Y is taken for noise.
         width: of the kernel, in mean squared distances.
         form: "outputs" or "weights", see the module's docstring; equal but for rounding.
-        counts: clusters per expert on the host. Without them this waits for the device.
 
-    Arithmetic is in fp32, or fp64 with fp64 rows; `s` carries no gradient.
+    Arithmetic is in fp32, or fp64 with fp64 rows; `s` carries no gradient. Waits for the device unless the
+    clusters' counts are known (``Clusters.known``).
     """
     prepared = prepare_interpolation(
         rows_ND, representatives_CD, clusters, member_C,
-        block=block, ridge=ridge, width=width, form=form, counts=counts,
+        block=block, ridge=ridge, width=width, form=form,
     )  # fmt: skip
     return prepared(expert_out_CD)
 
@@ -86,7 +85,6 @@ def prepare_interpolation(
     ridge: float = RIDGE,
     width: float = WIDTH,
     form: str = "outputs",
-    counts: Sequence[int] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """The first half of :func:`interpolate`: all that needs no output, so that it can run while rows travel.
 
@@ -97,8 +95,7 @@ def prepare_interpolation(
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if clusters.num_clusters == clusters.num_rows:
         return lambda expert_out_CD: expert_out_CD.index_select(0, clusters.cluster_N)
-    counts = clusters.counts_E.tolist() if counts is None else counts
-    blocks = Blocks.of(clusters, member_C, block, counts, accumulator(rows_ND.dtype))
+    blocks = Blocks.of(clusters, member_C, block, clusters.counts_on_host(), accumulator(rows_ND.dtype))
     if form == "weights":
         weights_NB = _Weights.apply(rows_ND, representatives_CD, blocks, ridge, width)
         return lambda expert_out_CD: _Weighted.apply(weights_NB, expert_out_CD, clusters, blocks)

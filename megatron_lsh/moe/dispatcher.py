@@ -11,6 +11,7 @@ between the two its path sends them to the experts (:class:`ThroughExperts`), or
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -115,7 +116,7 @@ class ThroughExperts(nn.Module):
         flight = transport.start(rows.materialise(), agreed, p)
         p.run_deferred()
         received_RD = flight.wait()
-        out_RD = p.time("experts_time_ms", experts, Feed(received_RD, agreed.counts_L))
+        out_RD = p.time("experts_time_ms", experts, Feed(received_RD, agreed.arriving_L or agreed.counts_L))
         return rows.outputs(transport.start_back(out_RD, agreed, p).wait())
 
 
@@ -151,6 +152,10 @@ class Compressed(nn.Module):
         if plan is None and not p.replay:
             sent_E = self.compressor.sent_rows(rows.counts_E)
             plan = None if sent_E is None else self.path.plan(sent_E, p)
+        if plan is not None:
+            # Whoever asks first waits: the compressor, because how many rows are sent is the number of its clusters.
+            plan = arrived = functools.cache(plan)
+            p.sent_rows = lambda: arrived().sent_E
         wire_CD, counts_E, prepare = self.compressor.compress(rows, p)
         restore = p.defer(prepare)
         out = self.path(Rows(wire_CD, counts_E), experts, p, plan)

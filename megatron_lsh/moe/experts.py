@@ -177,7 +177,10 @@ class Experts(nn.Module):
     ) -> Tensor:
         if not isinstance(counts, Tensor):
             counts = torch.tensor(counts)
-        ends_E = counts.cumsum(0).to(rows_RD.device, torch.int32, non_blocking=True)
+        ends_E = counts.cumsum(0).to(torch.int32)
+        if rows_RD.is_cuda and not ends_E.is_cuda:
+            ends_E = ends_E.pin_memory()  # out of other memory a copy waits
+        ends_E = ends_E.to(rows_RD.device, non_blocking=True)
         expert_R = None
         if fc1[1] is not None:
             row_R = torch.arange(rows_RD.shape[0], device=rows_RD.device, dtype=torch.int32)

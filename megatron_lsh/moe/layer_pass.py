@@ -14,7 +14,7 @@ included:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -191,11 +191,14 @@ class LayerPass:
             what was decided once (rows, losses) is for its callers to add once.
         noise: for stochastic rounding of gradients.
         clock: returns a moment, for :meth:`since`.
+        sent_rows: returns how many rows a compressor sends to each expert, on the host: waits for the counts' arrival. None
+            where that does not follow from the counts of its rows (``Compressor.sent_rows``).
     """
 
     def __init__(self, record: LayerRecord, memo: ReplayMemo | None = None, noise: Noise | None = None) -> None:
         self.decided = ReplayMemo() if memo is None else memo
         self.replay = _BEGAN in self.decided
+        self.sent_rows: Callable[[], Sequence[int]] | None = None
         self.decided[_BEGAN] = True
         self.noise = noise or Noise(0)
         self.add = record.add

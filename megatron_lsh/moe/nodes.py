@@ -20,7 +20,7 @@ Clusters of G times as many rows are closer at the same rate (docs/lsh.md), for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ class ExceptOwnNode(nn.Module):
         before, own, after = self._split(rows.counts_E)
         head, mine_ND, tail = rows_ND.split([before, own, after])
         others = Rows(torch.cat([head, tail]), self._others(rows.counts_E))
+        if (sent_rows := p.sent_rows) is not None:
+            p.sent_rows = lambda: self._sent_to_others(sent_rows())
         wire_CD, counts_E, prepare = self.compressor.compress(others, p)
         sent_E = counts_E + self._own(rows.counts_E)
         # Before the own node's rows come as many as are sent for the nodes before it.
@@ -122,6 +124,10 @@ class ExceptOwnNode(nn.Module):
 
     def _others(self, counts_E: Tensor) -> Tensor:
         return counts_E - self._own(counts_E)
+
+    def _sent_to_others(self, sent_E: Sequence[int]) -> Sequence[int]:
+        per_node = len(sent_E) // self._nodes
+        return [0 if e // per_node == self._node else sent for e, sent in enumerate(sent_E)]
 
     def _split(self, counts_E: Tensor) -> tuple[int, int, int]:
         """Rows before, of, and after this node's experts."""

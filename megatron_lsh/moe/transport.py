@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,8 @@ class Plan:
         recv_splits: rows it receives from each rank.
         sort_R: int64, position in arrival order (by source rank) of each row in expert order; None if they agree.
         unsort_R: the inverse permutation.
+        sent_E: rows this rank sends to each expert, and
+        arriving_L: ``counts_L``, as numbers; filled in when the counts arrive.
     """
 
     counts_L: Tensor
@@ -79,6 +81,41 @@ class Plan:
     recv_splits: list[int]
     sort_R: Tensor | None
     unsort_R: Tensor | None
+    sent_E: tuple[int, ...] = ()
+    arriving_L: tuple[int, ...] = ()
+
+
+class Arrival:
+    """Counts on their way to the host. The one place of a dispatch where the host waits for the device."""
+
+    def __init__(self, counts: Tensor, work: Any = None) -> None:
+        """
+        Args:
+            counts: on any device, once ``work`` is done.
+            work: what a collective returned; None if the counts are there.
+        """
+        self._counts, self._work, self._done = counts, work, None
+        if counts.is_cuda:
+            # On a stream of its own, into pinned memory: nothing that was launched since need be done.
+            stream = torch.cuda.Stream(counts.device)
+            stream.wait_stream(torch.cuda.current_stream(counts.device))
+            self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            with torch.cuda.stream(stream):
+                if work is not None:
+                    work.wait()
+                self._counts.copy_(counts, non_blocking=True)
+                self._done = torch.cuda.Event()
+                self._done.record(stream)
+            counts.record_stream(stream)
+
+    def wait(self, make_plan: Callable[[Tensor], Plan], rank: int) -> Plan:
+        """The plan that ``make_plan`` makes of the counts [P, E], for the ``rank``-th of these ranks."""
+        if self._done is not None:
+            self._done.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        plan = make_plan(self._counts)
+        return replace(plan, sent_E=tuple(self._counts[rank].tolist()), arriving_L=tuple(plan.counts_L.tolist()))
 
 
 class Transport(ABC):
@@ -123,13 +160,14 @@ class Transport(ABC):
 
         began = p.clock()
         work = all_gather_single(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
+        arrival = Arrival(gathered.view(size, -1), work)
         p.since(began, "alltoall_time_ms")
 
         def arrive() -> Plan:
             began = p.clock()
-            work.wait()
+            plan = arrival.wait(lambda counts_PE: self.make_plan(counts_PE, counts_E.device), self.group.rank)
             p.since(began, "alltoall_time_ms")
-            return self.make_plan(gathered.cpu().view(size, -1), counts_E.device)
+            return plan
 
         return arrive
 
@@ -192,12 +230,8 @@ class LocalTransport(Transport):
     """EP = 1: every expert is here and nothing moves."""
 
     def plan(self, counts_E: Tensor, p: LayerPass) -> Callable[[], Plan]:
-        def arrive() -> Plan:
-            counts = counts_E.cpu()
-            rows = int(counts.sum())
-            return Plan(counts, [rows], [rows], None, None)
-
-        return arrive
+        arrival = Arrival(counts_E.unsqueeze(0))
+        return lambda: arrival.wait(lambda counts_1E: self.make_plan(counts_1E, counts_E.device), 0)
 
     def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
         return Arrived(rows_CD, columns)
@@ -426,9 +460,17 @@ def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | No
     sources, local = arriving_PL.shape
     if sources == 1 or local == 1:
         return None, None
-    # Blocks (p, l) arrive p-major and are wanted l-major; within a block the order stays.
-    expert_R = torch.arange(local).repeat(sources).repeat_interleave(arriving_PL.flatten())
-    sort_R = torch.argsort(expert_R, stable=True)
-    unsort_R = torch.empty_like(sort_R)
-    unsort_R[sort_R] = torch.arange(sort_R.shape[0])
-    return sort_R.to(device, non_blocking=True), unsort_R.to(device, non_blocking=True)
+    # Blocks (p, l) arrive p-major and are wanted l-major; within a block the order stays. So each row moves by as much as
+    # its block does, and only blocks are counted on the host.
+    wanted_LP = arriving_PL.t().contiguous()
+    first_arriving_PL = (arriving_PL.flatten().cumsum(0) - arriving_PL.flatten()).view(sources, local)
+    first_wanted_LP = (wanted_LP.flatten().cumsum(0) - wanted_LP.flatten()).view(local, sources)
+    moves_PL = first_wanted_LP.t() - first_arriving_PL
+    blocks = torch.stack([arriving_PL.flatten(), moves_PL.flatten(), wanted_LP.flatten(), -moves_PL.t().flatten()])
+    if device.type == "cuda":
+        blocks = blocks.pin_memory()
+    rows = int(arriving_PL.sum())
+    arriving, moves, wanted, moves_back = blocks.to(device, non_blocking=True)
+    place_R = torch.arange(rows, device=device)
+    unsort_R = place_R + moves.repeat_interleave(arriving, output_size=rows)
+    return place_R + moves_back.repeat_interleave(wanted, output_size=rows), unsort_R

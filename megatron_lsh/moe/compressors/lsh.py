@@ -12,7 +12,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -124,12 +124,14 @@ class ClusterByHash(nn.Module):
 
     def forward(self, rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor, p: LayerPass) -> Clusters:
         projection_NP = p.time("lsh_hash_time_ms", lsh.project, rows_ND, self.rotation_DQW)
+        sent_E = None if p.sent_rows is None else p.sent_rows()
         if self._cfg.lsh_clustering == "bucket":
             return p.time("lsh_cluster_time_ms", self._buckets, projection_NP, index_N, counts_E)
-        clusters = p.time("lsh_cluster_time_ms", self._budgets, projection_NP, index_N, counts_E)
-        return p.time(
+        clusters = p.time("lsh_cluster_time_ms", self._budgets, projection_NP, index_N, counts_E, sent_E)
+        clusters = p.time(
             "lsh_refine_time_ms", lsh.refine, rows_ND, clusters, counts_E, self._cfg.lsh_refine_steps, index_N
         )
+        return clusters.known(sent_E)
 
     def sent_rows(self, counts_E: Tensor) -> Tensor | None:
         """Clusters per expert, where they follow from the rows per expert."""
@@ -142,9 +144,11 @@ class ClusterByHash(nn.Module):
         codes_NQ = codes_NQ if index_N is None else codes_NQ[index_N]
         return lsh.cluster_by_code(codes_NQ, counts_E, num_codes=2 * self._width)
 
-    def _budgets(self, projection_NP: Tensor, index_N: Tensor | None, counts_E: Tensor) -> Clusters:
+    def _budgets(
+        self, projection_NP: Tensor, index_N: Tensor | None, counts_E: Tensor, sent_E: Sequence[int] | None
+    ) -> Clusters:
         budgets_E = lsh.row_budgets(counts_E, self._cfg.lsh_target_rate)
-        total = int(budgets_E.sum())
+        total = int(budgets_E.sum()) if sent_E is None else sum(sent_E)
         return lsh.cluster_projection(projection_NP, counts_E, budgets_E, total, self._num_hashes, index_N)
 
 
