@@ -14,6 +14,7 @@ from megatron_lsh.config import Config, parse_args, required, validate
 from megatron_lsh.data.loader import BatchIterator
 from megatron_lsh.models.gpt import gpt_stacks
 from megatron_lsh.models.stacks import moe_layers
+from megatron_lsh.moe.experts import row_width
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.moe.schedule import Scheduled
@@ -34,7 +35,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        rows = f"LSH {100 * self.rate:g}%" if self.rate is not None else "de-duplicated" if self.deduplicated else "exact"
+        rows = (
+            f"LSH {100 * self.rate:g}%" if self.rate is not None else "de-duplicated" if self.deduplicated else "exact"
+        )
         return rows if self.wire is None else f"{rows}, {self.wire}"
 
 
@@ -64,7 +67,7 @@ class Bench:
             moe_node_deduplication="on" if variant.deduplicated else "off",
         )
         layers = moe_layers(gpt_stacks(cfg))
-        hidden, experts = required(cfg.model.hidden_size), required(cfg.moe.num_experts)
+        hidden, experts = row_width(cfg.model, cfg.moe), required(cfg.moe.num_experts)
         return [build_dispatcher(DispatcherSpec(moe, lsh, ctx, hidden, experts, layer)) for layer in layers]
 
     def step(self) -> dict[str, float]:

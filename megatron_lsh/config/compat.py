@@ -209,10 +209,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
             "weights on the experts' input are not implemented; they are applied to the output",
             "--moe-apply-probs-on-input",
         ),
-        **_rejected(
-            "latent experts are not implemented; --moe-token-dispatcher-type lsh also shrinks what travels",
-            "--moe-latent-size",
-        ),
         **_rejected("routing replay is not implemented; drop it", "--moe-enable-routing-replay"),
         **_rejected(
             "a capacity per rank is not implemented; use --moe-expert-capacity-factor",

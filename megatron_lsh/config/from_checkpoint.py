@@ -22,7 +22,7 @@ _ALWAYS = (
     "group_query_attention", "num_query_groups", "position_embedding_type", "add_position_embedding", "rotary_base",
     "rotary_percent", "rotary_interleaved", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "qk_layernorm_width",
     "swiglu", "openai_gelu", "untie_embeddings_and_output_weights", "normalization", "attention_dropout", "hidden_dropout",
-    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_latent_size", "moe_router_topk", "moe_router_pre_softmax",
     "moe_router_score_function", "moe_router_enable_expert_bias", "moe_router_topk_scaling_factor", "moe_router_num_groups",
     "moe_router_group_topk", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "tokenizer_type",
     "tokenizer_model", "vocab_file", "merge_file",

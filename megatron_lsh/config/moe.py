@@ -24,6 +24,12 @@ class MoEConfig:
         parse=_pattern_text,
     )
     moe_ffn_hidden_size: int | None = flag(None, "Width F of one expert (default: --ffn-hidden-size)", at_least=1)
+    moe_latent_size: int | None = flag(
+        None,
+        "Width of rows on their way and in the experts: a linear map from --hidden-size to this before dispatch, and back "
+        "after the combination; router and shared expert keep the full width",
+        at_least=1,
+    )
     moe_shared_expert_intermediate_size: int | None = flag(
         None, "Width of the shared expert (absent: none)", at_least=1
     )

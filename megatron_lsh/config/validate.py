@@ -387,6 +387,11 @@ def _check_upcycling(cfg: Config, check: Checker) -> None:
     )
     for name in ("num_experts", "moe_router_topk"):
         check.rule(_DIVISIBLE % (name, "moe_upcycling_granularity"), _divides)
+    check.rule(
+        "{moe_latent_size} must not be given with {moe_use_upcycling}: a dense layer has no narrower rows",
+        lambda size, on: not on,
+        "drop one of them",
+    )
 
 
 def _check_logging(cfg: Config, check: Checker, world_size: int) -> None:

@@ -47,6 +47,7 @@ def architecture(cfg: Config) -> dict[str, Any]:
         facts |= {
             "num_experts": moe.num_experts,
             "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or shape.ffn,
+            "moe_latent_size": moe.moe_latent_size,
             "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
             "moe_shared_expert_gate": moe.moe_shared_expert_gate,
             "moe_router_topk": moe.moe_router_topk,

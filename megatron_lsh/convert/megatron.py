@@ -260,6 +260,8 @@ class MegatronWriter:
         cfg = source.cfg
         if cfg.model.qk_layernorm and cfg.model.qk_layernorm_width != "head":
             raise CheckpointError("--qk-layernorm-width full has no place in a Megatron-LM checkpoint: export to hf")
+        if cfg.moe.moe_latent_size is not None:
+            raise CheckpointError("--moe-latent-size: latent experts have no place in the legacy layout")
         if (cfg.moe.num_experts is None and ep > 1) or (cfg.moe.num_experts or ep) % ep:
             raise CheckpointError(
                 f"{cfg.moe.num_experts} experts cannot be spread over {ep} ranks: change --target-expert-parallel-size"

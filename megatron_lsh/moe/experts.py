@@ -1,6 +1,6 @@
 """The experts of this rank: E_l feed-forward networks with one pair of stacked weights.
 
-Shapes: R rows received by this rank, D hidden, F width of an expert, E_l local experts.
+Shapes: R rows received by this rank, D their width, F width of an expert, E_l local experts.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ def activate(hidden: Tensor, model_cfg: ModelConfig) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)
         return F.silu(gate) * up
     return F.gelu(hidden, approximate="tanh" if model_cfg.openai_gelu else "none")
+
+
+def row_width(model_cfg: ModelConfig, moe_cfg: MoEConfig) -> int:
+    """Width of the rows that experts get and give: ``moe_latent_size``, else ``hidden_size``."""
+    width = moe_cfg.moe_latent_size or model_cfg.hidden_size
+    if width is None:
+        raise ConfigError("the width of a row is not known: give --hidden-size")
+    return width
 
 
 def expert_width(model_cfg: ModelConfig, moe_cfg: MoEConfig) -> int:
@@ -106,11 +114,11 @@ class Experts(nn.Module):
                 :func:`why_not_grouped`.
         """
         super().__init__()
-        if moe_cfg.num_experts is None or model_cfg.hidden_size is None:
-            raise ConfigError("experts need --num-experts and --hidden-size")
+        if moe_cfg.num_experts is None:
+            raise ConfigError("experts need --num-experts")
         if gemm not in (None, "loop", "grouped"):
             raise ValueError(f"gemm {gemm!r} is not one of None, 'loop', 'grouped'")
-        hidden, width, bias = model_cfg.hidden_size, expert_width(model_cfg, moe_cfg), model_cfg.add_bias_linear
+        hidden, width, bias = row_width(model_cfg, moe_cfg), expert_width(model_cfg, moe_cfg), model_cfg.add_bias_linear
         self._model_cfg, self._gemm = model_cfg, gemm
         width_fc1 = 2 * width if model_cfg.swiglu else width
         init = Init("normal", model_cfg.init_method_std)

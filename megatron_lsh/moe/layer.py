@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
-from megatron_lsh.moe.experts import Experts, expert_width
+from megatron_lsh.moe.experts import Experts, expert_width, output_init, row_width
 from megatron_lsh.moe.gauges import Gauge, max_over_mean, of_load, per_micro_batch, quantile
+from megatron_lsh.moe.latent import ReplicatedLinear
 from megatron_lsh.moe.layer_pass import Deferred, LayerPass, Noise, ReplayMemo
 from megatron_lsh.moe.registry import GAUGES as DISPATCHER_GAUGES
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
-from megatron_lsh.moe.router import TopKRouter
+from megatron_lsh.moe.router import Routing, TopKRouter
 from megatron_lsh.moe.shared_experts import SharedExperts
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.parameters import Init
 
 GAUGES = (
     Gauge("load_balancing_loss", "loss", "load-balancing loss", per_micro_batch("load_balancing_loss"),
@@ -63,8 +65,16 @@ class MoELayer(nn.Module):
             SharedExperts(model_cfg, moe_cfg, ctx) if moe_cfg.moe_shared_expert_intermediate_size else None
         )
         self._shared_first = moe_cfg.moe_shared_expert_overlap and self.shared_experts is not None
+        width = row_width(model_cfg, moe_cfg)
+        self.fc1_latent_proj: ReplicatedLinear | None = None
+        self.fc2_latent_proj: ReplicatedLinear | None = None
+        if moe_cfg.moe_latent_size is not None:
+            hidden, bias = model_cfg.hidden_size, model_cfg.add_bias_linear
+            init = Init("normal", model_cfg.init_method_std)
+            self.fc1_latent_proj = ReplicatedLinear(hidden, width, ctx, init=init, bias=bias)
+            self.fc2_latent_proj = ReplicatedLinear(width, hidden, ctx, init=output_init(model_cfg), bias=bias)
         spec = DispatcherSpec(
-            moe_cfg, lsh_cfg, ctx, model_cfg.hidden_size, moe_cfg.num_experts, layer,
+            moe_cfg, lsh_cfg, ctx, width, moe_cfg.num_experts, layer,
             expert_width(model_cfg, moe_cfg), model_cfg.swiglu,
         )  # fmt: skip
         self.dispatcher = build_dispatcher(spec)
@@ -97,11 +107,17 @@ class MoELayer(nn.Module):
             p.add_load(routing.tokens_per_expert_E)
             p.add(load_balancing_loss=routing.load_balancing_loss, z_loss=routing.z_loss)
         shared = self._shared_output(x_SBD, p) if self._shared_first else None
-        y_TD = self.dispatcher(x_TD, routing, self.experts, p)
+        y_TD = self._through_experts(x_TD, routing, p)
         if self.shared_experts is not None:
             shared = shared or self._shared_output(x_SBD, p)
             y_TD = y_TD + shared().flatten(0, 1)
         return y_TD.view_as(x_SBD), routing.aux_loss
+
+    def _through_experts(self, x_TD: Tensor, routing: Routing, p: LayerPass) -> Tensor:
+        if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
+            return self.dispatcher(x_TD, routing, self.experts, p)
+        y_TL = self.dispatcher(self.fc1_latent_proj(x_TD), routing, self.experts, p)
+        return self.fc2_latent_proj(y_TL)
 
     def _shared_output(self, x_SBD: Tensor, p: LayerPass) -> Deferred[Tensor]:
         """Of the shared expert: computed while the dispatcher's rows travel, or when it is asked for."""

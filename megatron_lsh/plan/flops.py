@@ -77,13 +77,15 @@ def _stack_multiply_adds(stack: Stack) -> float:
         attention += 2 * hidden * heads * head_dim + 2 * heads * head_dim * memory
         attention += 2 * hidden * groups * head_dim * memory / stack.seq_length
     dense = matrices * hidden * shape.ffn
-    expert = matrices * hidden * (moe.moe_ffn_hidden_size or shape.ffn)
+    row = moe.moe_latent_size or hidden
+    expert = matrices * row * (moe.moe_ffn_hidden_size or shape.ffn)
+    latent = 0 if moe.moe_latent_size is None else 2 * hidden * row
     shared = matrices * hidden * (moe.moe_shared_expert_intermediate_size or 0)
     router = hidden * (moe.num_experts or 0)
     num_moe = sum(stack.moe_pattern())
     return (
         shape.num_layers * attention
-        + num_moe * (moe.moe_router_topk * expert + shared + router)
+        + num_moe * (moe.moe_router_topk * expert + latent + shared + router)
         + (shape.num_layers - num_moe) * dense
     )
 

@@ -161,6 +161,10 @@ def _moe_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape) -> float:
     row_copies = 4.0 + (
         1.0 if moe.moe_token_dispatcher_type in ("lsh", "auto") else 0.0
     )  # with LSH, rows and residuals
-    experts = rows * sizes.element * (row_copies * shape.hidden + halves * width)
+    row = moe.moe_latent_size or shape.hidden
+    latent = (
+        0.0 if moe.moe_latent_size is None else 2.0 * sizes.tokens * sizes.element * row
+    )  # each map's input or output
+    experts = rows * sizes.element * (row_copies * row + halves * width) + latent
     shared = sizes.tokens * sizes.element * halves * (moe.moe_shared_expert_intermediate_size or 0)
     return 2.0 * sizes.residual + 8.0 * sizes.tokens * (moe.num_experts or 0) + experts + shared
