@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from megatron_lsh.config.config import Config
 from megatron_lsh.config.settings import named, settings_of
 from megatron_lsh.errors import ConfigError
+
+
+class Checked(Protocol):
+    """What is asked of a `Config`."""
+
+    derived: dict[str, Any]
+    notices: list[str]
 
 
 class Checker:
     """Works on a configuration in place. Rules name settings as ``{num_layers}``."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Checked) -> None:
         self.cfg = cfg
         self.settings = settings_of(type(cfg))
         self.problems: list[str] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.data import DataConfig
 from megatron_lsh.config.logging import LoggingConfig
@@ -12,9 +13,6 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_lsh.config.training import OptimizerConfig, TrainingConfig
-
-if TYPE_CHECKING:
-    from megatron_lsh.config.checker import Checker
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The training loop: what exists before it, one iteration, schedules, evaluation, orderly ends."""
