@@ -295,3 +295,9 @@ def test_the_reading_order_tells_how_long_files_are() -> None:
     for name, lines in named:
         now = len((PACKAGE / name).read_text().splitlines())
         assert abs(now - int(lines)) <= max(20, now // 5), f"docs/architecture.md: {name} has {now} lines now, not {lines}"
+
+
+def test_every_benchmark_is_in_the_table_of_instruments() -> None:
+    table = (ROOT / "docs" / "instruments.md").read_text()
+    runnable = [path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()]
+    assert runnable and not [path.stem for path in runnable if f"benchmarks.{path.stem}`" not in table]
