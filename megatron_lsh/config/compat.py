@@ -225,10 +225,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
             "--eval-global-batch-size --eval-micro-batch-size",
         ),
         **_rejected(
-            "a learning rate of its own for the embedding is not implemented; use --lr",
-            "--decoupled-lr --decoupled-min-lr",
-        ),
-        **_rejected(
             "weight decay on norms is not implemented; --weight-decay leaves them out", "--apply-wd-to-qk-layernorm"
         ),
         **_rejected(
@@ -251,10 +247,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
         ),
         **_rejected("injection of errors is not implemented; drop it", "--error-injection-rate --error-injection-type"),
         # precision
-        **_rejected(
-            "fp16 is not implemented; use --bf16, which needs no loss scale",
-            "--fp16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
-        ),
         **_rejected(
             "gradients are always accumulated and reduced in fp32; drop it", "--grad-reduce-in-bf16 --main-grads-dtype"
         ),

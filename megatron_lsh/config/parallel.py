@@ -50,6 +50,17 @@ class PrecisionConfig:
     """Arithmetic. Without a flag everything is fp32."""
 
     bf16: bool = flag(False, "Compute in bf16 with fp32 master weights, fp32 gradient accumulation and reduction")
+    fp16: bool = flag(False, "As --bf16 in fp16, whose small gradients need the loss to be scaled up")
+    loss_scale: float | None = flag(None, "Fixed loss scale of --fp16 (default: one that follows the gradients)", above=0)
+    initial_loss_scale: float = flag(2.0**32, "Loss scale of --fp16 to start with", above=0)
+    min_loss_scale: float = flag(1.0, "Loss scale of --fp16 below which it never falls", above=0)
+    loss_scale_window: float = flag(1000, "Iterations without an overflow after which the loss scale doubles", at_least=1)
+    hysteresis: int = flag(2, "Iterations with an overflow after which the loss scale halves", at_least=1)
+
+    @property
+    def half(self) -> bool:
+        """Whether matrices are multiplied in 16 bits."""
+        return self.bf16 or self.fp16
 
 
 @dataclass

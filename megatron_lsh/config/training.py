@@ -60,6 +60,10 @@ class OptimizerConfig:
     use_apex_adam: bool = flag(False, "Use NVIDIA apex's FusedAdam; an error if the real one is not installed")
     lr: float | None = flag(None, "Peak learning rate", at_least=0)
     min_lr: float = flag(0.0, "Floor of the learning rate", at_least=0)
+    decoupled_lr: float | None = flag(
+        None, "Peak learning rate of the word embeddings and the output layer (default: --lr)", at_least=0
+    )
+    decoupled_min_lr: float | None = flag(None, "Floor of --decoupled-lr (default: --min-lr)", at_least=0)
     lr_decay_style: str = flag(
         "linear", "Shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
     )

@@ -284,6 +284,12 @@ def _check_schedules(cfg: Config, check: Checker) -> None:
             f"give --{name.replace(other, unit).replace('_', '-')} instead",
         )
     check.rule("{min_lr} must be at most {lr}", lambda low, high: low <= high)
+    if cfg.optimizer.decoupled_lr is not None:
+        check.rule("{decoupled_min_lr} must be at most {decoupled_lr}", lambda low, high: low <= high)
+    else:
+        check.rule("{decoupled_min_lr} must not be given", lambda _: False, "set --decoupled-lr")
+    check.rule("{fp16} and {bf16} must not both be on", lambda a, b: not (a and b), "drop one of them")
+    check.rule("{min_loss_scale} must be at most {initial_loss_scale}", lambda low, high: low <= high)
     check.rule("{lr_warmup_init} must be at most {lr}", lambda low, high: low <= high)
     check.rule(f"{{lr_warmup_{unit}}} must be less than {{lr_decay_{unit}}}", lambda warmup, decay: warmup < decay)
     check.rule(

@@ -23,6 +23,7 @@ class LogLine:
     params_norm: float | None = None
     skipped: int = 0
     nan: int = 0
+    loss_scale: float = 1.0
     tflops: float | None = None
     time: datetime = field(default_factory=datetime.now)
 
@@ -38,7 +39,7 @@ class LogLine:
         fields.append(f"global batch size: {self.global_batch_size:5d}")
         # Like Megatron, a loss that is zero (absent) has no field.
         fields += [f"{name}: {value:.6E}" for name, value in self.losses.items() if value > 0.0]
-        fields.append("loss scale: 1.0")
+        fields.append(f"loss scale: {self.loss_scale:.1f}")
         if self.grad_norm is not None:
             fields.append(f"grad norm: {self.grad_norm:.3f}")
         if self.params_norm is not None:

@@ -37,6 +37,8 @@ class IntervalMetrics:
     """share of the device's peak; None if the peak is unknown"""
     skipped: int = 0
     nan: int = 0
+    loss_scale: float = 1.0
+    """of the last iteration"""
     further_losses: Mapping[str, float] = field(default_factory=dict)
     """what is minimized beside lm_loss, by its name in the log, such as "sop loss" """
     layers: Sequence[LayerReport] = field(default_factory=tuple)
@@ -70,6 +72,7 @@ class IntervalMetrics:
             "lm_loss": self.lm_loss,
             **{name.replace(" ", "_"): loss for name, loss in self.further_losses.items()},
             "grad_norm": self.grad_norm,
+            "loss_scale": self.loss_scale,
             "learning_rate": self.learning_rate,
             "iteration_time_ms": self.iteration_time_ms,
             "tokens_per_second": self.tokens_per_second,
@@ -124,6 +127,7 @@ class IntervalMetrics:
             params_norm=self.params_norm,
             skipped=self.skipped,
             nan=self.nan,
+            loss_scale=self.loss_scale,
             tflops=self.tflops if with_throughput else None,
         )
 

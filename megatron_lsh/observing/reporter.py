@@ -103,6 +103,7 @@ class Reporter:
             for name, loss in {"lm loss": result.loss, **result.further}.items():
                 self._board.add_scalar(name, loss, state.iteration)
             self._board.add_scalar("grad-norm", result.grad_norm, state.iteration)
+        self._board.add_scalar("loss-scale", result.loss_scale, state.iteration)
         self._board.add_scalar("learning-rate", learning_rate, state.iteration)
         self._board.add_scalar("batch-size", self.figures.global_batch_size, state.iteration)
 
@@ -130,6 +131,7 @@ class Reporter:
             lm_loss=state.interval_loss / state.interval_steps if state.interval_steps else None,
             further_losses={name: loss / state.interval_steps for name, loss in state.interval_further.items()},
             grad_norm=result.grad_norm,
+            loss_scale=result.loss_scale,
             learning_rate=learning_rate,
             iteration_time_ms=1000.0 * seconds,
             tokens_per_second=figures.tokens_per_iteration / seconds,

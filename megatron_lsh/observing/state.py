@@ -24,6 +24,10 @@ class StepResult:
     """some rank asked to stop at this iteration's end"""
     further: Mapping[str, float] = field(default_factory=dict)
     """losses that are minimized beside the lm loss, by name; means as that is"""
+    loss_scale: float = 1.0
+    """what the loss was multiplied by"""
+    overflow: bool = False
+    """skipped for gradients alone, which may be finite with the lower loss scale that follows"""
 
 
 _OF_THE_PROCESS = ("started_at", "skipped_before")
@@ -75,7 +79,7 @@ class TrainState:
         self.consumed_samples += samples
         if result.skipped:
             self.skipped_iterations += 1
-            self.consecutive_nan_iterations += 1
+            self.consecutive_nan_iterations += not result.overflow
             self.interval_skipped += 1
         else:
             self.consecutive_nan_iterations = 0

@@ -28,7 +28,7 @@ def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConf
     """Make every parameter a DTensor over its data parallel mesh, in place, and return `model`.
 
     Modules with ``expert_fsdp_unit = True`` go over ctx.expert_mesh, those with ``fsdp_unit = True`` and the rest of
-    the model over ctx.dense_mesh. With bf16 the DTensors stay fp32 (the master weights), forward sees bf16 copies and
+    the model over ctx.dense_mesh. In 16 bits the DTensors stay fp32 (the master weights), forward sees rounded copies and
     gradients are accumulated and reduced in fp32, also over tensor parallel ranks and over several uses of a parameter.
 
     What fully_shard asks of the model: parameters are gathered when their unit is called, so they are used inside its
@@ -41,9 +41,8 @@ def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConf
         name: {note: getattr(param, note) for note in NOTES if hasattr(param, note)}
         for name, param in model.named_parameters()
     }
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    rounded = compute_dtype(precision) if precision.half else None
+    policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
     dense, expert = ctx.dense_mesh[DENSE_DATA], ctx.expert_mesh[EXPERT_DATA]
     for module in model.modules():
         if getattr(module, "expert_fsdp_unit", False):
@@ -51,13 +50,20 @@ def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConf
     units = [module for module in model.modules() if module is not model and getattr(module, "fsdp_unit", False)]
     for module in units if isinstance(model, FSDPModule) else [*units, model]:
         _fully_shard(module, dense, policy)
-        if precision.bf16:
+        if precision.half:
             module.register_forward_pre_hook(_collect_gradients_in_fp32)
     for name, param in model.named_parameters():
         for note, value in notes[name].items():
             setattr(param, note, value)
     model.register_forward_hook(_reshard_after_evaluation)
     return model
+
+
+def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
+    """What matrices are multiplied in."""
+    if precision.fp16:
+        return torch.float16
+    return torch.bfloat16 if precision.bf16 else torch.float32
 
 
 def _reshard_after_evaluation(model: nn.Module, _inputs: object, _output: object) -> None:
@@ -79,7 +85,7 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPoli
 
 
 def _collect_gradients_in_fp32(unit: nn.Module, _inputs: object) -> None:
-    """The bf16 copies that forward sees would sum their gradients in bf16 before fully_shard gets them: the shares of
+    """The 16-bit copies that forward sees would sum their gradients in 16 bits before fully_shard gets them: the shares of
     tensor parallel ranks (see ``local``), and those of several uses, as of tied embeddings. Experts have neither."""
     for param in _own_parameters(unit):
         if param.requires_grad:
@@ -125,13 +131,12 @@ def expert_grad_scale(ctx: ParallelContext) -> float:
 
 
 @torch.no_grad()
-def finalize_gradients(model: nn.Module, ctx: ParallelContext) -> None:
-    """Call once after the last micro-batch's backward, before clipping."""
-    scale = expert_grad_scale(ctx)
-    if scale == 1.0:
-        return
+def finalize_gradients(model: nn.Module, ctx: ParallelContext, loss_scale: float = 1.0) -> None:
+    """Call once after the last micro-batch's backward, before clipping. `loss_scale`: what the loss was multiplied by."""
+    of_experts = expert_grad_scale(ctx)
     for param in model.parameters():
-        if is_expert(param) and param.grad is not None:
+        scale = (of_experts if is_expert(param) else 1.0) / loss_scale
+        if scale != 1.0 and param.grad is not None:
             _local(param.grad).mul_(scale)
 
 

@@ -131,7 +131,7 @@ def _parameter_lines(
 
 
 def _memory_lines(cfg: Config, memory: MemoryEstimate) -> list[str]:
-    compute = "bf16" if cfg.precision.bf16 else "fp32"
+    compute = "fp16" if cfg.precision.fp16 else "bf16" if cfg.precision.bf16 else "fp32"
     rows = [
         ("weights (fp32)", memory.weights),
         (f"gathered weights ({compute})", memory.gathered_weights),

@@ -44,9 +44,9 @@ def estimate_memory(
     held = float(counts.per_rank)
     sharded = cfg.parallel.use_distributed_optimizer
     owned = counts.dense_per_rank / layout.dp + counts.expert_per_rank / layout.edp if sharded else held
-    # Without a copy in bf16 and without shards to gather, forward uses the parameters themselves.
-    compute_bytes = 2.0 if cfg.precision.bf16 else 4.0
-    gathered = compute_bytes * held if cfg.precision.bf16 or owned < held else 0.0
+    # Without a copy in 16 bits and without shards to gather, forward uses the parameters themselves.
+    compute_bytes = 2.0 if cfg.precision.half else 4.0
+    gathered = compute_bytes * held if cfg.precision.half or owned < held else 0.0
     # While micro-batches accumulate, gradients are whole; the reduced ones come on top when they are sharded.
     gradients = 4.0 * (held if micro_batches > 1 else 0.0) + 4.0 * owned if sharded else 4.0 * held
     moments = 2.0 if cfg.optimizer.optimizer == "adam" else 1.0
@@ -70,7 +70,7 @@ def activation_bytes(family: Family, cfg: Config, layout: ParallelLayout, vocab_
         layers += kept
         largest = max(largest, peak)
         embeddings_and_norms += 2.0 * sizes.residual
-    element = 2.0 if cfg.precision.bf16 else 4.0
+    element = 2.0 if cfg.precision.half else 4.0
     outputs = family.head(cfg, vocab_size).outputs * (cfg.training.micro_batch_size or 1)
     logits = outputs / layout.tp * (element + 4.0)  # and their softmax in fp32
     return layers + largest + logits + embeddings_and_norms
@@ -114,7 +114,7 @@ class _Sizes:
         sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
         full = float(stack.seq_length * (cfg.training.micro_batch_size or 1))
         tokens = full / layout.tp if sequence_parallel else full
-        element = 2.0 if cfg.precision.bf16 else 4.0
+        element = 2.0 if cfg.precision.half else 4.0
         return cls(tokens, full, element, tokens * shape.hidden * element, full * shape.hidden * element)
 
 

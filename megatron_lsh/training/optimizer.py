@@ -13,21 +13,25 @@ from megatron_lsh.config.training import OptimizerConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.training.apex_adam import ApexAdamW
 
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")  # ends of names
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+
+def parameter_groups(model: nn.Module, decoupled: bool = False) -> list[dict[str, Any]]:
     """Split the trainable parameters by weight decay: none for biases, norms and other 1-D parameters.
 
-    ``"decay"`` in a group says whether it decays; the schedule reads it. Groups are split once more by the device mesh
+    ``"decay"`` in a group says whether it decays, ``"vocabulary"`` whether it holds the word embeddings and the output
+    layer if `decoupled` (--decoupled-lr); the schedule reads both. Groups are split once more by the device mesh
     of their parameters, because a fused update runs over a list of DTensors of one mesh. Per-expert biases ([E, F])
     are 2-D and recognised by their name. Empty groups are left out.
     """
-    groups: dict[tuple[bool, str], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, str], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = parameter.ndim > 1 and not name.endswith(".bias")
+        vocabulary = decoupled and name.endswith(VOCABULARY)
         mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else ""
-        group = groups.setdefault((decay, mesh), {"params": [], "decay": decay})
+        group = groups.setdefault((decay, vocabulary, mesh), {"params": [], "decay": decay, "vocabulary": vocabulary})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -38,7 +42,7 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:
     Raises:
         ConfigError: apex was asked for and NVIDIA's is not there.
     """
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, decoupled=cfg.decoupled_lr is not None)
     lr = cfg.lr or 0.0
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     if cfg.use_apex_adam:

@@ -9,7 +9,7 @@ gradient consumes data but does not move it.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -34,6 +34,15 @@ class ScheduleShape:
     end_weight_decay: float
     weight_decay_style: str
     weight_decay_samples: int
+    decoupled_lr: float | None = None
+    decoupled_min_lr: float | None = None
+
+    def of_vocabulary(self) -> ScheduleShape:
+        """The same for the word embeddings and the output layer."""
+        if self.decoupled_lr is None:
+            return self
+        least = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+        return replace(self, max_lr=self.decoupled_lr, min_lr=least)
 
     def learning_rate(self, samples: int) -> float:
         """The learning rate after ``samples`` samples."""
@@ -126,6 +135,8 @@ def schedule_shape(cfg: OptimizerConfig, training: TrainingConfig) -> ScheduleSh
         end_weight_decay=cfg.weight_decay if cfg.end_weight_decay is None else cfg.end_weight_decay,
         weight_decay_style=cfg.weight_decay_incr_style,
         weight_decay_samples=0 if cfg.weight_decay_incr_style == "constant" else total,
+        decoupled_lr=cfg.decoupled_lr,
+        decoupled_min_lr=cfg.decoupled_min_lr,
     )
 
 
@@ -157,7 +168,8 @@ class Schedule:
         """Advance by ``samples`` samples and write the new values into the optimizer's groups."""
         self.samples += samples
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            shape = self.shape.of_vocabulary() if group.get("vocabulary", False) else self.shape
+            group["lr"] = shape.learning_rate(self.samples)
             group["weight_decay"] = self.weight_decay if group.get("decay", True) else 0.0
 
     def move_to(self, samples: int) -> None:
@@ -174,7 +186,8 @@ class Schedule:
         A curve that differs from the command line's is an error unless ``--override-opt_param-scheduler`` (the command
         line wins) or ``--use-checkpoint-opt_param-scheduler`` (the checkpoint wins) is given.
         """
-        saved = ScheduleShape(**{name: state[name] for name in asdict(self.shape)})
+        names = [name for name in asdict(self.shape) if name in state or not name.startswith("decoupled")]
+        saved = ScheduleShape(**{name: state[name] for name in names})  # checkpoints of before have no decoupled rate
         if saved != self.shape and not self.override:
             if not self.use_checkpoint:
                 raise ConfigError(_differences(saved, self.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from megatron_lsh.observing.state import StepResult
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, finalize_gradients
+from megatron_lsh.training.loss_scale import LossScale
 from megatron_lsh.training.schedule import Schedule
 
 #: (model, batch on this rank's device) -> losses of the micro-batch
@@ -44,6 +45,8 @@ class Step:
     loss_tokens: Callable[[Batch], int] | None = None
     """how many tokens of a micro-batch have a loss, if all of the global batch shall have the same weight in the gradient
     (--calculate-per-token-loss); None gives every micro-batch the same weight"""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """multiplies the loss for the backward pass, so that gradients in fp16 stand"""
     tell: Callable[[str], None] = _say_nothing
     """writes a line to the log; called on every rank"""
 
@@ -60,9 +63,13 @@ class Step:
             self.tell(f"> {decision}")
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._accumulate(batches)
-        finalize_gradients(self.model, self.ctx)
+        scale = self.loss_scale.value
+        finalize_gradients(self.model, self.ctx, scale)
         grad_norm = clip_grad_norm(self.model, self.clip_grad, self.ctx)
-        means, finite, stop = self._agree(sums, grad_norm, stop)
+        means, bad_loss, bad_gradient, stop = self._agree(sums, grad_norm, stop)
+        finite = not (bad_loss or bad_gradient)
+        overflow = bad_gradient and not bad_loss and self.loss_scale.can_fall
+        self.loss_scale.update(not finite)
         if finite:
             self.optimizer.step()
             self.model.update_expert_bias()
@@ -71,7 +78,9 @@ class Step:
             self.model.discard_expert_load()
         self.optimizer.zero_grad(set_to_none=True)
         loss = means.pop(MAIN)
-        return StepResult(loss, float(grad_norm), skipped=not finite, stop=stop, further=means)
+        return StepResult(
+            loss, float(grad_norm), skipped=not finite, stop=stop, further=means, loss_scale=scale, overflow=overflow
+        )
 
     def _accumulate(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Forward and backward of all micro-batches; gradients are reduced in the last one.
@@ -86,7 +95,8 @@ class Step:
         for index in range(self.micro_batches):
             accumulate(self.model, last=index == self.micro_batches - 1)
             losses = self.forward_step(self.model, to_device(next(batches), self.ctx.device))
-            losses.objective(self.micro_batches, weight).backward()
+            objective = losses.objective(self.micro_batches, weight)
+            (objective if self.loss_scale.value == 1.0 else objective * self.loss_scale.value).backward()
             for name, sums in losses.sums_and_counts().items():
                 totals[name] = totals[name] + sums if name in totals else sums
         return totals
@@ -96,17 +106,19 @@ class Step:
         total = torch.tensor(float(tokens), dtype=torch.float64, device=self.ctx.device)
         return self.ctx.dp.size / max(float(all_reduce_(total, self.ctx.dp)), 1.0)
 
-    def _agree(self, sums: Mapping[str, Tensor], grad_norm: Tensor, stop: bool) -> tuple[dict[str, float], bool, bool]:
-        """(mean losses by name, whether they and the gradient norm are finite on all ranks, whether any rank wants to stop).
+    def _agree(
+        self, sums: Mapping[str, Tensor], grad_norm: Tensor, stop: bool
+    ) -> tuple[dict[str, float], bool, bool, bool]:
+        """(mean losses by name; whether on any rank a loss is not finite, the gradient norm is not, someone wants to stop).
 
         One all-reduce. Ranks decide by counts of flags, which are exact, so they cannot disagree.
         """
         found = torch.cat(list(sums.values()))
-        bad = ~(torch.isfinite(found).all() & torch.isfinite(grad_norm))
-        values = torch.cat([found, bad.double()[None], torch.tensor([float(stop)], dtype=torch.float64).to(bad.device)])
-        *pairs, bad_ranks, stop_ranks = all_reduce_(values, self.ctx.world).tolist()
+        flags = torch.stack([~torch.isfinite(found).all(), ~torch.isfinite(grad_norm)]).double()
+        values = torch.cat([found, flags, torch.tensor([float(stop)], dtype=torch.float64).to(flags.device)])
+        *pairs, bad_losses, bad_gradients, stop_ranks = all_reduce_(values, self.ctx.world).tolist()
         means = {name: mean_of(pairs[2 * place : 2 * place + 2]) for place, name in enumerate(sums)}
-        return means, bad_ranks == 0, stop_ranks > 0
+        return means, bad_losses > 0, bad_gradients > 0, stop_ranks > 0
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

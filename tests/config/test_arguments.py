@@ -143,13 +143,13 @@ def test_any_unknown_flag_has_a_nearest_one(word: str) -> None:
 
 
 def test_everything_wrong_is_reported_at_once() -> None:
-    lines = problems("--lr", "fast", "--fp16", "--bf16", "perhaps", "--num-layers", "1.5", "--nope")
+    lines = problems("--lr", "fast", "--squared-relu", "--bf16", "perhaps", "--num-layers", "1.5", "--nope")
     assert lines == [
         "optimizer.lr (fast) must be a finite number: change --lr",
         "precision.bf16 (perhaps) must be true or false: change --bf16",
         "model.num_layers (1.5) must be an integer: change --num-layers",
         lines[3],
-        "--fp16 is Megatron-LM's and not supported here: fp16 is not implemented; use --bf16, which needs no loss scale",
+        "--squared-relu is Megatron-LM's and not supported here: squared ReLU is not implemented; use --swiglu, or GELU (the default)",
     ]
     assert lines[3].startswith("--nope is unknown")
 
@@ -176,7 +176,7 @@ def test_help_groups_flags_and_shows_defaults(capsys: pytest.CaptureFixture[str]
     assert "lsh: The LSH token dispatcher" in text
     assert "--lsh-num-hashes INT Number q of cross-polytope hashes" in text and "(default: 2)" in text
     assert "--disable-bias-linear [false] Turn off biases in linear layers" in text
-    assert "--fp16" not in text
+    assert "--squared-relu" not in text
 
 
 # --- further parts -----------------------------------------------------------------------------------------------------
@@ -250,10 +250,12 @@ def test_yaml_flat_and_nested_and_the_command_line_wins(tmp_path: Path) -> None:
 
 
 def test_yaml_knows_megatrons_flags_too(tmp_path: Path) -> None:
-    cfg = from_yaml(tmp_path, "moe-permute-fusion: true\nfp16: false\nmtp_num_layers: null\ndataloader_type: single")
+    cfg = from_yaml(
+        tmp_path, "moe-permute-fusion: true\nsquared_relu: false\nmtp_num_layers: null\ndataloader_type: single"
+    )
     assert cfg.notices == ["no effect here: --moe-permute-fusion --dataloader-type"]
-    with pytest.raises(ConfigError, match="--fp16 is Megatron-LM's and not supported here"):
-        from_yaml(tmp_path, "fp16: true")
+    with pytest.raises(ConfigError, match="--squared-relu is Megatron-LM's and not supported here"):
+        from_yaml(tmp_path, "squared_relu: true")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,6 @@ def test_the_tables_hold_megatrons_flags_and_say_why() -> None:
     neither = {*NO_EFFECT, *REJECTED, *TAKEN_AS} - set(MEGATRON) - recipes
     assert neither == {
         "--no-bias-dropout-fusion",
-        "--hysteresis",
         "--eval-micro-batch-size",
     }  # Megatron's, used by neither
 
