@@ -149,7 +149,8 @@ def test_everything_wrong_is_reported_at_once() -> None:
         "precision.bf16 (perhaps) must be true or false: change --bf16",
         "model.num_layers (1.5) must be an integer: change --num-layers",
         lines[3],
-        "--squared-relu is Megatron-LM's and not supported here: squared ReLU is not implemented; use --swiglu, or GELU (the default)",
+        "--squared-relu is Megatron-LM's and not supported here: squared ReLU is not implemented; use "
+        "--swiglu, or GELU (the default)",
     ]
     assert lines[3].startswith("--nope is unknown")
 
