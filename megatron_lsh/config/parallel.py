@@ -54,7 +54,7 @@ class PrecisionConfig:
     loss_scale: float | None = flag(None, "Fixed loss scale of --fp16 (default: one that follows the gradients)", above=0)
     initial_loss_scale: float = flag(2.0**32, "Loss scale of --fp16 to start with", above=0)
     min_loss_scale: float = flag(1.0, "Loss scale of --fp16 below which it never falls", above=0)
-    loss_scale_window: float = flag(1000, "Iterations without an overflow after which the loss scale doubles", at_least=1)
+    loss_scale_window: float = flag(1000.0, "Iterations without an overflow after which the loss scale doubles", at_least=1)
     hysteresis: int = flag(2, "Iterations with an overflow after which the loss scale halves", at_least=1)
 
     @property
