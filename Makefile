@@ -21,7 +21,7 @@ ARGS    ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install data pretrain test test-all lint clean clean-venv
+.PHONY: help install data pretrain gpu test test-all lint clean clean-venv
 
 help:
 	@echo "make pretrain    install, prepare the corpus, pretrain a small MoE with the LSH-compressed all-to-all"
@@ -35,6 +35,8 @@ help:
 	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
 	@echo "                   PYTEST_ARGS='tests/moe -k router'"
 	@echo "make test-all    the same, with the tests that take more than ten seconds each"
+	@echo "make gpu         on a machine with a GPU: build, tests, sanitizers, kernels, layer, restoration, training"
+	@echo "                   PART=layer    one of them alone;  ARGS=--dry-run  on a CPU at a small size"
 	@echo "make lint        ruff and mypy only"
 	@echo "make install     the virtual environment only"
 	@echo "                   PYTHON=python3.12   VENV=.venv   TORCH='torch==2.13.0'   TORCH_INDEX=URL"
@@ -65,6 +67,9 @@ pretrain: $(INSTALLED)
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
+
+gpu: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m benchmarks.gpu $(PART) $(ARGS)
 
 test: lint
 	MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)

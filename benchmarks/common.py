@@ -137,8 +137,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Save a result with the machine it was measured on as benchmarks/results/NAME.json."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    """Save a result with the machine it was measured on as benchmarks/results/NAME.json, or in the folder of the checkout
+    that MEGATRON_LSH_RESULTS names."""
+    path = ROOT / os.environ.get("MEGATRON_LSH_RESULTS", "benchmarks/results") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
     return path
