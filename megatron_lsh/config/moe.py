@@ -36,6 +36,12 @@ class MoEConfig:
     moe_shared_expert_overlap: bool = flag(
         False, "Run the shared expert while rows travel to the routed ones, forward and backward"
     )
+    moe_overlap_chunks: int = flag(
+        1,
+        "Pieces in which rows travel, cut by local expert: the experts of one run while the next is under way (ours)",
+        at_least=1,
+        at_most=64,
+    )
     moe_shared_expert_gate: bool = flag(False, "Scale the shared expert by a learned sigmoid gate per token")
     moe_grouped_gemm: bool = flag(False, "Accepted for compatibility: experts always use a grouped GEMM where it runs")
     moe_router_topk: int = flag(2, "Experts per token, K", at_least=1)

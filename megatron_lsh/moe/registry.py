@@ -39,9 +39,10 @@ from megatron_lsh.moe.compressors.lsh import (
 )
 from megatron_lsh.moe.compressors.tokens import TokenLSHCompressor
 from megatron_lsh.moe.dispatcher import GAUGES as DISPATCHER_GAUGES
-from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, ThroughExperts
+from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, RowPath, ThroughExperts
 from megatron_lsh.moe.nodes import GAUGES as NODE_GAUGES
 from megatron_lsh.moe.nodes import DeduplicatedDispatcher, ExceptOwnNode, InsideNode, node_order
+from megatron_lsh.moe.overlap import InPieces
 from megatron_lsh.moe.schedule import DEDUPLICATED, EXACT, LOSSLESS, Scheduled, Trial
 from megatron_lsh.moe.transport import AllGatherTransport, AllToAllTransport, LocalTransport, Transport
 from megatron_lsh.moe.wire import make_codec
@@ -101,12 +102,18 @@ def row_dispatcher(
         transport: by default :meth:`DispatcherSpec.transport`.
     """
     transport = transport or spec.transport()
-    path: ThroughExperts | Compressed = ThroughExperts(transport)
+    path: RowPath = _through_experts(spec, transport)
     if compressor is not None:
         # The probe compares with rows that travelled in the model's numbers.
         exact = ThroughExperts(type(transport)(spec.ctx.ep, spec.num_experts, None, spec.ctx.node_of_rank))
         path = Compressed(path, compressor, exact, spec.lsh.lsh_probe_interval)
     return RowDispatcher(path, spec.num_experts, transport)
+
+
+def _through_experts(spec: DispatcherSpec, transport: Transport) -> RowPath:
+    """In pieces where asked to, and where rows travel."""
+    chunks = spec.moe.moe_overlap_chunks
+    return InPieces(transport, chunks) if chunks > 1 and transport.group.size > 1 else ThroughExperts(transport)
 
 
 def lsh_dispatcher(
@@ -129,7 +136,7 @@ def node_lsh_dispatcher(spec: DispatcherSpec) -> RowDispatcher:
     inside = AllToAllTransport(ctx.ep_local, spec.num_experts, None, ctx.node_of_rank)
     codec = spec.transport().codec
     network, as_is = (
-        ThroughExperts(AllToAllTransport(ctx.ep_node, nodes * per_rank, numbers, ctx.node_of_rank))
+        _through_experts(spec, AllToAllTransport(ctx.ep_node, nodes * per_rank, numbers, ctx.node_of_rank))
         for numbers in (codec, None)
     )
     compressor = ExceptOwnNode(lsh_compressor(spec), nodes, ctx.ep_node.rank)

@@ -73,7 +73,8 @@ class Plan:
         sort_R: int64, position in arrival order (by source rank) of each row in expert order; None if they agree.
         unsort_R: the inverse permutation.
         sent_E: rows this rank sends to each expert, and
-        arriving_L: ``counts_L``, as numbers; filled in when the counts arrive.
+        arriving_L: ``counts_L``, as numbers; filled in when the counts arrive, and
+        counts_PE: int64 on the host, rows from each rank of the group to each expert, which all of this follows from.
     """
 
     counts_L: Tensor
@@ -83,6 +84,7 @@ class Plan:
     unsort_R: Tensor | None
     sent_E: tuple[int, ...] = ()
     arriving_L: tuple[int, ...] = ()
+    counts_PE: Tensor | None = None
 
 
 class Arrival:
@@ -115,7 +117,13 @@ class Arrival:
         elif self._work is not None:
             self._work.wait()
         plan = make_plan(self._counts)
-        return replace(plan, sent_E=tuple(self._counts[rank].tolist()), arriving_L=tuple(plan.counts_L.tolist()))
+        return completed(plan, self._counts, rank)
+
+
+def completed(plan: Plan, counts_PE: Tensor, rank: int) -> Plan:
+    """The plan with the counts that it was made of, for the ``rank``-th of these ranks."""
+    sent_E, arriving_L = tuple(counts_PE[rank].tolist()), tuple(plan.counts_L.tolist())
+    return replace(plan, sent_E=sent_E, arriving_L=arriving_L, counts_PE=counts_PE)
 
 
 class Transport(ABC):

@@ -88,6 +88,8 @@ def node_scope_compresses_what_crosses() -> None:
         assert report["forwarded_rows_max_over_mean"] >= 1
         if lsh.lsh_probe_interval:
             assert 0 < report["lsh_restored_error"] < 1
+            pieces, _ = make_layer(ctx, "lsh", lsh, moe_overlap_chunks=2)
+            assert all(torch.equal(value, got[name]) for name, value in run(pieces, x).items())
 
 
 def deduplication_is_exact() -> None:
