@@ -12,6 +12,7 @@ bytes that leave the network interfaces.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -58,7 +59,12 @@ def work(arguments: argparse.Namespace) -> None:
     cfg = configure([*MODEL, *SHAPES[arguments.shape], *batch, *arguments.flags], ranks)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, GPT, ctx)
-    variants = [_variant(rows, wire) for rows in arguments.rates for wire in arguments.wires]
+    variants = [
+        dataclasses.replace(_variant(rows, wire), chunks=chunks)
+        for rows in arguments.rates
+        for wire in arguments.wires
+        for chunks in arguments.chunks
+    ]
     with run.batches("train") as batches:
         bench = Bench(run, batches)
         for variant in dict.fromkeys([EXACT, *variants]):  # first calls, at full speed
@@ -140,6 +146,7 @@ def summary(samples: dict[Variant, list[dict[str, float]]]) -> list[dict[str, An
                 "variant": variant.name,
                 "rate": variant.rate,
                 "wire": variant.wire,
+                "chunks": variant.chunks,
                 "steps_ms": [round(step["step_ms"], 2) for step in steps],
                 "speedup": exact_ms / medians["step_ms"],
                 "alltoall_share": medians["alltoall_ms"] / medians["step_ms"],
@@ -164,7 +171,7 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
         "--wires",
         *(w or "model" for w in arguments.wires),
     ]
-    own += ["--shape", arguments.shape]
+    own += ["--shape", arguments.shape, "--chunks", *map(str, arguments.chunks)]
     own += ["--rates", *arguments.rates]
     command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
     logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
@@ -247,6 +254,7 @@ def main(words: list[str] | None = None) -> None:
     )
     wires = [None, "bf16", "fp8", "int8", "int4"]
     parser.add_argument("--wires", nargs="+", type=_wire, default=wires, help="model, fp32, bf16, fp8, int8, int4")
+    parser.add_argument("--chunks", nargs="+", type=int, default=[1], help="pieces in which rows travel, 1 among them")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", choices=list(SHAPES), default="wide", help="of the model")
     parser.add_argument("--micro-batches", type=int, default=2, help="of 2048 tokens per rank and step")
@@ -259,8 +267,8 @@ def main(words: list[str] | None = None) -> None:
         return work(arguments)
     if reason := why_not():
         raise SystemExit(f"slow_network cannot run here: {reason}")
-    if "exact" not in arguments.rates or None not in arguments.wires:
-        parser.error("--rates needs exact and --wires needs model: everything is compared with them")
+    if "exact" not in arguments.rates or None not in arguments.wires or 1 not in arguments.chunks:
+        parser.error("--rates needs exact, --wires model and --chunks 1: everything is compared with them")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in arguments.ranks:

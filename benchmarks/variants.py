@@ -32,13 +32,16 @@ class Variant:
     rate: float | None = None
     wire: str | None = None
     deduplicated: bool = False
+    chunks: int = 1
+    """pieces in which rows travel (``--moe-overlap-chunks``)"""
 
     @property
     def name(self) -> str:
         rows = (
             f"LSH {100 * self.rate:g}%" if self.rate is not None else "de-duplicated" if self.deduplicated else "exact"
         )
-        return rows if self.wire is None else f"{rows}, {self.wire}"
+        rows = rows if self.wire is None else f"{rows}, {self.wire}"
+        return rows if self.chunks == 1 else f"{rows}, {self.chunks} pieces"
 
 
 class Bench:
@@ -65,6 +68,7 @@ class Bench:
             cfg.moe,
             moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh",
             moe_node_deduplication="on" if variant.deduplicated else "off",
+            moe_overlap_chunks=variant.chunks,
         )
         layers = moe_layers(gpt_stacks(cfg))
         hidden, experts = row_width(cfg.model, cfg.moe), required(cfg.moe.num_experts)
