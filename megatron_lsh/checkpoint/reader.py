@@ -232,6 +232,9 @@ def load_checkpoint(
 def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
     """Compare the checkpoint with the model before anything is read. No communication."""
     saved, config = read_state(found.folder, options.renamed), read_config(found.folder)
+    iteration, listed = saved.progress["iteration"], found.manifest.iteration
+    if iteration != listed:
+        raise DamagedCheckpoint(f"{STATE} is of iteration {iteration}, and {MANIFEST} of iteration {listed}")
     reader = Reader(found.folder, options.renamed)
     metadata = reader.metadata
     if options.optimizer and state.optimizer is not None and saved.optimizer is None:
