@@ -104,7 +104,7 @@ def _iterate(run: Run, stop: StopRequest) -> bool:
             complete = ends and not state.evaluation_due
             leaves = not complete and (stopped or _multiple(state.iteration, cfg.training.exit_interval))
             if ends or leaves or (save_due and not state.doubtful):
-                _save(run, complete)
+                _save(run, complete and not result.skipped)
                 save_due = False
             if ends or leaves:
                 refuse_useless_end(run, complete)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -65,7 +65,7 @@ def iterations(folder: Path) -> tuple[list[int], str | None]:
     return sorted(valid), tracker.read_text() if tracker.exists() else None
 
 
-def times(losses: Losses, factor: float) -> Losses:
+def times(losses: Losses, factor: float | Tensor) -> Losses:
     return replace(losses, main=replace(losses.main, value=losses.main.value * factor))
 
 
@@ -201,6 +201,16 @@ def test_an_end_while_the_model_is_in_doubt_loses_nothing_and_moves_nothing(
         how != "end"
         or "not finite in the last iterations (2) of the run, so its model may be spoilt; the newest" in err
     )
+
+
+def test_an_end_with_a_gradient_that_overflows_fp16_removes_nothing(tmp_path: Path) -> None:
+    def bad(count: int, model: nn.Module, losses: Losses) -> Losses:
+        value = losses.main.value
+        infinite = times(losses, 1.0 + (value - value.detach()).square().sqrt())  # the derivative of a root at 0
+        return infinite if count == 4 else losses
+
+    assert run(tmp_path, "--train-iters 4 --fp16 --initial-loss-scale 1024", bad) == 0
+    assert iterations(tmp_path) == ([2, 4], "4")
 
 
 def test_a_run_whose_every_step_was_skipped_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
