@@ -8,6 +8,7 @@ included:
     p.add(lsh_rows=512)                   add to the sums that gauges are made of (gauges.py)
     y = p.time("experts_time_ms", f, x)   f(x), and the time it takes, its backward pass included
     began = p.clock(); p.since(began, "wire_time_ms")   the same where there is no backward pass
+                                          (one micro-batch per log interval is timed and stands for all)
     later = p.defer(f); p.run_deferred()  f() while rows travel; later() is its result
 """
 
@@ -58,6 +59,10 @@ def _event() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _no_moment() -> None:
+    return None
 
 
 class _Mark(torch.autograd.Function):
@@ -128,15 +133,18 @@ class LayerRecord:
     Attributes:
         sums: by name; numbers, or 0-dim tensors that stay on their device until they are collected.
         spans: measured on a GPU and not yet read.
+        times: milliseconds of the timed micro-batches, by name.
         load_E: fp64, this rank's rows per expert, before compression.
         enabled: False while nothing counts (evaluation, generation).
+        timing: whether passes that begin now are timed: a span on a GPU is two events, too many for every micro-batch.
     """
 
     def __init__(self, num_experts: int, device: torch.device, known: set[str]) -> None:
         """``known``: the sums that some gauge is made of."""
         self.device = device
-        self.enabled = True
+        self.enabled = self.timing = True
         self.sums: dict[str, float | Tensor] = {}
+        self.times: dict[str, float] = {}
         self.spans: list[tuple[str, Span]] = []
         self.load_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
         self._known = known
@@ -146,10 +154,19 @@ class LayerRecord:
         if not self.enabled:
             return
         for name, value in values.items():
-            if name not in self._known:
-                known = ", ".join(sorted(self._known))
-                raise ValueError(f"no gauge is made of {name!r}; declare one: gauges are made of {known}")
+            self._check(name)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def add_time(self, name: str, milliseconds: float) -> None:
+        """Add to the time ``name`` of the timed micro-batches; raises as :meth:`add`."""
+        if self.enabled:
+            self._check(name)
+            self.times[name] = self.times.get(name, 0.0) + milliseconds
+
+    def _check(self, name: str) -> None:
+        if name not in self._known:
+            known = ", ".join(sorted(self._known))
+            raise ValueError(f"no gauge is made of {name!r}; declare one: gauges are made of {known}")
 
 
 class Deferred(Generic[T]):
@@ -190,7 +207,7 @@ class LayerPass:
         replay: whether the layer runs again, for its backward pass. What happens twice is counted twice (bytes, times);
             what was decided once (rows, losses) is for its callers to add once.
         noise: for stochastic rounding of gradients.
-        clock: returns a moment, for :meth:`since`.
+        clock: returns a moment, for :meth:`since`; None where this pass is not timed.
         sent_rows: returns how many rows a compressor sends to each expert, on the host: waits for the counts' arrival. None
             where that does not follow from the counts of its rows (``Compressor.sent_rows``).
     """
@@ -199,17 +216,20 @@ class LayerPass:
         self.decided = ReplayMemo() if memo is None else memo
         self.replay = _BEGAN in self.decided
         self.sent_rows: Callable[[], Sequence[int]] | None = None
-        self.decided[_BEGAN] = True
+        # A replay is timed if its pass was.
+        self._timed: bool = self.decided.setdefault(_BEGAN, record.enabled and record.timing)
         self.noise = noise or Noise(0)
         self.add = record.add
-        self.clock: Callable[[], Any] = _event if record.device.type == "cuda" else time.perf_counter
         self._record = record
+        self.clock: Callable[[], Any] = _event if record.device.type == "cuda" else time.perf_counter
+        if not self._timed:
+            self.clock = _no_moment
         self._deferred: list[Deferred[Any]] = []
 
     def time(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, its milliseconds added to the sum ``name``; see :func:`measure`."""
         record = self._record
-        if not record.enabled:
+        if not self._timed:
             return function(*arguments)
 
         def book(span: Span) -> None:
@@ -218,7 +238,7 @@ class LayerPass:
             if record.device.type == "cuda":
                 record.spans.append((name, span))  # read when collected, so that nothing waits for the GPU
             else:
-                record.add(**{name: span.milliseconds()})
+                record.add_time(name, span.milliseconds())
 
         return measure(record.device, book, function, *arguments)
 
@@ -227,10 +247,10 @@ class LayerPass:
         record = self._record
         if not record.enabled:
             return
-        if record.device.type == "cuda":
+        if began is not None and record.device.type == "cuda":
             record.spans.append((name, Span.between(began, _event())))
-        else:
-            values[name] = (time.perf_counter() - began) * 1e3
+        elif began is not None:
+            record.add_time(name, (time.perf_counter() - began) * 1e3)
         record.add(**values)
 
     def add_load(self, counts_E: Tensor) -> None:

@@ -61,9 +61,13 @@ class MoETelemetry:
         return self._records[layer]
 
     def count_micro_batch(self) -> None:
-        """Note that one micro-batch passed through the model; means per micro-batch divide by this count."""
-        if all(record.enabled for record in self._records.values()):
+        """Note that one micro-batch passed through the layers; means per micro-batch divide by this count."""
+        records = self._records.values()
+        if all(record.enabled for record in records):
             self._micro_batches += 1
+            # The first of a log interval was timed, and stands for all of them.
+            for record in records:
+                record.timing = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -90,7 +94,9 @@ class MoETelemetry:
         for record in records:
             spans, record.spans = record.spans, []
             for name, span in spans:
-                record.add(**{name: span.milliseconds()})
+                record.add_time(name, span.milliseconds())
+            times, record.times = record.times, {}
+            record.add(**{name: ms * max(self._micro_batches, 1) for name, ms in times.items()})
         names = sorted(self._known)
         # Two rows per layer: the sums, and how many ranks added to each.
         packed_L2S = torch.zeros(len(records), 2, len(names), dtype=torch.float64, device=self._device)
@@ -124,6 +130,7 @@ class MoETelemetry:
         for record in records:
             record.sums.clear()
             record.load_E.zero_()
+            record.timing = True
         self._micro_batches = 0
         return reports
 

@@ -1,12 +1,14 @@
 """Gauges: declared once; documents, JSON lines and labels follow."""
 
+import time
+
 import pytest
 import torch
 
 from megatron_lsh.moe.gauges import Gauge, averaged, busiest, ratio, summed
 from megatron_lsh.moe.instruments import DOCUMENT, with_table
 from megatron_lsh.moe.layer import GAUGES
-from megatron_lsh.moe.layer_pass import LayerPass
+from megatron_lsh.moe.layer_pass import LayerPass, ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 
@@ -54,3 +56,24 @@ def test_a_sum_that_no_gauge_reads_and_two_gauges_of_one_name_are_refused():
     telemetry.layer(1, 4, (Gauge("rows", "rows", "rows", summed("rows")),))
     with pytest.raises(ValueError, match="two gauges named 'rows'"):
         telemetry.layer(0, 4, (Gauge("rows", "bytes", "rows", summed("rows")),))
+
+
+def test_one_micro_batch_of_an_interval_is_timed_and_stands_for_all():
+    """With its replay; counts are those of all micro-batches."""
+    telemetry = MoETelemetry(CPU)
+    gauges = [Gauge("took", "ms", "", averaged("took")), Gauge("rows", "", "", summed("rows"))]
+    record = telemetry.layer(0, 2, gauges)
+    for _interval in range(2):
+        for micro_batch in range(4):
+            memo = ReplayMemo()
+            for _ in range(2):  # the pass and, after the micro-batch is counted, its replay
+                p = LayerPass(record, memo)
+                p.time("took", time.sleep, 0.002)
+                began = p.clock()
+                p.since(began, "took", rows=5)
+                assert (began is None) == (micro_batch > 0)
+                if not p.replay:
+                    telemetry.count_micro_batch()
+        (report,) = telemetry.collect(offline_context(device="cpu"), iterations=2)
+        assert report["rows"] == 4 * 2 * 5 / 2
+        assert report["took"] >= 4 * 2 * 2 / 2  # ms: two of the first micro-batch, times four
