@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_lsh import lsh
@@ -25,6 +26,7 @@ from megatron_lsh.moe.dispatcher import Restore
 from megatron_lsh.moe.gauges import Gauge, averaged, ratio
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows
+from megatron_lsh.ops import accumulator
 
 #: The parts of LSH that are timed apart.
 STAGES = ("hash", "cluster", "refine", "compress", "restore")
@@ -82,7 +84,9 @@ class LSHCompressor(nn.Module):
     def compress(self, rows: Rows, p: LayerPass) -> tuple[Tensor, Tensor, Callable[[], Restore]]:
         rows_ND = rows.materialise()
         if not p.replay:
-            p.decided[self] = self.cluster(rows_ND.detach(), None, rows.counts_E, p)
+            # Tokens where rows are copies of them: each is projected once.
+            source, index_N = (rows_ND, None) if rows.index_N is None else (rows.source_MD, rows.index_N)
+            p.decided[self] = self.cluster(source.detach(), index_N, rows.counts_E, p)
         clusters: Clusters = p.decided[self]
         sent = p.time("lsh_compress_time_ms", self.represent, rows_ND, clusters, p)
         if not p.replay:
@@ -100,8 +104,9 @@ def record(
 ) -> None:
     """Count rows and clusters, and the energy that the clusters miss."""
     if members:
-        missed = (rows_ND - sent_CD.index_select(0, clusters.cluster_N)).float().square().sum()
-        total = rows_ND.float().square().sum()
+        difference_ND = rows_ND - sent_CD.index_select(0, clusters.cluster_N)
+        dtype = accumulator(rows_ND.dtype)
+        missed, total = (torch.linalg.vector_norm(t, dtype=dtype).square() for t in (difference_ND, rows_ND))
     else:
         missed, total = lsh.residual_energy(rows_ND, sent_CD, clusters, index_N)
     p.add(
