@@ -204,6 +204,12 @@ class SaveLock:
         )
 
 
+def held_here(root: Path) -> bool:
+    """Whether this process has the right to save in a folder, or was interrupted while it took it."""
+    owner = _read(root / LOCK)
+    return owner is not None and owner.is_process_of(Owner.here())
+
+
 @contextlib.contextmanager
 def _alone(root: Path, me: Owner) -> Iterator[int]:
     """Inside, no other process decides about the lock of this folder. Gives the file system's time in ns."""

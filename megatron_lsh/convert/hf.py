@@ -166,7 +166,10 @@ class HuggingFaceSource:
                 f"{self.what}: {len(further)} tensors of layers that predict further tokens are left out"
             )
         problems += [f"{name} in {self._reader.file_of(name).name} is left over" for name in extra]
-        fail(self.what, problems, _COMPLETE)
+        missing = any(problem.endswith(" is missing") for problem in problems)
+        fail(
+            self.what, problems, _COMPLETE if missing else "the tensors are not of the model that config.json describes"
+        )
         return dtypes
 
     def _expected(self, native: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

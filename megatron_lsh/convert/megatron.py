@@ -47,6 +47,7 @@ from megatron_lsh.convert.torch_file import StoredTensor, TorchFileWriter, open_
 from megatron_lsh.errors import CheckpointError
 
 FILE = "model_optim_rng.pt"
+_GROUPED = (".mlp.experts.weight1", ".mlp.experts.weight2")
 LOCAL, TE = "local", "te"
 
 
@@ -56,7 +57,7 @@ class MegatronSource:
     Args:
         folder: what --save was, or one ``iter_N`` in it.
         step: the iteration, by default what the tracker file says.
-        vocab_size: tokens before padding, which args do not tell; by default all rows of the embedding.
+        vocab_size: tokens before padding; by default those of the args, which may not tell, or all rows of the embedding.
 
     Raises CheckpointError: a missing or damaged file, a setting that is not supported, a tensor that is missing, left over
     or of a wrong shape.
@@ -77,7 +78,7 @@ class MegatronSource:
             raise CheckpointError(f"{folder} has no args in it: save it again with Megatron-LM")
         self._ranks = _Ranks(args, files, self.what)
         self.cfg = config_of(args, self.what)
-        self.cfg.model.vocab_size = self._vocab(vocab_size)
+        self.cfg.model.vocab_size = self._vocab(vocab_size, getattr(args, "vocab_size", None))
         self._stored: dict[str, list[list[StoredTensor]]] = {}
         self.tensors: dict[str, TensorSpec] = {}
         self.notices: list[str] = []
@@ -113,7 +114,7 @@ class MegatronSource:
         rank, number = divmod(rows.first, self.tensors[rows.name].shape[0] // self._ranks.ep)
         return [f"{spellings(row, layer, number)[0]} of expert-parallel rank {rank}"]
 
-    def _vocab(self, vocab_size: int | None) -> int:
+    def _vocab(self, vocab_size: int | None, of_args: Any) -> int:
         parts = self._ranks.dense("embedding.word_embeddings.weight")
         rows = sum(part.spec.shape[0] for part in parts)
         if not rows:
@@ -124,7 +125,8 @@ class MegatronSource:
             raise CheckpointError(
                 f"--vocab-size ({vocab_size}) must be from 1 to {rows}, the rows of the embedding: correct it"
             )
-        return vocab_size or rows
+        told = of_args if type(of_args) is int and 1 <= of_args <= rows else rows
+        return vocab_size or told
 
     def _account(self) -> None:
         problems: list[str] = []
@@ -155,9 +157,18 @@ class MegatronSource:
                         name = spellings(row, layer, expert)[0]
                         problems.append(f"{name} is {part.spec} and should have shape {list(expected)}, {first.dtype}")
         problems += [f"{name} is left over" for name in self._ranks.unused() if not IGNORED.fullmatch(name)]
+        if any(name.endswith(_GROUPED) for name in self._ranks.names()):
+            raise CheckpointError(
+                f"{self.what}: its experts are in GroupedMLP's weight1 and weight2, which are not read here: save it again "
+                "with Megatron-LM without --moe-use-legacy-grouped-gemm, or without --moe-grouped-gemm"
+            )
         absent = any(problem.endswith(" is missing") for problem in problems)
-        complete = "the model is another than the args in the checkpoint say, or of a kind that this version does not know"
-        fail(self.what, problems, "the files are incomplete or of another model; copy them again" if absent else complete)
+        complete = (
+            "the model is another than the args in the checkpoint say, or of a kind that this version does not know"
+        )
+        fail(
+            self.what, problems, "the files are incomplete or of another model; copy them again" if absent else complete
+        )
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...], native: str) -> bool:
@@ -175,7 +186,7 @@ class _Ranks:
         for place, content in files.items():
             if not isinstance(content.get("model"), dict):
                 raise CheckpointError(f"{what}: the file of rank {place} has no model in it: copy it again")
-            self._models[place] = content["model"]
+            self._models[place] = _without_wrappers(content["model"])
         self._used: set[str] = set()
         missing = [f"tensor-parallel rank {tp}" for tp in range(self.tp) if not any(p[0] == tp for p in files)]
         missing += [f"expert-parallel rank {ep}" for ep in range(self.ep) if not any(p[1] == ep for p in files)]
@@ -219,6 +230,13 @@ class _Ranks:
             parts.append(stored)
         self._used.add(name)
         return parts
+
+
+def _without_wrappers(model: dict[str, Any]) -> dict[str, Any]:
+    """With the names that the tensors have inside of DDP and Float16Module, each of which puts ``module.`` in front."""
+    while model and all(str(name).startswith("module.") for name in model):
+        model = {str(name).removeprefix("module."): value for name, value in model.items()}
+    return model
 
 
 def _coordinates(name: str) -> tuple[int, int]:

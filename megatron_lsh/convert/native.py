@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 import megatron_lsh
 from megatron_lsh.checkpoint import folders
 from megatron_lsh.checkpoint.compare import started_at_zero, zero_if_absent
+from megatron_lsh.checkpoint.lock import LOCK
 from megatron_lsh.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -335,7 +336,7 @@ class NativeWriter:
     def _manifest(self, layout: dict[str, Any]) -> Manifest:
         files = []
         for path in sorted(self._folder.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.name != LOCK:  # which says who writes here, and is gone in the end
                 files.append(hash_file(path, self._folder))
         assert any(entry.name == METADATA for entry in files)
         return Manifest(

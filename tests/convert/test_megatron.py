@@ -229,3 +229,26 @@ def test_settings_that_make_another_model_are_refused(name: str, value: Any) -> 
     args = argparse.Namespace(num_layers=2, hidden_size=16, num_attention_heads=2, num_experts=4, moe_router_topk=1)
     with pytest.raises(CheckpointError, match=r"cannot be trained here: moe.moe_router_topk \(1\)"):
         config_of(args, "a file")
+
+
+def test_names_that_other_programs_give(real: Source, tmp_path: Path) -> None:
+    """Wrappers' ``module.`` in front, experts of GroupedMLP, the size of the vocabulary in args."""
+    save_megatron(real, tmp_path / "m", checks=QUIET)
+    file = tmp_path / "m/release/mp_rank_00" / FILE
+    content = read(file)
+    model, args = content["model"], content["args"]
+
+    def load(model: dict[str, Any], **changes: Any) -> Source:
+        torch.save(content | {"model": model, "args": argparse.Namespace(**(vars(args) | changes))}, file)
+        return load_megatron(tmp_path / "m")
+
+    wrapped = load({f"module.module.{name}": value for name, value in model.items()}, vocab_size=VOCAB)
+    assert wrapped.cfg.model.vocab_size == VOCAB
+    assert_bit_equal(native_tensors(wrapped), native_tensors(real))
+    assert load(model).cfg.model.vocab_size == load(model, vocab_size=10**6).cfg.model.vocab_size == 128
+    grouped = {name: value for name, value in model.items() if "local_experts" not in name}
+    grouped["decoder.layers.1.mlp.experts.weight1"] = torch.zeros(32, 8)
+    with pytest.raises(
+        CheckpointError, match="GroupedMLP's weight1 and weight2, which are not read here: save it again"
+    ):
+        load(grouped)

@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_lsh.checkpoint.lock import Owner, SaveLock
 from megatron_lsh.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
 from megatron_lsh.convert.logits import our_logits
 from megatron_lsh.convert.safetensors import SafetensorsReader
@@ -267,10 +270,33 @@ def test_what_a_kill_left_is_cleared_away(model: Path, tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
+def test_a_conversion_that_runs_is_left_alone(model: Path, tmp_path: Path) -> None:
+    """Of another process, which has written some: this one is refused, and takes nothing away. A file in the way, too."""
+    partial = tmp_path / "native" / "release.incomplete"
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        started = int(Path(f"/proc/{other.pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+        lock = SaveLock(partial, replace(Owner.here(), pid=other.pid, started=started, token="other"))
+        (partial / "__0_0.distcp").write_bytes(b"half")
+        with pytest.raises(CheckpointError, match=rf"{partial}: another run saves there: .*{other.pid}"):
+            save_native(load_hf(model), tmp_path / "native", checks=QUIET)
+        assert (partial / "__0_0.distcp").read_bytes() == b"half"
+    finally:
+        other.kill()
+        other.wait()
+    save_native(load_hf(model), tmp_path / "native", checks=QUIET)
+    assert not partial.exists() and load_native(tmp_path / "native").tensors
+    lock.release()
+    (tmp_path / "hf.incomplete").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"hf\.incomplete is in the way: remove it"):
+        save_hf(load_hf(model), tmp_path / "hf", checks=QUIET)
+    assert (tmp_path / "hf.incomplete").read_text() == "mine"
+
+
 def test_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused at the start; and if others fill it meanwhile, on the way."""
     source = load_hf(model)
-    with tmpfs(tmp_path / "disk", 100) as mounted:
+    with tmpfs(tmp_path / "disk", 104) as mounted:
         if not mounted:
             pytest.skip("no tmpfs can be mounted here")
         for save in (save_hf, save_native, save_megatron):
