@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -72,12 +73,19 @@ def times(losses: Losses, factor: float | Tensor) -> Losses:
 NAN = float("nan")
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 iterations that went well; of its checkpoints the last one is left."""
-    assert run(tmp_path, "--train-iters 6") == 0
-    assert iterations(tmp_path) == ([6], "6")
-    return tmp_path
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(folder, "--train-iters 6") == 0
+    assert iterations(folder) == ([6], "6")
+    return folder
+
+
+@pytest.fixture
+def good(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on with."""
+    return Path(shutil.copytree(trained, tmp_path / "good"))
 
 
 def test_a_learning_rate_that_overflows_leaves_the_good_checkpoint_and_a_lower_one_goes_on(
