@@ -35,6 +35,8 @@ class IntervalMetrics:
     """model TFLOP/s per rank"""
     mfu: float | None
     """share of the device's peak; None if the peak is unknown"""
+    experts_share: float = 0.0
+    """of the model's FLOPs: what the routed experts do where all rows are sent"""
     skipped: int = 0
     nan: int = 0
     loss_scale: float = 1.0
@@ -60,6 +62,16 @@ class IntervalMetrics:
         found["alltoall_share"] = (found["alltoall_time_ms"] or 0.0) / self.iteration_time_ms
         return found
 
+    def mfu_done(self) -> float | None:
+        """MFU of the arithmetic that was done: the experts' less the rows that were not sent to them. (What clustering and
+        restoring rows takes is overhead, and not in it.) None where all of it was done, or the peak is unknown."""
+        names = ("expert_rows_rate", "lsh_compression_rate")
+        sent = [next((r for n in names if (r := layer.figures.get(n)) is not None), None) for layer in self.layers]
+        if self.mfu is None or not self.experts_share or all(rate is None for rate in sent):
+            return None
+        spared = sum(1.0 - rate for rate in sent if rate is not None) / len(sent)
+        return self.mfu * (1.0 - self.experts_share * spared)
+
     def _gauges(self) -> Iterable[Gauge]:
         """A model without experts has the figures of one with them, and nothing to say of them."""
         return self.layers[0].gauges.values() if self.layers else GAUGES
@@ -78,6 +90,7 @@ class IntervalMetrics:
             "tokens_per_second": self.tokens_per_second,
             "tflops_per_gpu": self.tflops,
             "mfu": self.mfu,
+            "mfu_done": self.mfu_done(),
             **self.moe_figures(),
             "skipped_iterations": self.skipped,
             "nan_iterations": self.nan,
@@ -140,7 +153,12 @@ class IntervalMetrics:
             f"{self.tokens_per_second:,.0f} tokens/s",
         ]
         if self.mfu is not None:
-            parts.append(f"MFU {100.0 * self.mfu:.1f}%")
+            done = self.mfu_done()
+            parts.append(
+                f"MFU {100.0 * self.mfu:.1f}%"
+                if done is None
+                else f"MFU {100.0 * done:.1f}% (an exact model at this speed: {100.0 * self.mfu:.1f}%)"
+            )
         found = self.moe_figures()
         rate, energy = found["lsh_compression_rate"], found["lsh_residual_energy"]
         if rate is not None and energy is not None:

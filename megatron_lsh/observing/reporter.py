@@ -31,6 +31,8 @@ class RunFigures:
     """model FLOPs over all ranks, forward and backward"""
     peak_flops: float | None
     """of one rank's device"""
+    experts_share: float = 0.0
+    """of the FLOPs: what the routed experts do"""
 
 
 class Stopwatch:
@@ -137,6 +139,7 @@ class Reporter:
             tokens_per_second=figures.tokens_per_iteration / seconds,
             tflops=tflops,
             mfu=tflops * 1e12 / figures.peak_flops if figures.peak_flops else None,
+            experts_share=figures.experts_share,
             skipped=state.interval_skipped,
             nan=state.interval_skipped,
             layers=layers,

@@ -4,7 +4,7 @@ Counted analytically because counters see no FLOPs in ``grouped_mm``. A multipli
 backward pass costs twice the forward pass; activation recomputation is not counted (model, not hardware, FLOPs);
 causal attention counts half of the score matrix, as Megatron-LM does; padding counts like tokens. MFU is defined in the
 PaLM paper (arXiv:2204.02311, appendix B). The LSH dispatcher runs experts on fewer rows than this counts: under LSH the
-figures say how fast an exact model would have to run to keep up.
+figures say how fast an exact model would have to run to keep up. ``IntervalMetrics.mfu_done`` takes off what was not done.
 """
 
 from __future__ import annotations
@@ -64,6 +64,21 @@ def training_flops(family: Family, cfg: Config, padded_vocab_size: int) -> float
     return 3.0 * forward_flops(family, cfg, padded_vocab_size) * family.tokens_per_sample(cfg) / full
 
 
+def experts_share(family: Family, cfg: Config, padded_vocab_size: int) -> float:
+    """Share of :func:`forward_flops` that the routed experts do: what shrinks where fewer rows are sent to them."""
+    routed = sum(
+        stack.seq_length * sum(stack.moe_pattern()) * _routed_multiply_adds(stack) for stack in family.stacks(cfg)
+    )
+    return 2.0 * routed / forward_flops(family, cfg, padded_vocab_size)
+
+
+def _routed_multiply_adds(stack: Stack) -> float:
+    """Multiply-adds of the routed experts of one MoE layer per token."""
+    model, moe, shape = stack.cfg.model, stack.cfg.moe, stack.shape
+    expert = (3 if model.swiglu else 2) * (moe.moe_latent_size or shape.hidden) * (moe.moe_ffn_hidden_size or shape.ffn)
+    return moe.moe_router_topk * expert
+
+
 def _stack_multiply_adds(stack: Stack) -> float:
     """Multiply-adds of one stack of layers per token that passes it."""
     model, moe, shape = stack.cfg.model, stack.cfg.moe, stack.shape
@@ -78,14 +93,13 @@ def _stack_multiply_adds(stack: Stack) -> float:
         attention += 2 * hidden * groups * head_dim * memory / stack.seq_length
     dense = matrices * hidden * shape.ffn
     row = moe.moe_latent_size or hidden
-    expert = matrices * row * (moe.moe_ffn_hidden_size or shape.ffn)
     latent = 0 if moe.moe_latent_size is None else 2 * hidden * row
     shared = matrices * hidden * (moe.moe_shared_expert_intermediate_size or 0)
     router = hidden * (moe.num_experts or 0)
     num_moe = sum(stack.moe_pattern())
     return (
         shape.num_layers * attention
-        + num_moe * (moe.moe_router_topk * expert + latent + shared + router)
+        + num_moe * (_routed_multiply_adds(stack) + latent + shared + router)
         + (shape.num_layers - num_moe) * dense
     )
 

@@ -27,7 +27,7 @@ from megatron_lsh.parallel.agreement import together
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import shard_model
 from megatron_lsh.parallel.random import derive_seed, get_rng_state, seed_everything, set_rng_state
-from megatron_lsh.plan.flops import peak_flops, training_flops
+from megatron_lsh.plan.flops import experts_share, peak_flops, training_flops
 from megatron_lsh.training.early_stopping import BestWeights, EarlyStopping
 from megatron_lsh.training.loss_scale import LossScale
 from megatron_lsh.training.optimizer import build_optimizer
@@ -248,6 +248,7 @@ def _figures(cfg: Config, family: Family, ctx: ParallelContext, padded: int) -> 
         tokens_per_iteration=round(batch * family.tokens_per_sample(cfg)),
         flops_per_iteration=batch * training_flops(family, cfg, padded),
         peak_flops=peak_flops(ctx.device, dtype, cfg.logging.peak_tflops),
+        experts_share=experts_share(family, cfg, padded),
     )
 
 

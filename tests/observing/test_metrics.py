@@ -111,6 +111,16 @@ def test_progress_line() -> None:
     assert duration(-1.0) == "0:00:00"
 
 
+def test_mfu_is_that_of_the_arithmetic_that_was_done() -> None:
+    """Half of the FLOPs are routed experts'; of two MoE layers one sends a fifth of its rows, the other all of them."""
+    mixed = metrics([layer(0, None), layer(1, 0.2)], experts_share=0.5)
+    assert mixed.mfu_done() == pytest.approx(0.25 * (1 - 0.5 * 0.4))
+    assert "MFU 20.0% (an exact model at this speed: 25.0%)" in mixed.progress_line(0.0)
+    assert mixed.record(per_layer=False)["mfu_done"] == mixed.mfu_done()
+    exact = metrics([layer(0, None)], experts_share=0.5)
+    assert exact.mfu_done() is None and "MFU 25.0% |" in exact.progress_line(0.0)
+
+
 def test_jsonl_is_cut_back_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.jsonl"
     first = JsonlFile(path, 0)
