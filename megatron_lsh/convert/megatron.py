@@ -44,7 +44,7 @@ from megatron_lsh.convert.source import (
     whole,
 )
 from megatron_lsh.convert.torch_file import StoredTensor, TorchFileWriter, open_torch_file
-from megatron_lsh.errors import CheckpointError
+from megatron_lsh.errors import CheckpointError, ConfigError
 
 FILE = "model_optim_rng.pt"
 _GROUPED = (".mlp.experts.weight1", ".mlp.experts.weight2")
@@ -130,7 +130,10 @@ class MegatronSource:
 
     def _account(self) -> None:
         problems: list[str] = []
-        shapes = model_shapes(self.cfg)
+        try:
+            shapes = model_shapes(self.cfg)
+        except ConfigError as error:
+            raise CheckpointError(f"args in {self.what}: no model can have these settings: {error}") from None
         zero = zero_if_absent(self._ranks.names(), shapes)  # megatron-core before 0.15 has no router bias
         if zero:
             self.notices.append(f"{self.what}: {started_at_zero(zero)}")

@@ -36,7 +36,7 @@ _MUST_BE: Mapping[str, Any] = MappingProxyType(
         "num_layers_per_virtual_pipeline_stage": None, "is_hybrid_model": False, "softmax_type": "vanilla",
         "glu_linear_offset": 0.0, "layernorm_zero_centered_gamma": False, "rotary_scaling_factor": 1.0,
         "mup_embedding_mult": 1.0, "mup_output_mult": 1.0, "mup_width_mult": 1.0, "use_mup": False,
-        "use_rotary_position_embeddings": False, "encoder_num_layers": None, "add_qk_norm": False,
+        "use_rotary_position_embeddings": False, "rope_type": "rope", "encoder_num_layers": None, "add_qk_norm": False,
     }
 )  # fmt: skip
 # What a setting whose name begins like this does, it does to the model. One that is not known must therefore be off.
@@ -45,9 +45,21 @@ _OF_THE_MODEL = re.compile(
     r"layernorm_|linear_|logit|mhc_|mla_|moe_|mrope_|mtp_|mup_|no_rope|norm|output_|q_lora|qk_|residual_|rope_|rotary_|scale_|"
     r"softmax_|squared_|v_head|window_|yarn)"
 )
+# The same by a word anywhere in the name, unless it is a fusion (another implementation) or about what is logged or scaled.
+_WORDS_OF_THE_MODEL = frozenset(
+    """
+    geglu gelu silu relu swiglu glu gated gate gates norm layernorm rmsnorm rope rotary softcap softcapping sink sinks window
+    multiplier latent mla mtp mhc gdn kda deltanet
+    """.split()  # noqa: SIM905 - readable
+)
 # Those that change no number of the trained model, or only with another setting that must be off.
 _WITHOUT_EFFECT = frozenset(
     """
+    memory_efficient_layer_norm persist_layer_norm activation_offload_fraction dsa_indexer_rotate_activation
+    dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset dsa_indexer_topk_freq dsa_kernel_backend mhc_init_gating_factor
+    mhc_num_residual_streams mhc_sinkhorn_iterations moe_combine_bwd_dtype moe_dispatch_fwd_dtype
+    moe_hybridep_num_sms_preprocessing moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda
+    moe_paged_stash_page_size moe_router_quantile_balancing_ema
     apply_query_key_layer_scaling apply_rope_fusion apply_wd_to_qk_layernorm attention_backend attention_softmax_in_fp32
     embedding_init_method_std embedding_path kv_lora_rank layernorm_epsilon linear_conv_kernel_dim linear_key_head_dim
     linear_num_key_heads linear_num_value_heads linear_value_head_dim mla_down_proj_fusion moe_aux_loss_coeff
@@ -64,6 +76,14 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+def _says_model(name: str) -> bool:
+    return (
+        not name.endswith(("fusion", "kernel"))
+        and not name.startswith(("log_", "no_", "inference_", "rl_", "vision_", "recompute_"))
+        and not _WORDS_OF_THE_MODEL.isdisjoint(name.split("_"))
+    )
+
+
 def config_of(args: argparse.Namespace, what: str) -> Config:
     """Our settings from Megatron-LM's. Raises CheckpointError for those that make a model that is not supported."""
     problems = []
@@ -74,7 +94,7 @@ def config_of(args: argparse.Namespace, what: str) -> Config:
     for name, value in sorted(vars(args).items()):
         unknown = name not in _SETTINGS and name not in _MUST_BE and name not in _WITHOUT_EFFECT
         on = value is not None and value is not False and not isinstance(value, Inert)
-        if unknown and on and _OF_THE_MODEL.match(name):
+        if unknown and on and (_OF_THE_MODEL.match(name) or _says_model(name)):
             problems.append(f"{name} ({value}) must be off, because nothing here knows it")
     cfg = Config()
     settings = settings_of(Config)

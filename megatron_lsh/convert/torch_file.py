@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +105,11 @@ def open_torch_file(file: Path) -> dict[str, Any]:
             if not foreign:
                 with FakeTensorMode():
                     content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # torch's unpickler indexes its memo and its stack as the file says: whatever comes of it
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file} cannot be read ({text}): it is damaged, or not a file of torch.save") from None
     if foreign:

@@ -213,6 +213,8 @@ class _Tolerant:
     ("name", "value"),
     [
         ("qk_l2_norm", True),
+        ("quick_geglu", True),
+        ("enable_mhc_connections", True),
         ("no_rope_freq", 4),
         ("glu_linear_offset", 1.0),
         ("mup_output_mult", 0.5),
