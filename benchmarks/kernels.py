@@ -27,9 +27,10 @@ from torch import Tensor
 
 from benchmarks.common import table, write_result
 from megatron_lsh import lsh
+from megatron_lsh.lsh.blocks import Blocks
 from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
 from megatron_lsh.moe.wire import make_codec
-from megatron_lsh.ops import describe, reference_only
+from megatron_lsh.ops import PlainOps, describe, reference_only
 from megatron_lsh.ops.library import STATUS
 from megatron_lsh.ops.wire_formats import FORMATS
 
@@ -338,6 +339,7 @@ def ops(inputs: Inputs) -> Iterator[Measured]:
         lambda: inputs.grad_ND - centroids[clusters.cluster_N] + centroids[clusters.cluster_N],
         2 * row_bytes + 2 * wire_bytes + per_row,
     )  # fmt: skip
+    yield from _grouped_products(inputs)
     codec, int8 = make_codec("int8"), FORMATS.index("int8")
     payload = codec.encode(centroids.detach())
     yield Measured(
@@ -347,6 +349,26 @@ def ops(inputs: Inputs) -> Iterator[Measured]:
     yield Measured(
         "decode (int8)", lambda: op.decode(payload, int8, hidden, centroids.dtype),
         lambda: codec.decode(payload, like=centroids), wire_bytes + payload.numel(),
+    )  # fmt: skip
+
+
+def _grouped_products(inputs: Inputs) -> Iterator[Measured]:
+    """Of interpolated restoration, in fp32: a block of representatives for every expert."""
+    budgets, hidden = inputs.budgets_E.tolist(), inputs.size.hidden
+    blocks, plain = Blocks.of(inputs.clusters, None, max(budgets), budgets, torch.float32), PlainOps()
+    op, (groups, block), device = torch.ops.megatron_lsh, blocks.shape, inputs.rows_ND.device
+    around_NB = torch.rand(inputs.size.rows, block, device=device) * blocks.valid_GB[blocks.block_N]
+    weights_GBD = torch.rand(groups, block, hidden, device=device) * blocks.valid_GB.unsqueeze(2)
+    rows_ND, place = inputs.rows_ND.float(), blocks.rows[:3]
+    least = 4.0 * (around_NB.numel() + weights_GBD.numel() + rows_ND.numel())
+    flops = 2.0 * around_NB.numel() * hidden
+    yield Measured(
+        "grouped", lambda: op.grouped(around_NB, weights_GBD, *place, False),
+        lambda: plain.grouped(around_NB, weights_GBD, blocks.rows), least, flops,
+    )  # fmt: skip
+    yield Measured(
+        "grouped_outer", lambda: op.grouped_outer(around_NB, rows_ND, *place),
+        lambda: plain.grouped_outer(around_NB, rows_ND, blocks.rows), least, flops,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_backward_follows_the_forward(by_kernels: bool) -> None:
 
     with ThreadPoolExecutor(1) as another_thread:
         called = another_thread.submit(backward).result()
-    assert called == ({"segment", "combine", "dots", "spread"} if by_kernels else set())
+    assert called == ({"segment", "combine", "dots", "spread", "grouped", "grouped_outer"} if by_kernels else set())
 
 
 def test_other_devices_and_dtypes_are_left_alone() -> None:
