@@ -8,6 +8,7 @@ import torch
 from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.ops import reference_only
+from megatron_lsh.parallel.context import offline_context
 from tests.kernels.test_usage import Recorder
 from tests.moe.test_dispatchers import make_layer, run, single, tokens
 
@@ -71,3 +72,22 @@ def test_recomputation_repeats_the_clusters() -> None:
         again = layer(x, None, memo)[0]
     assert torch.equal(first, again)
     assert not recorder.called & {"hash", "plan", "nearest", "regroup"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("residual", ["interpolate", "identity", "none"])
+@pytest.mark.parametrize("form", ["member", "mean"])
+def test_layer_on_a_gpu_is_that_of_the_cpu(residual: str, form: str) -> None:
+    """In fp32 against fp64 on the CPU."""
+    lsh = budget(lsh_residual=residual, lsh_representative=form)
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        layer, _ = make_layer(offline_context(device=device), "lsh", lsh)
+        x = tokens(0).detach().to(device, dtype).requires_grad_()
+        y, aux = layer.to(dtype)(x)
+        (y.pow(2).mean() + aux).backward()
+        assert x.grad is not None
+        found.append((y.detach().cpu().double(), x.grad.cpu().double()))
+    for ours, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-4)
