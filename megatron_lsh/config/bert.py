@@ -37,3 +37,10 @@ class BertConfig(Config):
     def check_own(self, check: Checker) -> None:
         super().check_own(check)
         refuse_gpt_only(check, "BERT")
+        if self.indexed_data:  # as data/samples/bert.py, which a program may use by itself
+            least = 5 if self.bert.bert_binary_head else 4
+            check.rule(
+                f"{{seq_length}} must be at least {least}, which [CLS], [SEP] and two tokens take",
+                lambda length: length >= least,
+                "raise --seq-length",
+            )

@@ -108,3 +108,10 @@ def check_t5(cfg: T5Config, check: Checker) -> None:
             if str(error) not in check.problems:
                 check.problems.append(str(error))
     refuse_gpt_only(check, "T5")
+    if cfg.indexed_data:  # as data/samples/t5.py
+        for name, least in (("encoder_seq_length", 2), ("decoder_seq_length", 3)):
+            check.rule(
+                f"{{{name}}} must be at least {least}, or no text fits",
+                lambda length, least=least: length >= least,
+                f"raise --{name.replace('_', '-')}",
+            )

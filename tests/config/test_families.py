@@ -96,6 +96,16 @@ def test_bert_has_its_own_flags() -> None:
             "t5.mean_noise_span_length (0.5) must be at least 1: change --mean-noise-span-length",
         ),
         (
+            "--decoder-seq-length 2",
+            T5Config,
+            "t5.decoder_seq_length (2) must be at least 3, or no text fits: raise --decoder-seq-length",
+        ),
+        (
+            "--seq-length 4",
+            BertConfig,
+            "model.seq_length (4) must be at least 5, which [CLS], [SEP] and two tokens take: raise --seq-length",
+        ),
+        (
             "--position-embedding-type relative",
             BertConfig,
             "model.position_embedding_type (relative) must not be relative, which only T5 has: set "
