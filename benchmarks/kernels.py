@@ -359,7 +359,7 @@ def _grouped_products(inputs: Inputs) -> Iterator[Measured]:
     op, (groups, block), device = torch.ops.megatron_lsh, blocks.shape, inputs.rows_ND.device
     around_NB = torch.rand(inputs.size.rows, block, device=device) * blocks.valid_GB[blocks.block_N]
     weights_GBD = torch.rand(groups, block, hidden, device=device) * blocks.valid_GB.unsqueeze(2)
-    rows_ND, place = inputs.rows_ND.float(), blocks.rows[:3]
+    rows_ND, place = inputs.rows_ND.float(), tuple(blocks.rows)
     least = 4.0 * (around_NB.numel() + weights_GBD.numel() + rows_ND.numel())
     flops = 2.0 * around_NB.numel() * hidden
     yield Measured(

@@ -42,7 +42,6 @@ class Blocks:
         order_N: int64, rows in their order here; inverse_N: the place of each row in it.
         block_N, slot_N: int64, the block and the cluster's place, of the row at this place.
         rows: the moving rows of each block.
-        places: the places of each block.
         moving: ``order``, ``offsets`` and ``sizes`` of the moving rows by cluster, for ``segment``.
     """
 
@@ -55,7 +54,6 @@ class Blocks:
     block_N: Tensor
     slot_N: Tensor
     rows: Groups
-    places: Groups
     moving: tuple[Tensor, Tensor, Tensor]
 
     @staticmethod
@@ -103,24 +101,8 @@ class Blocks:
             block_N=block_C.index_select(0, own_N),
             slot_N=slot_C.index_select(0, own_N),
             rows=Groups(start_G, stop_G - start_G, width_G),
-            places=Groups(torch.arange(groups, device=device) * block, width_G, width_G, even=True),
             moving=(place_N, begin_C, end_C - begin_C),
         )
-
-    def pad(self, x_CD: Tensor) -> Tensor:
-        """[G, B, D]: what belongs to clusters, in their places; zero elsewhere."""
-        return x_CD.new_zeros(self.shape[0] * self.shape[1], x_CD.shape[1]).index_copy_(0, self.slot_C, x_CD).view(
-            *self.shape, -1
-        )  # fmt: skip
-
-    def unpad(self, x_GBD: Tensor) -> Tensor:
-        """[C, D]: the inverse of :meth:`pad`."""
-        return x_GBD.flatten(0, 1).index_select(0, self.slot_C)
-
-    def centred(self, x_GBD: Tensor) -> Tensor:
-        """Less the mean over the valid places; zero elsewhere."""
-        mean_GD = x_GBD.sum(1) / self.width_G1
-        return (x_GBD - mean_GD.unsqueeze(1)).masked_fill_(~self.valid_GB.unsqueeze(2), 0)
 
 
 def _to_device(numbers: list[int], device: torch.device) -> Tensor:

@@ -95,22 +95,19 @@ def prepare_interpolation(
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if clusters.num_clusters == clusters.num_rows:
         return lambda expert_out_CD: expert_out_CD.index_select(0, clusters.cluster_N)
-    blocks = Blocks.of(clusters, member_C, block, clusters.counts_on_host(), accumulator(rows_ND.dtype))
+    dtype = accumulator(rows_ND.dtype)
+    blocks = Blocks.of(clusters, member_C, block, clusters.counts_on_host(), dtype)
+    ops = choose(rows_ND.new_empty(0, dtype=dtype))
     if form == "weights":
-        weights_NB = _Weights.apply(rows_ND, representatives_CD, blocks, ridge, width)
+        weights_NB = _Weights.apply(rows_ND, representatives_CD, blocks, ops, ridge, width)
         return lambda expert_out_CD: _Weighted.apply(weights_NB, expert_out_CD, clusters, blocks)
     with torch.no_grad():
-        system = _System.of(rows_ND, representatives_CD, blocks, ridge, width)
+        system = _System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
 
     def finish(expert_out_CD: Tensor) -> Tensor:
-        return _Fitted.apply(expert_out_CD, rows_ND, representatives_CD, clusters, blocks, system)
+        return _Fitted.apply(expert_out_CD, rows_ND, representatives_CD, clusters, blocks, system, ops)
 
     return finish
-
-
-def _operations(rows_ND: Tensor) -> PlainOps:
-    """For numbers in the dtype of the arithmetic."""
-    return choose(rows_ND.new_empty(0, dtype=accumulator(rows_ND.dtype)))
 
 
 class _System(NamedTuple):
@@ -122,9 +119,10 @@ class _System(NamedTuple):
     inverse_GBB: Tensor
 
     @staticmethod
-    def of(rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks, ridge: float, width: float) -> _System:
+    def of(
+        rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks, ops: PlainOps, ridge: float, width: float
+    ) -> _System:
         x_ND, c_GBD = _shifted(rows_ND, representatives_CD, blocks)
-        ops = _operations(rows_ND)
         norm_GB = c_GBD.square().sum(2)
         # Between two of B points |c_i - c_j|^2 is on average twice their variance.
         scale_G = (width * 2 * norm_GB.sum(1) / blocks.width_G1.squeeze(1)).clamp(min=1e-20)
@@ -134,7 +132,7 @@ class _System(NamedTuple):
         near_N = torch.linalg.vector_norm(x_ND, dim=1).square_().div_(scale_G.index_select(0, blocks.block_N))
         around_NB = ops.grouped(x_ND, columns_GBD, blocks.rows, True)
         around_NB.sub_(near_N.unsqueeze(1)).sub_(far_GB.index_select(0, blocks.block_N)).exp_()
-        among_GBB = ops.grouped(c_GBD.flatten(0, 1), columns_GBD, blocks.places, True).view(*blocks.shape, -1)
+        among_GBB = torch.bmm(c_GBD, columns_GBD.transpose(1, 2))
         among_GBB.sub_(far_GB.unsqueeze(2)).sub_(far_GB.unsqueeze(1)).exp_()
         diagonal_GB = torch.full_like(far_GB, 1.0).masked_fill_(blocks.valid_GB, ridge)
         return _System(scale_G, around_NB, among_GBB, _inverse(among_GBB + torch.diag_embed(diagonal_GB)))
@@ -164,21 +162,38 @@ class _System(NamedTuple):
         place_N, starts_G, counts_G = blocks.moving[0], blocks.rows.starts, blocks.rows.counts
         pull_GB = ops.segment(around_NB, None, None, place_N, starts_G, counts_G, False) + among_GBB.sum(2)
         grad_c_GBD = ops.grouped_outer(around_NB, x_ND, blocks.rows)
-        grad_c_GBD += ops.grouped(among_GBB.flatten(0, 1), c_GBD, blocks.places).view_as(grad_c_GBD)
+        grad_c_GBD += torch.bmm(among_GBB, c_GBD)
         grad_c_GBD.addcmul_(c_GBD, pull_GB.unsqueeze(2), value=-1)
         dtype = rows_ND.dtype
-        return grad_rows_ND.to(dtype).index_select(0, blocks.inverse_N), blocks.unpad(grad_c_GBD).to(dtype)
+        return grad_rows_ND.to(dtype).index_select(0, blocks.inverse_N), _unpad(blocks, grad_c_GBD).to(dtype)
 
 
 def _shifted(rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Rows in the blocks' order and representatives in their places, in the dtype of the arithmetic, less the mean of each
     block's representatives: that changes no distance, and keeps their rounding small."""
-    dtype = accumulator(rows_ND.dtype)
-    padded_GBD = blocks.pad(representatives_CD).to(dtype)
+    dtype = blocks.width_G1.dtype
+    padded_GBD = _pad(blocks, representatives_CD).to(dtype)
     mean_GD = padded_GBD.sum(1) / blocks.width_G1
     c_GBD = (padded_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
     rows_ND = rows_ND.index_select(0, blocks.order_N).to(dtype)
     return rows_ND.sub_(mean_GD.index_select(0, blocks.block_N)), c_GBD
+
+
+def _pad(blocks: Blocks, x_CD: Tensor) -> Tensor:
+    """[G, B, D]: what belongs to clusters, in their places; zero elsewhere."""
+    groups, block = blocks.shape
+    return x_CD.new_zeros(groups * block, x_CD.shape[1]).index_copy_(0, blocks.slot_C, x_CD).view(groups, block, -1)
+
+
+def _unpad(blocks: Blocks, x_GBD: Tensor) -> Tensor:
+    """[C, D]: the inverse of :func:`_pad`."""
+    return x_GBD.flatten(0, 1).index_select(0, blocks.slot_C)
+
+
+def _centred(blocks: Blocks, x_GBD: Tensor) -> Tensor:
+    """Less the mean over the valid places; zero elsewhere."""
+    mean_GD = x_GBD.sum(1) / blocks.width_G1
+    return (x_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
 
 
 def _inverse(system_GBB: Tensor) -> Tensor:
@@ -205,12 +220,12 @@ class _Fitted(torch.autograd.Function):
         clusters: Clusters,
         blocks: Blocks,
         system: _System,
+        ops: PlainOps,
     ) -> Tensor:
-        ctx.clusters, ctx.blocks, ctx.out_dtype = clusters, blocks, expert_out_CD.dtype
-        ctx.ops = ops = _operations(rows_ND)
-        dtype = accumulator(rows_ND.dtype)
-        outputs_GBD = blocks.centred(blocks.pad(expert_out_CD).to(dtype))
-        weights_GBD = ops.grouped(system.inverse_GBB.flatten(0, 1), outputs_GBD, blocks.places).view_as(outputs_GBD)
+        ctx.clusters, ctx.blocks, ctx.out_dtype, ctx.ops = clusters, blocks, expert_out_CD.dtype, ops
+        dtype = blocks.width_G1.dtype
+        outputs_GBD = _centred(blocks, _pad(blocks, expert_out_CD).to(dtype))
+        weights_GBD = torch.bmm(system.inverse_GBB, outputs_GBD)
         change_ND = ops.grouped(system.difference(blocks), weights_GBD, blocks.rows)
         # Not as attributes: what is saved is dropped under activation recomputation.
         ctx.save_for_backward(rows_ND, representatives_CD, weights_GBD, *system)
@@ -218,7 +233,7 @@ class _Fitted(torch.autograd.Function):
         return restored_ND.index_add_(0, blocks.order_N, change_ND.to(restored_ND.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         """The changes are D W with D = k(x) - K_own, so dW = D^T g; the outputs receive M dW, and K receives
         -(sums + M dW) W^T, sums those of g over the rows of each cluster."""
         blocks: Blocks = ctx.blocks
@@ -227,16 +242,15 @@ class _Fitted(torch.autograd.Function):
         system = _System(*kept)
         grad_ND, grad_out_CD, sums_GBD = _arriving(grads[0], ctx.clusters, blocks, weights_GBD.dtype, ops)
         grad_w_GBD = ops.grouped_outer(system.difference(blocks), grad_ND, blocks.rows)
-        inverse = system.inverse_GBB.flatten(0, 1)
-        of_outputs_GBD = ops.grouped(inverse, grad_w_GBD, blocks.places).view_as(sums_GBD)
+        of_outputs_GBD = torch.bmm(system.inverse_GBB, grad_w_GBD)
         grad_around_NB = ops.grouped(grad_ND, weights_GBD, blocks.rows, True)
         through_GBD = (sums_GBD + of_outputs_GBD).neg_()
-        grad_among_GBB = ops.grouped(through_GBD.flatten(0, 1), weights_GBD, blocks.places, True)
+        grad_among_GBB = torch.bmm(through_GBD, weights_GBD.transpose(1, 2))
         grad_rows_ND, grad_c_CD = system.gradients(
-            grad_around_NB, grad_among_GBB.view(*blocks.shape, -1), rows_ND, representatives_CD, blocks, ops
+            grad_around_NB, grad_among_GBB, rows_ND, representatives_CD, blocks, ops
         )
-        grad_out_CD += blocks.unpad(blocks.centred(of_outputs_GBD))
-        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_c_CD, None, None, None
+        grad_out_CD += _unpad(blocks, _centred(blocks, of_outputs_GBD))
+        return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_c_CD, None, None, None, None
 
 
 def _arriving(
@@ -247,7 +261,7 @@ def _arriving(
     grad_ND = grad_ND.to(dtype).contiguous()
     whole_CD = ops.segment(grad_ND, None, None, *clusters.segments, False)
     grad_ND = grad_ND.index_select(0, blocks.order_N)
-    return grad_ND, whole_CD, blocks.pad(ops.segment(grad_ND, None, None, *blocks.moving, False))
+    return grad_ND, whole_CD, _pad(blocks, ops.segment(grad_ND, None, None, *blocks.moving, False))
 
 
 class _Weights(torch.autograd.Function):
@@ -255,31 +269,37 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks, ridge: float, width: float
+        ctx: Any,
+        rows_ND: Tensor,
+        representatives_CD: Tensor,
+        blocks: Blocks,
+        ops: PlainOps,
+        ridge: float,
+        width: float,
     ) -> Tensor:
-        ctx.blocks, ctx.ops = blocks, _operations(rows_ND)
-        system = _System.of(rows_ND, representatives_CD, blocks, ridge, width)
-        uncentred_NB = ctx.ops.grouped(system.difference(blocks), system.inverse_GBB, blocks.rows)
+        ctx.blocks, ctx.ops = blocks, ops
+        system = _System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
+        uncentred_NB = ops.grouped(system.difference(blocks), system.inverse_GBB, blocks.rows)
         ctx.save_for_backward(rows_ND, representatives_CD, uncentred_NB, *system)
-        return _centred(uncentred_NB, blocks)
+        return _centred_rows(uncentred_NB, blocks)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """With D = k(x) - K_own: dD = centre(dA) M, and K receives -(D M)^T dD - onehot(own)^T dD."""
         blocks: Blocks = ctx.blocks
         ops: PlainOps = ctx.ops
         rows_ND, representatives_CD, uncentred_NB, *kept = ctx.saved_tensors
         system = _System(*kept)
-        grad_NB = ops.grouped(_centred(grads[0].contiguous(), blocks), system.inverse_GBB, blocks.rows)
+        grad_NB = ops.grouped(_centred_rows(grads[0].contiguous(), blocks), system.inverse_GBB, blocks.rows)
         grad_among_GBB = ops.grouped_outer(uncentred_NB, grad_NB, blocks.rows)
-        grad_among_GBB += blocks.pad(ops.segment(grad_NB, None, None, *blocks.moving, False))
+        grad_among_GBB += _pad(blocks, ops.segment(grad_NB, None, None, *blocks.moving, False))
         grad_rows_ND, grad_c_CD = system.gradients(
             grad_NB, grad_among_GBB.neg_(), rows_ND, representatives_CD, blocks, ops
         )
-        return grad_rows_ND, grad_c_CD, None, None, None
+        return grad_rows_ND, grad_c_CD, None, None, None, None
 
 
-def _centred(a_NB: Tensor, blocks: Blocks) -> Tensor:
+def _centred_rows(a_NB: Tensor, blocks: Blocks) -> Tensor:
     """Each row less its mean over the valid places; zero elsewhere."""
     mean_N1 = a_NB.sum(1, keepdim=True) / blocks.width_G1.index_select(0, blocks.block_N)
     return (a_NB - mean_N1).mul_(blocks.valid_GB.to(a_NB.dtype).index_select(0, blocks.block_N))
@@ -292,7 +312,7 @@ class _Weighted(torch.autograd.Function):
     def forward(ctx: Any, weights_NB: Tensor, expert_out_CD: Tensor, clusters: Clusters, blocks: Blocks) -> Tensor:
         ctx.clusters, ctx.blocks, ctx.ops = clusters, blocks, choose(weights_NB)
         ctx.save_for_backward(weights_NB, expert_out_CD)
-        outputs_GBD = blocks.pad(expert_out_CD).to(weights_NB.dtype)
+        outputs_GBD = _pad(blocks, expert_out_CD).to(weights_NB.dtype)
         change_ND = ctx.ops.grouped(weights_NB, outputs_GBD, blocks.rows)
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         # Added apart from the product: the output itself is not rounded with it.
@@ -304,7 +324,7 @@ class _Weighted(torch.autograd.Function):
         ops: PlainOps = ctx.ops
         weights_NB, expert_out_CD = ctx.saved_tensors
         grad_ND, grad_out_CD, _ = _arriving(grads[0], ctx.clusters, blocks, weights_NB.dtype, ops)
-        outputs_GBD = blocks.pad(expert_out_CD).to(weights_NB.dtype)
+        outputs_GBD = _pad(blocks, expert_out_CD).to(weights_NB.dtype)
         grad_weights_NB = ops.grouped(grad_ND, outputs_GBD, blocks.rows, True)
-        grad_out_CD += blocks.unpad(ops.grouped_outer(weights_NB, grad_ND, blocks.rows))
+        grad_out_CD += _unpad(blocks, ops.grouped_outer(weights_NB, grad_ND, blocks.rows))
         return grad_weights_NB, grad_out_CD.to(expert_out_CD.dtype), None, None

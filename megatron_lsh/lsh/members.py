@@ -24,7 +24,7 @@ class _Members(torch.autograd.Function):
     def forward(
         ctx: Any, rows_ND: Tensor, clusters: Clusters, member_C: Tensor, with_residual: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.clusters, ctx.rows, ctx.ops = clusters, rows_ND.shape, choose(rows_ND)
+        ctx.clusters, ctx.rows, ctx.ops = clusters, rows_ND.shape, choose(rows_ND) if with_residual else None
         ctx.save_for_backward(member_C)
         members_CD = rows_ND.index_select(0, member_C)
         return members_CD, rows_ND - members_CD.index_select(0, clusters.cluster_N) if with_residual else None

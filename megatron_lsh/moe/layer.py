@@ -104,8 +104,8 @@ class MoELayer(nn.Module):
             x_TD, None if token_mask_SB is None else token_mask_SB.flatten(), x_SBD.shape[1], p.decided
         )
         if not p.replay:
-            p.add_load(routing.tokens_per_expert_E)
-            p.add(load_balancing_loss=routing.load_balancing_loss, z_loss=routing.z_loss)
+            losses = {"load_balancing_loss": routing.load_balancing_loss, "z_loss": routing.z_loss}
+            p.add_load(routing.tokens_per_expert_E, **losses)
         shared = self._shared_output(x_SBD, p) if self._shared_first else None
         y_TD = self._through_experts(x_TD, routing, p)
         if self.shared_experts is not None:

@@ -253,10 +253,11 @@ class LayerPass:
             record.add_time(name, (time.perf_counter() - began) * 1e3)
         record.add(**values)
 
-    def add_load(self, counts_E: Tensor) -> None:
-        """Add one micro-batch's rows per expert (this rank's rows, before compression)."""
+    def add_load(self, counts_E: Tensor, **values: float | Tensor) -> None:
+        """Add one micro-batch's rows per expert (this rank's rows, before compression), and to sums as :meth:`add` does."""
         if self._record.enabled:
             self._record.load_E += counts_E
+            self._record.add(**values)
 
     def silent(self) -> LayerPass:
         """A pass of its own that measures nothing."""

@@ -19,13 +19,11 @@ class Groups(NamedTuple):
 
     Attributes:
         starts, counts, widths: int64 [G]. Groups are in order and do not overlap.
-        even: the starts are 0, B, 2 B, ...: one batch of [G, B, features], in which what is beyond a width is zero.
     """
 
     starts: Tensor
     counts: Tensor
     widths: Tensor
-    even: bool = False
 
 
 class Tiles(NamedTuple):

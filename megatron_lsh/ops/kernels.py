@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lsh.ops.dtypes import accumulator
 from megatron_lsh.ops.groups import Groups
 from megatron_lsh.ops.plain import PlainOps
 from megatron_lsh.ops.wire_formats import FORMATS
@@ -21,6 +20,10 @@ class KernelOps(PlainOps):
     def __init__(self, kernels: Any) -> None:
         """``kernels``: ``torch.ops.megatron_lsh``, or another namespace with the same schemas (the tests' emulator)."""
         self._kernels = kernels
+        # What needs no decision is the kernel itself.
+        self.nearest = kernels.nearest  # type: ignore[method-assign]
+        self.segment_residual = kernels.segment_residual  # type: ignore[method-assign]
+        self.dots = kernels.dots  # type: ignore[method-assign]
 
     def project(self, rows: Tensor, rotation: Tensor) -> Tensor:
         # On a GPU the library's product is as good.
@@ -31,12 +34,12 @@ class KernelOps(PlainOps):
     def grouped(self, rows: Tensor, matrices: Tensor, groups: Groups, transposed: bool = False) -> Tensor:
         if rows.device.type != "cpu":
             return super().grouped(rows, matrices, groups, transposed)
-        return self._kernels.grouped(rows, matrices, *groups[:3], transposed)
+        return self._kernels.grouped(rows, matrices, *groups, transposed)
 
     def grouped_outer(self, left: Tensor, right: Tensor, groups: Groups) -> Tensor:
         if left.device.type != "cpu":
             return super().grouped_outer(left, right, groups)
-        return self._kernels.grouped_outer(left, right, *groups[:3])
+        return self._kernels.grouped_outer(left, right, *groups)
 
     def plan(
         self,
@@ -57,11 +60,6 @@ class KernelOps(PlainOps):
             key, projection, index, row_ends, cluster_ends, num_clusters, num_hashes, code_bits
         )  # fmt: skip
 
-    def nearest(
-        self, rows: Tensor, index: Tensor | None, centroids: Tensor, row_ends: Tensor, cluster_ends: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self._kernels.nearest(rows, index, centroids, row_ends, cluster_ends)
-
     def regroup(
         self, nearest: Tensor, distance: Tensor, row_ends: Tensor, cluster_ends: Tensor, num_clusters: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,18 +79,12 @@ class KernelOps(PlainOps):
             return super().segment(source, index, weight, order, offsets, sizes, mean)
         return self._kernels.segment(source, index, weight, order, offsets, sizes, mean)
 
-    def segment_residual(self, source: Tensor, order: Tensor, offsets: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        return self._kernels.segment_residual(source, order, offsets, sizes)
-
     def combine(
         self, source: Tensor, index: Tensor, weight: Tensor | None, row: Tensor | None, centroid: Tensor | None
     ) -> Tensor:
         if not _weighs(weight, source):
             return super().combine(source, index, weight, row, centroid)
         return self._kernels.combine(source, index, weight, row, centroid)
-
-    def dots(self, grad: Tensor, source: Tensor, index: Tensor, row: Tensor | None, centroid: Tensor | None) -> Tensor:
-        return self._kernels.dots(grad, source, index, row, centroid)
 
     def spread(
         self,
@@ -120,4 +112,4 @@ class KernelOps(PlainOps):
 
 def _weighs(weight: Tensor | None, rows: Tensor) -> bool:
     """Whether kernels take these weights: they are in the dtype of the sums."""
-    return weight is None or weight.dtype == accumulator(rows.dtype)
+    return weight is None or weight.dtype == (torch.float64 if rows.dtype == torch.float64 else torch.float32)

@@ -186,8 +186,6 @@ class PlainOps:
             [N, X], or [N, B] if transposed; zero in the rows of no group.
         """
         matrices = matrices.transpose(1, 2) if transposed else matrices
-        if groups.even:
-            return torch.bmm(rows.view(len(matrices), -1, rows.shape[1]), matrices).flatten(0, 1)
         if rows.shape[0] == 0:
             return rows.new_zeros(0, matrices.shape[2])
         tiles = Tiles.of(groups, rows.shape[0])
@@ -196,9 +194,6 @@ class PlainOps:
     def grouped_outer(self, left: Tensor, right: Tensor, groups: Groups) -> Tensor:
         """``left^T right`` over the rows of each group: [G, B, X]; ``left`` [N, B] is zero beyond a group's width."""
         num_groups, shape = groups.starts.shape[0], (left.shape[1], right.shape[1])
-        if groups.even:
-            left, right = (x.view(num_groups, -1, x.shape[1]) for x in (left, right))
-            return torch.bmm(left.transpose(1, 2), right)
         if left.shape[0] == 0:
             return left.new_zeros(num_groups, *shape)
         tiles = Tiles.of(groups, left.shape[0])
