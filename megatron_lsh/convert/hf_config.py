@@ -220,7 +220,7 @@ def _read_rotary(cfg: Config, keys: Keys, family: Family) -> None:
             raise keys.error(key, f"equal to that of {name} ({value})", "remove one of them")
     theta = theta or keys.number("rope_theta") or 1e4
     if theta != int(theta):
-        raise keys.error("rope_theta", "a whole number", "--rotary-base takes integers")
+        raise (both if "rope_theta" in inner else keys).error("rope_theta", "a whole number", "--rotary-base takes integers")
     cfg.model.rotary_base = int(theta)
     if family.traits.partial_rotary and keys.value("rotary_dim") is not None:  # MiniMax' own spelling
         factor = factor or keys.whole("rotary_dim") / (cfg.model.kv_channels or 1)

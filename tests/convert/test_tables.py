@@ -103,6 +103,11 @@ def test_real_models_are_whole(kind: str) -> None:
         (MIXTRAL, {"sliding_window": 4096}, r"sliding_window \(4096\) must be null or at least the 32768 positions"),
         (MIXTRAL, {"quantization_config": {"bits": 4}}, r"quantization_config .* must be"),
         (MIXTRAL, {"rope_theta": 10000.5}, r"rope_theta \(10000.5\) must be a whole number"),
+        (
+            MIXTRAL,
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.5}},
+            r"rope_parameters: rope_theta \(10000.5\) must be a whole number",
+        ),
         (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling .*yarn.* of type default"),
         (QWEN3, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, r"rope_parameters .*llama3"),
         (QWEN3, {"attention_bias": True}, r"attention_bias \(True\) must be False"),
