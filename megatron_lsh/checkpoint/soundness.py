@@ -44,8 +44,10 @@ def newest(root: Path) -> list[tuple[int, Path]]:
     """
     tracker = folders.read_tracker(root)
     found: list[tuple[int, Path]] = []
-    for iteration, folder in folders.candidates(root, tracker) if tracker is not None else []:
-        tracked = tracker is None or tracker.iteration is None or iteration <= tracker.iteration
+    if tracker is None:
+        return found
+    for iteration, folder in folders.candidates(root, tracker):
+        tracked = tracker.iteration is None or iteration <= tracker.iteration
         if len(found) < 2 and tracked and inspect_folder(folder, iteration, hashes=False).valid:
             found.append((iteration, folder))
     return found

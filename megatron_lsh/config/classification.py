@@ -14,6 +14,7 @@ from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.config_file import read_document
+from megatron_lsh.config.data import TOKENIZER_SETTINGS
 from megatron_lsh.config.flag import flag
 from megatron_lsh.config.serialize import is_saved_config
 from megatron_lsh.config.settings import named, settings_of
@@ -26,7 +27,6 @@ _POOLING = MappingProxyType({"gpt": "last", "bert": "first", "t5": "mean"})
 _UNKNOWN_LENGTH = 1_000_000  # iterations of an epoch, before the data has been read
 # What a pretraining run's config.json says about the model; everything else in it is about that run.
 _MODEL_SECTIONS = ("model", "moe", "lsh", "bert", "t5")
-_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_extra_ids", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _of_the_model(values: dict[str, Any], saved: Any, config_class: type[Config]
     kept = {
         name: value
         for name, value in values.items()
-        if name in _TOKENIZER or (name in settings and settings[name].section in _MODEL_SECTIONS)
+        if name in TOKENIZER_SETTINGS or (name in settings and settings[name].section in _MODEL_SECTIONS)
     }
     # Derived from the --seq-length of that run, but the size of a table of weights: a shorter --seq-length keeps it.
     positions = saved.get("model", {}).get("max_position_embeddings")

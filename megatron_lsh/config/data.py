@@ -19,6 +19,10 @@ TOKENIZER_TYPES = (
     "NullTokenizer",
 )
 
+# Settings that name its files, and all that say which tokenizer it is.
+TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
+TOKENIZER_SETTINGS = ("tokenizer_type", *TOKENIZER_FILES, "vocab_extra_ids")
+
 
 def _split_text(value: Any) -> Any:
     """YAML may hold a list where the command line has ``969,30,1``; scripts of Megatron-LM's quote it twice."""

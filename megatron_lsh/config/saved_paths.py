@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_lsh.config.data import TOKENIZER_FILES
 from megatron_lsh.config.data_paths import is_number
 
 _FOLDERS = ("save", "load", "pretrained_checkpoint", "data_cache_path", "tensorboard_dir", "metrics_jsonl")
 _PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 # Where there is no such file, the value is a name on the Hugging Face hub, or a mistake to be told as it was written.
-_FILES = ("tokenizer_model", "vocab_file", "merge_file", "train_data", "valid_data", "test_data", "hf_dataset")
+_FILES = (*TOKENIZER_FILES, "train_data", "valid_data", "test_data", "hf_dataset")
 
 
 def with_full_paths(document: dict[str, Any]) -> dict[str, Any]:

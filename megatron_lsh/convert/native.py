@@ -56,6 +56,7 @@ from megatron_lsh.checkpoint.saved import read_config as read_saved_config
 from megatron_lsh.checkpoint.tensors import MODEL
 from megatron_lsh.checkpoint.writer import layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
+from megatron_lsh.config.data import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from megatron_lsh.config.kept_tokenizer import CONVERTED, KEPT, kept_tokenizer, tokenizer_contents
 from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.hf import vocabulary_pieces
@@ -77,7 +78,6 @@ from megatron_lsh.parallel.context import offline_context
 
 HF = CONVERTED  # the small files that the model came with
 _COMPRESSOR = ".mlp.dispatcher."
-_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids")
 _FILE_BYTES = 2**30  # of one data file; several let ranks verify and read in parallel
 
 
@@ -255,7 +255,7 @@ def read_config(folder: Path, dispatcher: str | None = None) -> Config:
 def _find_tokenizer(cfg: Config, folder: Path, data: Mapping[str, Any]) -> None:
     """Set the paths of the tokenizer to the checkpoint's own files; those that nobody can follow to None."""
     kept = kept_tokenizer(folder, data)
-    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+    for name in TOKENIZER_FILES:
         path = kept.get(name, getattr(cfg.data, name))
         if path is not None and not Path(path).is_absolute() and name not in kept:
             on_the_hub = cfg.data.tokenizer_type == "HuggingFaceTokenizer" and not Path(path).exists()
@@ -312,7 +312,7 @@ class NativeWriter:
         kept = {name: sections[name] for name in ("model", *(["moe"] if self._source.cfg.moe.num_experts else []))}
         data = self._source.cfg.data
         if data.tokenizer_type is not None:  # the source was trained here
-            kept["data"] = {name: sections["data"][name] for name in _TOKENIZER}
+            kept["data"] = {name: sections["data"][name] for name in TOKENIZER_SETTINGS}
         elif "tokenizer.json" in self._source.origin.files or "tokenizer.model" in self._source.origin.files:
             place = (self._folder.parent / folders.RELEASE / HF).absolute()
             kept["data"] = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
-from megatron_lsh.moe.experts import Experts, expert_width, output_init, row_width
+from megatron_lsh.moe.experts import Experts, output_init
 from megatron_lsh.moe.gauges import Gauge, max_over_mean, of_load, per_micro_batch, quantile
 from megatron_lsh.moe.latent import ReplicatedLinear
 from megatron_lsh.moe.layer_pass import Deferred, LayerPass, Noise, ReplayMemo
@@ -65,19 +65,14 @@ class MoELayer(nn.Module):
             SharedExperts(model_cfg, moe_cfg, ctx) if moe_cfg.moe_shared_expert_intermediate_size else None
         )
         self._shared_first = moe_cfg.moe_shared_expert_overlap and self.shared_experts is not None
-        width = row_width(model_cfg, moe_cfg)
         self.fc1_latent_proj: ReplicatedLinear | None = None
         self.fc2_latent_proj: ReplicatedLinear | None = None
         if moe_cfg.moe_latent_size is not None:
-            hidden, bias = model_cfg.hidden_size, model_cfg.add_bias_linear
+            hidden, width, bias = model_cfg.hidden_size, moe_cfg.moe_latent_size, model_cfg.add_bias_linear
             init = Init("normal", model_cfg.init_method_std)
             self.fc1_latent_proj = ReplicatedLinear(hidden, width, ctx, init=init, bias=bias)
             self.fc2_latent_proj = ReplicatedLinear(width, hidden, ctx, init=output_init(model_cfg), bias=bias)
-        spec = DispatcherSpec(
-            moe_cfg, lsh_cfg, ctx, width, moe_cfg.num_experts, layer,
-            expert_width(model_cfg, moe_cfg), model_cfg.swiglu,
-        )  # fmt: skip
-        self.dispatcher = build_dispatcher(spec)
+        self.dispatcher = build_dispatcher(DispatcherSpec.of(model_cfg, moe_cfg, lsh_cfg, ctx, layer))
         self._record = telemetry.layer(layer, moe_cfg.num_experts, (*GAUGES, *self.dispatcher.gauges))
 
     def set_iteration(self, iteration: int, total: int | None = None) -> None:

@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from megatron_lsh import lsh
+from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.lsh.cost import MOST, Restoration, choose_restoration
@@ -40,6 +41,7 @@ from megatron_lsh.moe.compressors.lsh import (
 from megatron_lsh.moe.compressors.tokens import TokenLSHCompressor
 from megatron_lsh.moe.dispatcher import GAUGES as DISPATCHER_GAUGES
 from megatron_lsh.moe.dispatcher import Compressed, Compressor, Dispatcher, RowDispatcher, RowPath, ThroughExperts
+from megatron_lsh.moe.experts import expert_width, row_width
 from megatron_lsh.moe.nodes import GAUGES as NODE_GAUGES
 from megatron_lsh.moe.nodes import DeduplicatedDispatcher, ExceptOwnNode, InsideNode, node_order
 from megatron_lsh.moe.overlap import InPieces
@@ -74,6 +76,12 @@ class DispatcherSpec:
     layer: int
     expert_width: int | None = None
     gated: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig, moe: MoEConfig, lsh: LSHConfig, ctx: ParallelContext, layer: int) -> DispatcherSpec:
+        """What the settings say of the MoE layer with this number. Raises ConfigError for a width that is not known."""
+        width, inner = row_width(model, moe), expert_width(model, moe)
+        return cls(moe, lsh, ctx, width, moe.num_experts or 0, layer, inner, model.swiglu)
 
     def restoration(self) -> Restoration:
         """How ``--lsh-residual interpolate`` restores rows here."""

@@ -254,12 +254,6 @@ class LocalTransport(Transport):
 class AllToAllTransport(Transport):
     """One all-to-all with uneven splits each way; a row travels only to the rank of its expert."""
 
-    def remote_rows(self, movement: Movement) -> tuple[int, int, int]:
-        """Rows of a movement to ranks of other nodes, to other ranks of this node, and from other ranks."""
-        own = self.group.rank
-        near = sum(rows for rows, is_near in zip(movement.sent, self.near, strict=True) if is_near)
-        return sum(movement.sent) - near, near - movement.sent[own], sum(movement.received) - movement.received[own]
-
     def order(self, rows: Tensor, plan: Plan, outward: bool) -> Tensor:
         return rows if outward or plan.unsort_R is None else rows.index_select(0, plan.unsort_R)
 

@@ -20,7 +20,6 @@ from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.serialize import describe, to_saved
 from megatron_lsh.errors import CheckpointError, ConfigError
-from megatron_lsh.moe.experts import expert_width, row_width
 from megatron_lsh.moe.registry import DispatcherSpec, describe_restoration
 from megatron_lsh.moe.registry import describe as describe_dispatcher
 from megatron_lsh.parallel.context import ParallelContext
@@ -127,10 +126,7 @@ def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
     is much."""
     if cfg.moe.num_experts is None or ctx.rank != 0:
         return
-    spec = DispatcherSpec(
-        cfg.moe, cfg.lsh, ctx, row_width(cfg.model, cfg.moe), cfg.moe.num_experts, 0,
-        expert_width(cfg.model, cfg.moe), cfg.model.swiglu,
-    )  # fmt: skip
+    spec = DispatcherSpec.of(cfg.model, cfg.moe, cfg.lsh, ctx, layer=0)
     for line in (describe_dispatcher(spec), describe_restoration(spec)):
         if line is not None:
             print(line, flush=True)
