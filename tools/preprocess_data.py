@@ -1,10 +1,14 @@
-"""Tokenize documents into the .bin/.idx files that training reads: the command line of megatron_lsh/data/preparation."""
+#!/usr/bin/env python
+"""Tokenize documents into the .bin/.idx files that training reads: the command line of megatron_lsh/data/preparation.
 
-from __future__ import annotations
+    python tools/preprocess_data.py --help
+
+Without a checkout: python -m megatron_lsh preprocess_data
+"""
 
 import sys
 
-from megatron_lsh.data.preparation.preprocess import main
+from megatron_lsh.commands.preprocess_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

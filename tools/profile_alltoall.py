@@ -1,70 +1,14 @@
 #!/usr/bin/env python
 """Measure the share of the all-to-all in a training step, exact and with LSH, for your model on your cluster.
 
-    torchrun --nproc-per-node 8 tools/profile_alltoall.py THE FLAGS OF pretrain_gpt_moe.py [--steps 8] [--json FILE]
+    python tools/profile_alltoall.py --help
 
-Runs a few steps of each kind in turn; saves and loads nothing. Prints the break-even bandwidth, at which LSH stops
-paying, and a prediction for other clusters from a cost model fitted to the measurement (megatron_lsh/plan/cost_model.py).
+Without a checkout: python -m megatron_lsh profile_alltoall
 """
 
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from functools import partial
-from pathlib import Path
 
-from megatron_lsh.config import Config, assumed_world_size, required, validate
-from megatron_lsh.families import GPT
-from megatron_lsh.parallel.initialize import initialize, shutdown
-from megatron_lsh.plan.cost_model import as_json, fit, measured_text, predicted_text
-from megatron_lsh.training.alltoall_profile import measure, profiling_config
-from megatron_lsh.training.faults import launch
-from megatron_lsh.training.startup import introduce, set_determinism
-
-
-def own_flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of each kind")
-    parser.add_argument("--json", type=Path, help="write everything measured and fitted to this file")
-    predict = parser.add_argument_group("what to predict for")
-    gbit, speeds = [1, 10, 25, 50, 100, 200, 400], [1, 10, 100, 1000]
-    predict.add_argument("--predict-gbit", nargs="+", type=float, default=gbit, help="bandwidths per rank")
-    predict.add_argument("--predict-ranks", type=int, help="expert-parallel ranks (default: as measured)")
-    predict.add_argument(
-        "--predict-compute", nargs="+", type=float, default=speeds, help="times as fast as this machine"
-    )
-    return parser
-
-
-def main(words: list[str]) -> int:
-    own, flags = own_flags().parse_known_args(words)
-
-    def configure() -> Config:
-        cfg = GPT.parse(flags)
-        return profiling_config(validate(cfg, assumed_world_size(cfg)))
-
-    return launch(configure, partial(profile, own))
-
-
-def profile(own: argparse.Namespace, cfg: Config) -> None:
-    """Measure, and report on rank 0."""
-    set_determinism(cfg)
-    ctx = initialize(cfg.parallel, moe=True)
-    introduce(cfg, ctx)
-    exact, lsh = measure(cfg, GPT, ctx, max(own.steps, 1))
-    if ctx.rank == 0:
-        ranks = ctx.ep.size
-        model = fit(exact, lsh, topk=cfg.moe.moe_router_topk, hidden=required(cfg.model.hidden_size), ranks=ranks)
-        print(measured_text(exact, lsh, model), end="\n\n")
-        print(predicted_text(model, own.predict_gbit, own.predict_ranks or ranks, own.predict_compute), flush=True)
-        if own.json is not None:
-            own.json.write_text(json.dumps(as_json(exact, lsh, model), indent=1) + "\n")
-    shutdown(ctx)
-
+from megatron_lsh.commands.profile_alltoall import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

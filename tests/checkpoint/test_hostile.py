@@ -16,11 +16,11 @@ import torch
 from megatron_lsh.checkpoint import inspect
 from megatron_lsh.checkpoint.manifest import FileEntry, hash_file, read_manifest, write_manifest
 from megatron_lsh.checkpoint.metadata import METADATA, read_metadata
+from megatron_lsh.commands import checkpoint_info
 from megatron_lsh.config import parse_args
 from megatron_lsh.convert.native import NativeSource, read_config
 from megatron_lsh.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from megatron_lsh.parallel.context import offline_context
-from tests.checkpoint.test_info_tool import load_tool
 from tests.checkpoint.toy import Trainer, manager
 
 CTX = offline_context(device="cpu")
@@ -71,7 +71,7 @@ def test_a_hostile_pickle_in_any_file_is_not_executed(tmp_path: Path, name: str)
     sign(folder)
     said = resumed(tmp_path / "save")
     assert "falling back to iteration 1" in said and ("tensors cannot be read" in said or name in said)
-    load_tool().main([str(folder), "--tensors"])
+    checkpoint_info.main([str(folder), "--tensors"])
     with pytest.raises(CheckpointError):
         NativeSource(folder)
     if name == METADATA:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -11,13 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from megatron_lsh.commands import convert_checkpoint
 from megatron_lsh.config import parse_args, validate
 from megatron_lsh.convert import load_native
 from tests.convert.helpers import assert_bit_equal, contents, hf_tensors
@@ -26,17 +25,7 @@ from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny
 ROOT = Path(__file__).parents[2]
 
 
-def load_tool(name: str = "convert_checkpoint") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_there_and_back_through_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool()
     save_tiny(tmp_path / "hf", "mixtral", torch.bfloat16)
     way = ["hf", "native", "megatron", "native", "hf"]
     load = tmp_path / "hf"
@@ -49,7 +38,7 @@ def test_there_and_back_through_every_format(tmp_path: Path, capsys: pytest.Capt
             flags += ["--vocab-size", "67"]
         if target == "hf":
             flags += ["--max-shard-size", "20KB", "--reference", str(tmp_path / "hf")]
-        assert tool.main(flags) == 0
+        assert convert_checkpoint.main(flags) == 0
         said = capsys.readouterr()
         assert "tensors, 0.000 GB, shapes and SHA-256 equal" in said.out and f"saved {save}" in said.out
         assert ("agree, largest difference of logits" in said.out) == ("hf" in (source, target))
@@ -71,18 +60,22 @@ def test_there_and_back_through_every_format(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_upcycling_dtype_and_no_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool()
     dense = save_tiny(tmp_path / "hf", "qwen3")
     flags = ["--from", "hf", "--load", str(tmp_path / "hf"), "--quiet", "--moe-use-upcycling", "--num-experts", "4"]
-    assert tool.main([*flags, "--to", "native", "--save", str(tmp_path / "native")]) == 0
+    assert convert_checkpoint.main([*flags, "--to", "native", "--save", str(tmp_path / "native")]) == 0
     assert "agree, largest difference of logits" in capsys.readouterr().out, "with the dense model"
     assert load_native(tmp_path / "native").cfg.moe.num_experts == 4
-    assert tool.main([*flags, "--to", "hf", "--save", str(tmp_path / "moe"), "--no-verify"]) == 0
+    assert convert_checkpoint.main([*flags, "--to", "hf", "--save", str(tmp_path / "moe"), "--no-verify"]) == 0
     said = capsys.readouterr()
     assert "WARNING: --no-verify" in said.err and "verified" not in said.out and "converting" not in said.err
     logits = hf_logits(load_pretrained(tmp_path / "moe"), prompts())
     torch.testing.assert_close(logits, hf_logits(dense, prompts()), rtol=0, atol=2e-5)
-    assert tool.main([*flags, "--to", "hf", "--save", str(tmp_path / "half"), "--dtype", "fp16", "--no-logits"]) == 0
+    assert (
+        convert_checkpoint.main(
+            [*flags, "--to", "hf", "--save", str(tmp_path / "half"), "--dtype", "fp16", "--no-logits"]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     assert "SHA-256 equal" in said.out and "logits" not in said.out
     assert {value.dtype for value in hf_tensors(tmp_path / "half").values()} == {torch.float16}
@@ -90,18 +83,17 @@ def test_upcycling_dtype_and_no_verify(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool()
     flags = ["--from", "hf", "--to", "native", "--load", str(tmp_path / "none"), "--save", str(tmp_path / "out")]
-    assert tool.main(flags) == 1
+    assert convert_checkpoint.main(flags) == 1
     assert (
         capsys.readouterr().err
         == f"error: --load {tmp_path / 'none'} is not a folder: give the one that holds the checkpoint\n"
     )
     with pytest.raises(SystemExit):
-        tool.main([*flags, "--num-experts", "4"])
+        convert_checkpoint.main([*flags, "--num-experts", "4"])
     assert "--num-experts needs --moe-use-upcycling" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        tool.main([*flags, "--max-shard-size", "big"])
+        convert_checkpoint.main([*flags, "--max-shard-size", "big"])
     assert "big is no size such as 5GB" in capsys.readouterr().err
     assert contents(tmp_path) == []
 
@@ -138,4 +130,4 @@ def test_killed(number: signal.Signals, tmp_path: Path) -> None:
         "--quiet",
     ]
     if number == signal.SIGKILL:
-        assert load_tool().main(flags) == 0
+        assert convert_checkpoint.main(flags) == 0

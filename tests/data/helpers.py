@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -42,12 +42,8 @@ def numbered(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def load_tool(name: str) -> ModuleType:
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command."""
+    return import_module(f"megatron_lsh.commands.{name}")
 
 
 def start_tool(name: str, *arguments: object) -> subprocess.Popen[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
+from megatron_lsh.commands import generate as generate_command
 from megatron_lsh.config import Config, to_dict
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.data.tokenizers import ByteTokenizer
@@ -17,7 +18,6 @@ from megatron_lsh.inference.generate import Sampling, draw, generate, generate_b
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
-from tests.convert.test_tool import load_tool
 from tests.models.model_helpers import LLAMA_LIKE, MOE, make_config, make_gpt, randomize
 
 CTX = offline_context(device="cpu")
@@ -105,12 +105,11 @@ def test_every_end_token_ends_a_text() -> None:
 
 
 def test_end_tokens_are_those_of_the_files_too(tmp_path: Path) -> None:
-    tool = load_tool("generate")
-    assert tool.end_tokens(tmp_path, ByteTokenizer()) == {256}
+    assert generate_command.end_tokens(tmp_path, ByteTokenizer()) == {256}
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 3}')
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
-    assert tool.end_tokens(tmp_path, ByteTokenizer()) == {0, 1, 3, 256}
+    assert generate_command.end_tokens(tmp_path, ByteTokenizer()) == {0, 1, 3, 256}
 
 
 def test_draw() -> None:
@@ -134,7 +133,7 @@ def run_tool(flags: list[str]) -> tuple[int, str]:
     """Exit status and standard output."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        status = load_tool("generate").main(flags)
+        status = generate_command.main(flags)
     return status, out.getvalue()
 
 
@@ -177,7 +176,7 @@ def test_the_tool(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ([*flags, "--tensor-model-parallel-size", "2"], "must divide the number of ranks"),
         ([*flags, "--load", str(tmp_path)], "holds no native checkpoint"),
     ):
-        assert load_tool("generate").main(wrong) == 1
+        assert generate_command.main(wrong) == 1
         assert message in capsys.readouterr().err
 
 
@@ -192,7 +191,7 @@ def test_on_a_gpu(checkpoint: Path, precision: str) -> None:
 
 def test_printing_keeps_characters_whole(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = ByteTokenizer()
-    printer = load_tool("generate").Printer(tokenizer, [[97], [98]])
+    printer = generate_command.Printer(tokenizer, [[97], [98]])
     assert capsys.readouterr().out == "a"
     first, second = "ü".encode()
     printer.token(0, first)

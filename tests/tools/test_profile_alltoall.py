@@ -71,11 +71,11 @@ def test_only_where_rows_travel(tmp_path: Path) -> None:
 
 
 def _profile(words: list[str]) -> str:
-    from tests.tools.helpers import load_tool
+    from megatron_lsh.commands import profile_alltoall
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert load_tool("profile_alltoall").main(words) == 0
+        assert profile_alltoall.main(words) == 0
     return out.getvalue()
 
 

@@ -1,0 +1,191 @@
+"""Let a native checkpoint continue texts, token by token as they are drawn.
+
+    python -m megatron_lsh generate --load runs/gpt-moe-lsh --prompt "import numpy" "def main("
+    torchrun --nproc-per-node 4 -m megatron_lsh generate --load checkpoints/mixtral --expert-model-parallel-size 4 --bf16 \\
+        --prompt "The capital of France is" --temperature 0
+
+Model and tokenizer are those of the checkpoint's config.json. Runs on a GPU if there is one, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_lsh.config import Config
+from megatron_lsh.convert.files import read_json
+from megatron_lsh.convert.native import HF, find_native, read_config
+from megatron_lsh.convert.source import VOCABULARY
+from megatron_lsh.data.samples.prompts import prompt_ids, read_prompts
+from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.inference.generate import Sampling, generate_batch
+from megatron_lsh.inference.load import load_model
+from megatron_lsh.models.gpt import GPTModel
+from megatron_lsh.parallel.agreement import together
+from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.faults import launch
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, before anything is started."""
+
+    args: argparse.Namespace
+    folder: Path
+    cfg: Config
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return launch(partial(prepare, arguments), run)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="save folder of a run or a conversion, or one checkpoint in it")
+    add("--prompt", nargs="+", default=[], help="texts to continue, all at once")
+    add("--prompt-file", type=Path, help="further texts, one per line")
+    add("--ckpt-step", type=int, help="iteration to load (default: what the tracker file says)")
+    add("--max-new-tokens", type=int, default=100, help="tokens to add at most (default: 100)")
+    add("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)")
+    add("--top-k", type=int, default=40, help="draw among the k most probable tokens, 0: all (default: 40)")
+    add("--top-p", type=float, default=1.0, help="draw among the most probable with this probability (default: 1)")
+    add("--seed", type=int, default=1234, help="the same seed draws the same text (default: 1234)")
+    add("--tokenizer-type", help="as in training (default: the checkpoint's)")
+    add("--tokenizer-model", help="as in training (default: the checkpoint's)")
+    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a dense layer (default: 1)")
+    add("--expert-model-parallel-size", type=int, default=1, help="ranks that share the experts (default: 1)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: a GPU if there is one)",
+    )
+    add("--moe-token-dispatcher-type", help="a module:factory that the checkpoint names is imported only if named here")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (default: as it was trained)")
+    return parser.parse_args(arguments)
+
+
+def prepare(arguments: Sequence[str] | None) -> Job:
+    """Settings, tokenizer and token ids. Raises ConfigError, CheckpointError, DataError."""
+    args = parse(arguments)
+    folder = find_native(args.load, args.ckpt_step)
+    cfg = read_config(folder, args.moe_token_dispatcher_type)
+    parallel = cfg.parallel
+    parallel.tensor_model_parallel_size = args.tensor_model_parallel_size
+    parallel.expert_model_parallel_size = args.expert_model_parallel_size
+    parallel.expert_tensor_parallel_size = parallel.pipeline_model_parallel_size = parallel.context_parallel_size = 1
+    parallel.device, parallel.distributed_backend, parallel.use_distributed_optimizer = args.device, "auto", False
+    tokenizer = build_tokenizer(_tokenizer_settings(args, cfg, folder).data, None)
+    prompts = [prompt_ids(tokenizer, text) for text in read_prompts(args.prompt, args.prompt_file)]
+    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        raise ConfigError(
+            "--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1: "
+            f"change {args.max_new_tokens}, {args.temperature}, {args.top_k} or {args.top_p}"
+        )
+    vocab = cfg.model.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > vocab:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab}: give --tokenizer-model"
+        )
+    return Job(args, folder, cfg, tokenizer, prompts)
+
+
+def _tokenizer_settings(args: argparse.Namespace, cfg: Config, folder: Path) -> Config:
+    if args.tokenizer_type is not None or args.tokenizer_model is not None:
+        cfg.data.tokenizer_type = args.tokenizer_type or cfg.data.tokenizer_type or "HuggingFaceTokenizer"
+        cfg.data.tokenizer_model = args.tokenizer_model
+    if cfg.data.tokenizer_type is None and not cfg.data.mock_data:
+        raise ConfigError(f"{folder} does not know its tokenizer: give --tokenizer-type and --tokenizer-model")
+    return cfg
+
+
+def run(job: Job) -> None:
+    """Load the model and write texts to stdout as they grow. Collective."""
+    args = job.args
+    ctx = initialize(job.cfg.parallel, moe=job.cfg.moe.num_experts is not None)
+    model = together(ctx, lambda: load(job, ctx))
+    printer = Printer(job.tokenizer, job.prompts) if ctx.rank == 0 else None
+    generate_batch(
+        model,
+        job.prompts,
+        ctx,
+        vocab_size=job.tokenizer.vocab_size,
+        context_length=job.cfg.model.max_position_embeddings or job.cfg.model.seq_length or 1024,
+        eod=end_tokens(job.folder, job.tokenizer),
+        sampling=Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed),
+        on_token=None if printer is None else printer.token,
+    )
+    if printer is not None:
+        printer.finish()
+    shutdown(ctx)
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Every token that ends a text: the tokenizer's, and those that the files of a converted model name.
+
+    Raises CheckpointError for a damaged file.
+    """
+    ends = {tokenizer.eod}
+    for path in (folder / HF / "config.json", folder / HF / "generation_config.json"):
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
+        ends |= {token for token in (named if isinstance(named, list) else [named]) if type(token) is int}
+    return ends
+
+
+def load(job: Job, ctx: ParallelContext) -> GPTModel:
+    """The model in the precision that was asked for, else that of the training. Collective."""
+    args, cfg = job.args, job.cfg
+    cfg.model.vocab_size = cfg.model.vocab_size or job.tokenizer.vocab_size
+    model = load_model(cfg, args.load, args.ckpt_step, ctx, VOCABULARY)
+    if args.bf16 or (args.bf16 is None and cfg.precision.bf16):
+        model.to(torch.bfloat16)
+    return model
+
+
+class Printer:
+    """Prints one text at a time, live: the first that has not ended. What the others say is kept until it is their turn."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[list[int]]) -> None:
+        self._tokenizer = tokenizer
+        self._rows = [list(prompt) for prompt in prompts]
+        self._ended = [False] * len(prompts)
+        self._current, self._shown = 0, ""
+        self._update()
+
+    def token(self, place: int, token: int | None) -> None:
+        """One more token of a text, or None at its end."""
+        if token is None:
+            self._ended[place] = True
+        else:
+            self._rows[place].append(token)
+        if place == self._current:
+            self._update()
+
+    def finish(self) -> None:
+        """All texts have ended."""
+        self._ended = [True] * len(self._ended)
+        self._update()
+
+    def _update(self) -> None:
+        while self._current < len(self._rows):
+            ended = self._ended[self._current]
+            text = self._tokenizer.detokenize(self._rows[self._current])
+            if not ended:
+                text = text.rstrip("\ufffd")  # half of a character: the rest is in the next token
+            if len(text) > len(self._shown):
+                print(text[len(self._shown) :], end="", flush=True)
+                self._shown = text
+            if not ended:
+                return
+            self._current, self._shown = self._current + 1, ""
+            print("\n" if self._current < len(self._rows) else "", flush=True)
