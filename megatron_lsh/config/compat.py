@@ -139,10 +139,6 @@ NO_EFFECT: Mapping[str, NoEffect] = MappingProxyType(
             values="--timing-log-level --timing-log-option --straggler-minmax-count --log-memory-interval "
             "--logging-level",
         ),
-        **_because(
-            "Weights & Biases is not written: see --tensorboard-dir and --metrics-jsonl",
-            values="--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity",
-        ),
         **_because("only unlocks other flags, which are judged one by one", switches="--enable-experimental"),
     }
 )

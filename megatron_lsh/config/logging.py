@@ -15,6 +15,18 @@ class LoggingConfig:
     tensorboard_dir: str | None = flag(None, "Folder for TensorBoard files")
     tensorboard_log_interval: int = flag(1, "Iterations between TensorBoard points", at_least=1)
     tensorboard_queue_size: int = flag(1000, "TensorBoard's write queue", at_least=1)
+    wandb_project: str | None = flag(
+        None, "Weights & Biases project to write to, what TensorBoard shows; WANDB_MODE=offline needs no network"
+    )
+    wandb_exp_name: str | None = flag(None, "Name of the run in Weights & Biases (default: one that it makes up)")
+    wandb_save_dir: str | None = flag(
+        None,
+        "Folder of Weights & Biases' files and of the run's id, by which a resumed run continues it (default: SAVE/wandb)",
+    )
+    wandb_entity: str | None = flag(None, "User or team of --wandb-project")
+    metrics_writers: list[str] = flag(
+        [], "Further writers of the same figures: names of entry points megatron_lsh.writers of installed packages"
+    )
     metrics_jsonl: str | None = flag(None, "Append one JSON object per logged iteration and evaluation to this file")
     log_throughput: bool = flag(False, "Print TFLOP/s per GPU in the log line")
     log_params_norm: bool = flag(False, "Log the norm of the parameters")

@@ -407,6 +407,10 @@ def _check_logging(cfg: Config, check: Checker, world_size: int) -> None:
             f"{{profile_ranks}} must be below world size ({world_size})",
             lambda ranks: all(rank < world_size for rank in ranks),
         )
+    alone = [name for name in ("exp_name", "save_dir", "entity") if getattr(cfg.logging, f"wandb_{name}") is not None]
+    if cfg.logging.wandb_project is None and alone:
+        flags = ", ".join(f"--wandb-{name.replace('_', '-')}" for name in alone)
+        check.notice(f"no effect without --wandb-project: {flags}")
 
 
 def _try_writing(cfg: Config, check: Checker) -> None:
@@ -415,6 +419,7 @@ def _try_writing(cfg: Config, check: Checker) -> None:
     folders = {
         "save": cfg.checkpoint.save,
         "tensorboard_dir": cfg.logging.tensorboard_dir,
+        "wandb_save_dir": cfg.logging.wandb_save_dir if cfg.logging.wandb_project else None,
         "metrics_jsonl": os.path.dirname(os.path.abspath(jsonl)) if jsonl else None,
     }
     for name, folder in folders.items():

@@ -1,4 +1,4 @@
-"""Writes what happens during training: log line, progress, JSONL, TensorBoard. One rank writes, all take part."""
+"""Writes what happens during training: log line, progress, JSONL, TensorBoard and others. One rank writes, all take part."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from megatron_lsh.observing.log_line import evaluation_line, figures_text, perpl
 from megatron_lsh.observing.metrics import IntervalMetrics, finite
 from megatron_lsh.observing.state import StepResult, TrainState
 from megatron_lsh.observing.summary import Payload
-from megatron_lsh.observing.writers import Board, JsonlFile, open_tensorboard
+from megatron_lsh.observing.trackers import RunFacts, Writer, open_writers
+from megatron_lsh.observing.writers import JsonlFile
 from megatron_lsh.parallel.context import ParallelContext
 
 
@@ -75,10 +77,12 @@ class Reporter:
         self._first_iteration = 0
         self._started = time.perf_counter()
         self._jsonl: JsonlFile | None = None
-        self._board: Board | None = None
+        self._writers: list[Writer] = []
 
-    def open(self, iteration: int) -> None:
+    def open(self, iteration: int, settings: Mapping[str, Any] = MappingProxyType({}), save: str | None = None) -> None:
         """Prepare the outputs for a run that continues after `iteration` (0: a fresh one).
+
+        `settings` and `save` are what writers may want to know: every setting, and the --save folder.
 
         Raises:
             ConfigError: a file cannot be written; on the writing rank only.
@@ -87,7 +91,7 @@ class Reporter:
         self._started = time.perf_counter()
         if not self.writes:
             return
-        self._board = open_tensorboard(self.cfg, iteration, self.print)
+        self._writers = open_writers(RunFacts(self.cfg, iteration, save, settings, self.print))
         if self.cfg.metrics_jsonl is not None:
             self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration, self.print)
             if self._jsonl.notice:
@@ -98,16 +102,17 @@ class Reporter:
             print(text, flush=True)
 
     def step(self, state: TrainState, result: StepResult, learning_rate: float) -> None:
-        """After every iteration: the TensorBoard points that cost nothing to know."""
-        if self._board is None or state.iteration % self.cfg.tensorboard_log_interval:
+        """After every iteration: the points that cost nothing to know."""
+        if not self._writers or state.iteration % self.cfg.tensorboard_log_interval:
             return
+        points = {
+            "loss-scale": result.loss_scale,
+            "learning-rate": learning_rate,
+            "batch-size": self.figures.global_batch_size,
+        }
         if not result.skipped:
-            for name, loss in {"lm loss": result.loss, **result.further}.items():
-                self._board.add_scalar(name, loss, state.iteration)
-            self._board.add_scalar("grad-norm", result.grad_norm, state.iteration)
-        self._board.add_scalar("loss-scale", result.loss_scale, state.iteration)
-        self._board.add_scalar("learning-rate", learning_rate, state.iteration)
-        self._board.add_scalar("batch-size", self.figures.global_batch_size, state.iteration)
+            points |= {"lm loss": result.loss, **result.further, "grad-norm": result.grad_norm}
+        self._points(state.iteration, points)
 
     def interval(
         self,
@@ -154,10 +159,7 @@ class Reporter:
             self.print(metrics.progress_line(self._seconds_left(state.iteration)))
         if self._jsonl is not None:
             self._jsonl.write(metrics.record(self.per_layer))
-        if self._board is not None:
-            for tag, value in metrics.scalars(self.per_layer).items():
-                self._board.add_scalar(tag, value, state.iteration)
-            self._board.flush()
+        self._points(state.iteration, metrics.scalars(self.per_layer), flush=True)
 
     def evaluation(self, iteration: int, name: str, losses: Mapping[str, float], *, final: bool) -> None:
         """Write the outcome of an evaluation.
@@ -180,9 +182,9 @@ class Reporter:
             keys = {f"{name}_loss{suffix.replace(' ', '_')}": finite(value) for suffix, value in named.items()}
             self._jsonl.write({"iteration": iteration, **keys})
         for suffix, value in named.items():
-            self._point(f"lm loss {name}{suffix}", value, iteration)
+            self._points(iteration, {f"lm loss {name}{suffix}": value})
             if self.cfg.log_validation_ppl_to_tensorboard:
-                self._point(f"lm loss {name}{suffix} ppl", perplexity(value), iteration)
+                self._points(iteration, {f"lm loss {name}{suffix} ppl": perplexity(value)})
 
     def figures_of(
         self,
@@ -218,22 +220,22 @@ class Reporter:
             for figure, value in figures.items():
                 record[f"{name}_{figure}{suffix.replace(' ', '_')}"] = finite(value)
                 label = "lm loss" if figure == "loss" else figure.replace("_", " ")
-                self._point(f"{label} {name}{suffix}", value, iteration)
+                self._points(iteration, {f"{label} {name}{suffix}": value})
         if self._jsonl is not None:
             self._jsonl.write(record)
 
     def _note_validation(self, iteration: int, loss: float) -> None:
         self.validation = [*self.validation[:1], (iteration, loss)]
 
-    def _point(self, tag: str, value: float, iteration: int) -> None:
-        if self._board is not None:
-            self._board.add_scalar(tag, value, iteration)
+    def _points(self, iteration: int, values: Mapping[str, float], *, flush: bool = False) -> None:
+        for writer in self._writers:
+            writer.points(iteration, values, flush=flush)
 
     def close(self) -> None:
         if self._jsonl is not None:
             self._jsonl.close()
-        if self._board is not None:
-            self._board.close()
+        for writer in self._writers:
+            writer.close()
 
     def _seconds_left(self, iteration: int) -> float:
         """From the mean over this process, with evaluations and saves."""

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -223,11 +223,12 @@ class Board:
             self._head.append(Event(wall_time=time.time(), step=iteration + 1, session_log=started))
         self.flush()
 
-    def add_scalar(self, tag: str, value: float, iteration: int) -> None:
-        """Note a point; every --tensorboard-queue-size points are written together."""
-        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
-        self._points.append(self._event(wall_time=time.time(), step=iteration, summary=summary))
-        if len(self._points) >= self._size or time.monotonic() - self._flushed > FLUSH_S:
+    def points(self, iteration: int, values: Mapping[str, float], *, flush: bool = False) -> None:
+        """Note points; every --tensorboard-queue-size of them are written together."""
+        for tag, value in values.items():
+            summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
+            self._points.append(self._event(wall_time=time.time(), step=iteration, summary=summary))
+        if flush or len(self._points) >= self._size or time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:

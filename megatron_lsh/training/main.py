@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from megatron_lsh.config import Config, assumed_world_size, validate
 from megatron_lsh.families import Family, family_of
+from megatron_lsh.observing.trackers import refuse_missing_writers
 from megatron_lsh.parallel.launcher import place_of
 from megatron_lsh.plan.dry_run import dry_run
 from megatron_lsh.training.faults import launch
@@ -33,6 +34,7 @@ def configure(written: Config) -> tuple[Config, Family]:
     cfg, family = validate(written, world_size), family_of(written)
     if cfg.training.dry_run:
         return cfg, family
+    refuse_missing_writers(cfg.logging)
     if not cfg.training.skip_train:
         refuse_to_overwrite(cfg.checkpoint)
     return (cfg, family) if family.prepare is None else family.prepare(family, written, world_size)

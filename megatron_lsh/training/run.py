@@ -189,7 +189,8 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
     needed = run.state.consumed_samples + (run.reporter.figures.train_iters - run.state.iteration) * batch
     if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read
         run.datasets = together(ctx, lambda: family.datasets(cfg, tokenizer, ctx, _samples(cfg, needed)))
-    together(ctx, lambda: run.reporter.open(run.state.iteration))
+    settings = to_saved(cfg)["config"]
+    together(ctx, lambda: run.reporter.open(run.state.iteration, settings, cfg.checkpoint.save))
     return run
 
 
