@@ -1,0 +1,205 @@
+"""What compression costs in loss where expert parallelism spans nodes: paired runs of the emulation.
+
+    python -m benchmarks.node_quality                    # the plan below, what is not there yet of it
+    python -m benchmarks.node_quality --report           # tables of what is there
+    python -m benchmarks.node_quality --variants exact "node, one fit" --seeds 1 2 3 --iters 300 --group-rows 2048
+
+Every run of one seed has the same initial weights and the same data in the same order, so that the difference of two is
+what the dispatcher did; given are its mean over seeds and its standard error. Nodes are emulated by one process
+(benchmarks/emulation.py): two nodes of ranks with 1,024 tokens each, 4 experts, top-2, so 512 rows per rank and expert; a
+node of 4 ranks brings 2,048 rows together, one of 16 ranks 8,192. A micro-batch is one node's, the nodes take turns.
+
+Each finished run is added to benchmarks/results/node_quality.json at once. A run that was stopped goes on from its last
+checkpoint, in --folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.common import DATA_FLAGS, ROOT, finish, progress, read_metrics, start_training, table, write_result
+
+MODEL: list[Any] = [
+    "--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", 4, "--seq-length", 256,
+    "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
+    "--attention-dropout", 0, "--hidden-dropout", 0, "--num-experts", 4, "--moe-ffn-hidden-size", 256,
+    "--moe-router-topk", 2, "--moe-aux-loss-coeff", 1e-2,
+    "--lr", 3e-3, "--min-lr", 3e-4, "--lr-decay-style", "cosine", "--lr-warmup-fraction", 0.1,
+    "--weight-decay", 0.1, "--adam-beta2", 0.95, "--device", "cpu", "--num-workers", 0,
+]  # fmt: skip
+ROWS_PER_RANK, SEQUENCES_PER_RANK = 512, 4
+ONE_FIT = ("--lsh-interpolation-block", 1 << 16)
+BLOCKS = ("--lsh-interpolation-block", 128)
+LATENT = ("--moe-latent-size", 32, "--moe-ffn-hidden-size", 1024)
+"""Rows of a quarter of the width; experts of four times the width have as many parameters."""
+
+#: Dispatcher of benchmarks/emulation.py, and further flags.
+VARIANTS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "exact": ("exact", ()),
+    "rank": ("rank", BLOCKS),
+    "rank, own node exact": ("rank_own_exact", BLOCKS),
+    "node, blocks of 128": ("node", BLOCKS),
+    "node, one fit": ("node", ONE_FIT),
+    **{f"node, one fit, {rate}%": ("node", (*ONE_FIT, "--lsh-target-rate", rate / 100)) for rate in (5, 10, 35)},
+    "latent exact": ("exact", LATENT),
+    "latent node, one fit": ("node", (*LATENT, *ONE_FIT)),
+}
+
+
+class Job(NamedTuple):
+    variant: str
+    seed: int
+    iters: int
+    group_rows: int
+
+
+def _plan() -> list[Job]:
+    """Most important first."""
+    main = ("exact", "node, one fit", "rank, own node exact")
+    jobs = [Job(variant, seed, 300, 2048) for seed in (1, 2, 3) for variant in main]
+    jobs += [Job(variant, 1, 2000, 2048) for variant in main]
+    jobs += [Job(variant, seed, 300, 2048) for seed in (1, 2, 3) for variant in ("node, blocks of 128", "rank")]
+    jobs += [Job(variant, seed, 300, 2048) for seed in (1, 2, 3) for variant in VARIANTS if "%" in variant]
+    jobs += [Job(variant, seed, 300, 2048) for seed in (1, 2, 3) for variant in VARIANTS if "latent" in variant]
+    jobs += [Job(variant, seed, 300, 8192) for seed in (1, 2, 3) for variant in main[:2]]
+    jobs += [Job(variant, 1, 2000, 2048) for variant in ("node, blocks of 128", "rank")]
+    jobs += [Job(variant, seed, 2000, 2048) for seed in (2, 3) for variant in main]
+    return jobs + [Job(variant, 1, 2000, 8192) for variant in main[:2]]
+
+
+def flags_for(job: Job, folder: Path) -> list[Any]:
+    """The command line of one run. Six evaluations along it; clusters of an evaluation are as in training."""
+    scope, extra = VARIANTS[job.variant]
+    ranks = job.group_rows // ROWS_PER_RANK
+    batch = SEQUENCES_PER_RANK * ranks
+    name = scope if scope == "exact" else f"{scope}_2x{ranks}_in_turn"
+    return [
+        *MODEL, *DATA_FLAGS, "--micro-batch-size", batch, "--global-batch-size", batch, "--seed", job.seed,
+        "--train-iters", job.iters, "--log-interval", max(job.iters // 20, 1), "--eval-interval", job.iters // 4,
+        "--eval-iters", max(96 // batch, 2), "--lsh-eval", "both", "--metrics-jsonl", folder / "metrics.jsonl",
+        "--save", folder / "state", "--load", folder / "state", "--save-interval", 25,
+        "--save-retain-interval", 1_000_000,
+        "--moe-token-dispatcher-type", f"benchmarks.emulation:{name}", *extra,
+    ]  # fmt: skip
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What one finished run is judged by."""
+    records, evaluations = read_metrics(folder / "metrics.jsonl")
+    rates, seen, energies = (
+        [record[key] for record in records if record.get(key) is not None]
+        for key in ("lsh_compression_rate", "expert_rows_rate", "lsh_residual_energy")
+    )
+    along = {entry["iteration"]: entry["validation_loss"] for entry in evaluations}  # a resumed run may repeat one
+    last = evaluations[-1]
+    return {
+        "validation_loss": last["validation_loss"],
+        "validation_loss_exact": last.get("validation_loss_exact") or last["validation_loss"],
+        "along": along,
+        "rows_sent": statistics.mean(rates) if rates else 1.0,
+        "expert_rows": statistics.mean(seen) if seen else 1.0,
+        "residual_energy": energies[-1] if energies else None,
+    }
+
+
+def train(jobs: Iterable[Job], folder: Path, name: str, parallel: int = 1) -> None:
+    """``parallel`` runs at a time; each result is written when it is there."""
+    found = results(name)
+    queue = [job for job in jobs if job not in found]
+    started, total, done = time.monotonic(), sum(job.iters * job.group_rows for job in queue), 0
+    running: dict[Job, tuple[Path, subprocess.Popen[bytes]]] = {}
+    while queue or running:
+        while queue and len(running) < parallel:
+            job = queue.pop(0)
+            words = "-".join(map(str, job)).replace(" ", "-").replace("%", "").replace(",", "")
+            running[job] = (folder / words, start_training(flags_for(job, folder / words), folder / words / "log.txt"))
+        for job, (place, process) in list(running.items()):
+            if process.poll() is None:
+                continue
+            finish(process, place / "log.txt")
+            del running[job]
+            found[job] = outcome(place)
+            write_result(name, {"model": MODEL, "runs": [job._asdict() | run for job, run in found.items()]})
+            shutil.rmtree(place / "state", ignore_errors=True)
+            done += job.iters * job.group_rows
+            progress(done, total, started, f"{', '.join(map(str, job))}: {found[job]['validation_loss']:.4f}")
+        time.sleep(0.5)
+
+
+def results(name: str) -> dict[Job, dict[str, Any]]:
+    """All finished runs."""
+    path = ROOT / os.environ.get("MEGATRON_LSH_RESULTS", "benchmarks/results") / f"{name}.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    return {Job(*(run.pop(field) for field in Job._fields)): run for run in runs}
+
+
+def standard_error(values: list[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def report(found: dict[Job, dict[str, Any]]) -> str:
+    """Markdown: differences to the exact run of the same seed, in nats and per cent of its loss."""
+    parts = []
+    for iters, group_rows in sorted({(job.iters, job.group_rows) for job in found}):
+        rows = []
+        for variant in VARIANTS:
+            runs = {j.seed: r for j, r in found.items() if j[0] == variant and j[2:] == (iters, group_rows)}
+            base = "latent exact" if variant.startswith("latent ") and variant != "latent exact" else "exact"
+            exact = {seed: found.get(Job(base, seed, iters, group_rows)) for seed in runs}
+            pairs = [(run, pair) for seed, run in runs.items() if (pair := exact[seed]) is not None]
+            if not runs:
+                continue
+            gaps = [run["validation_loss"] - pair["validation_loss"] for run, pair in pairs]
+            loss = statistics.mean(run["validation_loss"] for run in runs.values())
+            cells = ["", "", ""]
+            if gaps and variant != base:
+                error, gap = standard_error(gaps), statistics.mean(gaps)
+                exactly = [r["validation_loss_exact"] - pair["validation_loss"] for r, pair in pairs]
+                share = gap / statistics.mean(pair["validation_loss"] for _, pair in pairs)
+                plus = "" if error is None else f" ± {error:.3f}"
+                cells = [f"{gap:+.3f}{plus}", f"{share:+.2%}", f"{statistics.mean(exactly):+.3f}"]
+            sent, seen = (statistics.mean(run[key] for run in runs.values()) for key in ("rows_sent", "expert_rows"))
+            rows.append([variant, len(runs), f"{sent:.0%}", f"{seen:.0%}", f"{loss:.3f}", *cells])
+        header = ["variant", "seeds", "rows sent", "rows at experts", "validation loss", "to exact ± standard error",
+                  "of the loss", "evaluated exactly"]  # fmt: skip
+        parts.append(f"{iters} iterations, {group_rows:,} rows per node and expert\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), metavar="VARIANT", help="instead of the plan")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--iters", nargs="+", type=int, default=[300])
+    parser.add_argument("--group-rows", nargs="+", type=int, default=[2048], help="rows per node and expert")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "node_quality")
+    parser.add_argument("--name", default="node_quality", help="of the result file")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    jobs = _plan()
+    if arguments.variants:
+        jobs = [
+            Job(variant, seed, iters, rows)
+            for iters in arguments.iters
+            for rows in arguments.group_rows
+            for seed in arguments.seeds
+            for variant in arguments.variants
+        ]
+    if not arguments.report:
+        train(jobs, arguments.folder, arguments.name, arguments.jobs)
+    print(report(results(arguments.name)))
+
+
+if __name__ == "__main__":
+    main()
