@@ -69,7 +69,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="from hf: keys of config.json that are not known here and of which you know that they change nothing",
+        help="from hf or megatron: keys of config.json, or arguments in the file, that are not known here and of which you "
+        "know that they change nothing",
     )
     reading.add_argument("--vocab-size", type=int, help="from megatron: tokens before padding (default: all rows)")
     writing = parser.add_argument_group("writing")
@@ -148,7 +149,7 @@ def _open(args: argparse.Namespace) -> Source:
         return load_hf(args.load, args.max_position_embeddings, args.ignore_settings)
     if args.source == "native":
         return load_native(args.load, args.ckpt_step)
-    return load_megatron(args.load, args.ckpt_step, args.vocab_size)
+    return load_megatron(args.load, args.ckpt_step, args.vocab_size, args.ignore_settings)
 
 
 def _summary(source: Source) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,19 @@ class MegatronSource:
         folder: what --save was, or one ``iter_N`` in it.
         step: the iteration, by default what the tracker file says.
         vocab_size: tokens before padding; by default those of the args, which may not tell, or all rows of the embedding.
+        ignored: settings of args, unknown here, of which the user knows that they change nothing.
 
     Raises CheckpointError: a missing or damaged file, a setting that is not supported, a tensor that is missing, left over
     or of a wrong shape.
     """
 
-    def __init__(self, folder: str | Path, step: int | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        step: int | None = None,
+        vocab_size: int | None = None,
+        ignored: Collection[str] = (),
+    ) -> None:
         folder = find_legacy(Path(folder), step)
         self.what = str(folder)
         files = {
@@ -76,12 +83,11 @@ class MegatronSource:
         args = next(iter(files.values())).get("args")
         if not isinstance(args, argparse.Namespace):
             raise CheckpointError(f"{folder} has no args in it: save it again with Megatron-LM")
+        self.cfg, self.notices = config_of(args, self.what, ignored)
         self._ranks = _Ranks(args, files, self.what)
-        self.cfg = config_of(args, self.what)
         self.cfg.model.vocab_size = self._vocab(vocab_size, getattr(args, "vocab_size", None))
         self._stored: dict[str, list[list[StoredTensor]]] = {}
         self.tensors: dict[str, TensorSpec] = {}
-        self.notices: list[str] = []
         self._account()
         self.origin = Origin()
 

@@ -17,7 +17,6 @@ import torch
 
 from megatron_lsh.convert import load_hf, load_megatron, load_model, load_native, save_megatron, save_native
 from megatron_lsh.convert.megatron import FILE
-from megatron_lsh.convert.megatron_args import config_of
 from megatron_lsh.convert.source import Source
 from megatron_lsh.convert.torch_file import Inert, open_torch_file
 from megatron_lsh.errors import CheckpointError
@@ -207,30 +206,6 @@ class _Tolerant:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             return Inert if module.startswith("megatron") else super().find_class(module, name)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("qk_l2_norm", True),
-        ("quick_geglu", True),
-        ("enable_mhc_connections", True),
-        ("no_rope_freq", 4),
-        ("glu_linear_offset", 1.0),
-        ("mup_output_mult", 0.5),
-        ("moe_new_kind", 3),
-    ],
-)
-def test_settings_that_make_another_model_are_refused(name: str, value: Any) -> None:
-    args = argparse.Namespace(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=8, num_experts=4)
-    args.moe_deepep_num_sms, args.softmax_type, args.qk_clip_alpha = 20, "vanilla", 0.5
-    assert config_of(args, "a file").moe.num_experts == 4
-    setattr(args, name, value)
-    with pytest.raises(CheckpointError, match=rf"args in a file: {name} \({value}\) must be .*not supported here"):
-        config_of(args, "a file")
-    args = argparse.Namespace(num_layers=2, hidden_size=16, num_attention_heads=2, num_experts=4, moe_router_topk=1)
-    with pytest.raises(CheckpointError, match=r"cannot be trained here: moe.moe_router_topk \(1\)"):
-        config_of(args, "a file")
 
 
 def test_names_that_other_programs_give(real: Source, tmp_path: Path) -> None:

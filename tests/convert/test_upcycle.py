@@ -41,7 +41,6 @@ PRESERVING: list[tuple[dict[str, Any], int]] = [
     ({"num_experts": 4, "moe_layer_freq": "[0,1]"}, 2),
     ({"num_experts": 4, "moe_router_score_function": "sigmoid"}, 2),
     ({"num_experts": 4, "moe_router_topk_scaling_factor": 2.5}, 1),
-    ({"num_experts": 2, "moe_router_topk": 1}, 1),
 ]
 
 
@@ -119,6 +118,10 @@ def test_export_and_notices(tmp_path: Path) -> None:
         ({"num_experts": 8, "moe_router_topk": 2}, 4, r"--moe-router-topk \(2\) must be divisible"),
         ({"num_experts": 8, "moe_ffn_hidden_size": 48}, 2, r"--moe-ffn-hidden-size \(48\) must be 24"),
         ({"num_experts": 8, "moe_layer_freq": "[0,0]"}, 1, r"makes no layer a mixture"),
+        ({"num_experts": 8}, 0, r"--moe-upcycling-granularity \(0\) must be at least 1"),
+        ({"num_experts": 4, "moe_router_topk": 1}, 1, r"upcycled, cannot be trained here: moe.moe_router_topk \(1\)"),
+        ({"num_experts": 4, "moe_router_topk": 8}, 1, r"moe_router_topk \(8\) must be at most moe.num_experts"),
+        ({"num_experts": 4, "moe_router_group_topk": 2}, 1, r"moe_router_num_groups \(absent\) must be given"),
     ],
 )
 def test_refused(settings: dict[str, Any], granularity: int, message: str, tmp_path: Path) -> None:
