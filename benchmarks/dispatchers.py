@@ -51,7 +51,7 @@ def random_seeds(spec: DispatcherSpec) -> Dispatcher:
 
     def cluster(rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor, p: LayerPass) -> Clusters:
         rows_ND = rows_ND if index_N is None else rows_ND[index_N]
-        return random_seed_clusters(rows_ND, counts_E, spec.lsh.lsh_target_rate)
+        return random_seed_clusters(rows_ND, counts_E, spec.lsh.rates().at(spec.layer, 0))
 
     return lsh_dispatcher(spec, cluster=cluster)
 
@@ -90,7 +90,7 @@ def hadamard_rotation(hidden: int, num_hashes: int, width: int, generator: torch
 def hadamard(spec: DispatcherSpec) -> Dispatcher:
     generator = torch.Generator().manual_seed(spec.lsh.lsh_seed + spec.layer)
     rotation_DQW = hadamard_rotation(spec.hidden, *spec.lsh.hash_shape(), generator).to(spec.ctx.device)
-    return lsh_dispatcher(spec, cluster=ClusterByHash(spec.lsh, rotation_DQW))
+    return lsh_dispatcher(spec, cluster=ClusterByHash(spec.lsh, rotation_DQW, spec.layer))
 
 
 class _OneMap(LowRankResidual):

@@ -180,7 +180,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     lsh = LSHConfig(
-        lsh_target_rate=arguments.rate,
+        lsh_target_rate=str(arguments.rate),
         lsh_refine_steps=arguments.refine_steps,
         lsh_clustering=arguments.clustering,
         lsh_residual=arguments.residual,

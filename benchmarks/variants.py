@@ -63,7 +63,7 @@ class Bench:
 
     def _build(self, variant: Variant) -> list[Scheduled]:
         cfg, ctx = self.run.cfg, self.run.ctx
-        lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=variant.rate or 1.0)
+        lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=str(variant.rate or 1.0))
         moe = dataclasses.replace(
             cfg.moe,
             moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh",

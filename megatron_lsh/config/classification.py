@@ -149,6 +149,9 @@ class T5ClassificationConfig(ClassificationConfig, T5Config):
     backbone: ClassVar[str] = "t5"
     why_no_sample: ClassVar[str | None] = None
 
+    def layers_of_stacks(self) -> list[int]:
+        return Config.layers_of_stacks(self)
+
 
 _CLASSES: Mapping[str, type[ClassificationConfig]] = MappingProxyType(
     {kind.backbone: kind for kind in (ClassificationConfig, BertClassificationConfig, T5ClassificationConfig)}

@@ -52,6 +52,10 @@ class Config:
     # One line each, to be printed once (by one rank) at start-up: flags without effect, settings changed on the way.
     notices: list[str] = field(default_factory=list, repr=False, compare=False)
 
+    def layers_of_stacks(self) -> list[int]:
+        """Layers of each of the model's stacks, in the order in which they are numbered; empty until they are known."""
+        return [] if self.model.num_layers is None else [self.model.num_layers]
+
     def derive_own(self, check: Checker, world_size: int) -> None:
         """Fill in what the rest of the configuration is derived from, where a kind of model has such settings."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lsh.config.flag import flag
+from megatron_lsh.config.rates import Rates, rate_text
 
 
 def _pattern_text(value: Any) -> str:
@@ -109,8 +110,12 @@ class LSHConfig:
         "the paper's method, whose rate depends on the data",
         choices=("bucket", "budget"),
     )
-    lsh_target_rate: float = flag(
-        0.2, "With budget clustering, send at most ceil(rate x rows) centroids per rank and expert", above=0, at_most=1
+    lsh_target_rate: str = flag(
+        "0.2",
+        "With budget clustering, send at most ceil(rate x rows) centroids per rank (or node) and expert; one rate above 0 "
+        "and at most 1, a list with one per layer or per stack of the model such as [0.1]*2+[0.2]*10, or several of these "
+        "with the iterations from which they hold: 0.1,0.2@1000",
+        parse=rate_text,
     )
     lsh_refine_steps: int = flag(
         1, "With budget clustering, reassign rows to their nearest centroid this many times", at_least=0
@@ -178,6 +183,10 @@ class LSHConfig:
         "Every so many iterations, also run the exact experts on one micro-batch and log the error of the restored rows",
         at_least=1,
     )
+
+    def rates(self) -> Rates:
+        """--lsh-target-rate as an object."""
+        return Rates.of(self.lsh_target_rate)
 
     def sends_members(self) -> bool:
         """--lsh-representative with its default filled in."""

@@ -54,6 +54,10 @@ class T5Config(Config):
         super().derive_own(check, world_size)
         derive_t5(self, check)
 
+    def layers_of_stacks(self) -> list[int]:
+        encoder, decoder = self.t5.encoder_num_layers, self.t5.decoder_num_layers
+        return [] if encoder is None or decoder is None else [encoder, decoder]
+
     def check_own(self, check: Checker) -> None:
         check_t5(self, check)
         self._check_sample(check)

@@ -12,6 +12,7 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
+from megatron_lsh.config.settings import shown
 from megatron_lsh.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -120,6 +121,7 @@ def _check_model(cfg: Config, check: Checker) -> None:
 
 def _check_moe(cfg: Config, check: Checker) -> None:
     moe = cfg.moe
+    _check_rates(cfg, check)
     if moe.num_experts is None:
         check.rule(
             "{expert_model_parallel_size} must be 1 without experts",
@@ -173,6 +175,16 @@ def _check_moe(cfg: Config, check: Checker) -> None:
         check.notice(
             "nothing balances the experts: set --moe-aux-loss-coeff (1e-2 is usual) or --moe-router-enable-expert-bias"
         )
+
+
+def _check_rates(cfg: Config, check: Checker) -> None:
+    """They get their one spelling. A list has one per layer, or one per stack and becomes one per layer."""
+    stacks = cfg.layers_of_stacks()
+    try:
+        rates = cfg.lsh.rates()
+        cfg.lsh.lsh_target_rate = str(rates.by_layer(stacks) if stacks and cfg.moe.num_experts is not None else rates)
+    except ValueError as error:
+        check.problems.append(f"lsh.lsh_target_rate ({shown(cfg.lsh.lsh_target_rate)}) {error}: change --lsh-target-rate")
 
 
 def _check_groups(cfg: Config, check: Checker) -> None:

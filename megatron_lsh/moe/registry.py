@@ -85,9 +85,10 @@ class DispatcherSpec:
 
     def restoration(self) -> Restoration:
         """How ``--lsh-residual interpolate`` restores rows here."""
-        cfg = self.lsh
+        # At the lowest rate most rows are to be restored: the block must be affordable then, too.
+        lowest = min(self.lsh.rates().of_layer(self.layer))
         return choose_restoration(
-            self.hidden, self.expert_width, self.gated, cfg.lsh_target_rate, cfg.lsh_interpolation_block
+            self.hidden, self.expert_width, self.gated, lowest, self.lsh.lsh_interpolation_block
         )
 
     def transport(self, kind: type[Transport] = AllToAllTransport) -> Transport:
@@ -219,8 +220,9 @@ def describe(spec: DispatcherSpec) -> str | None:
         return f"{where}: not equally many on each, so every rank sends its rows by itself"
     flat = topk * (nodes - 1) / nodes
     if name in ("lsh", "auto"):
-        scope, rate = scope_of(spec), spec.lsh.lsh_target_rate
-        sent = f"{rate * flat:.2f}" if spec.lsh.lsh_clustering == "budget" else "fewer"
+        scope, (least, most) = scope_of(spec), spec.lsh.rates().span()
+        sent = f"{least * flat:.2f}" if least == most else f"{least * flat:.2f} to {most * flat:.2f}"
+        sent = sent if spec.lsh.lsh_clustering == "budget" else "fewer"
         return f"{where}: LSH at {scope} scope; {sent} rows per token cross the network instead of {flat:.2f}"
     if name == "alltoall" and deduplicates(spec):
         visits = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk)
@@ -261,7 +263,7 @@ def lsh_compressor(
         rotation_DQW = lsh.make_rotation(
             spec.hidden, *cfg.hash_shape(), seed=cfg.lsh_seed, stream=spec.layer, device=spec.ctx.device
         )
-        cluster = ClusterByHash(cfg, rotation_DQW)
+        cluster = ClusterByHash(cfg, rotation_DQW, spec.layer)
     represent = represent or (send_members if cfg.sends_members() else send_means)(keeps_residual)
     restore = restore or _restoration(spec)
     sent_rows = getattr(cluster, "sent_rows", lambda counts_E: None)

@@ -81,9 +81,9 @@ def _advice(cfg: Config, layers: Sequence[LayerReport], uncompressed: float) -> 
         return "next: run the same with --moe-token-dispatcher-type lsh and compare loss, bytes and step time"
     control = "the exact control is --moe-token-dispatcher-type alltoall"
     if cfg.lsh.lsh_clustering == "budget":
-        rate, steps = cfg.lsh.lsh_target_rate, cfg.lsh.lsh_refine_steps
+        half, steps = cfg.lsh.rates().times(0.5), cfg.lsh.lsh_refine_steps
         return (
-            f"next: --lsh-target-rate {rate / 2:g} sends half as many rows, --lsh-refine-steps {steps + 1} finds closer "
+            f"next: --lsh-target-rate {half} sends half as many rows, --lsh-refine-steps {steps + 1} finds closer "
             f"centroids for more arithmetic; {control}"
         )
     hashes, width = cfg.lsh.lsh_num_hashes or 2, cfg.lsh.lsh_hash_width or 8

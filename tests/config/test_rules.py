@@ -39,7 +39,7 @@ from tests.config.command_lines import DENSE, SMALL, lines_for, small, without
             "lsh.lsh_start_layer (4) must be below model.num_layers (4): use --moe-token-dispatcher-type alltoall to run "
             "every layer exactly",
         ),
-        ("--lsh-target-rate 0", 1, "lsh.lsh_target_rate (0.0) must be above 0 and at most 1: change --lsh-target-rate"),
+        ("--lsh-target-rate 0", 1, "lsh.lsh_target_rate (0) must be above 0 and at most 1: change --lsh-target-rate"),
         ("--hidden-dropout 1", 1, "model.hidden_dropout (1.0) must be at least 0 and below 1: change --hidden-dropout"),
         ("--rotary-percent 0", 1, "model.rotary_percent (0.0) must be above 0 and at most 1: change --rotary-percent"),
         (

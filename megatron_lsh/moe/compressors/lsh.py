@@ -119,13 +119,21 @@ class ClusterByHash(nn.Module):
 
     rotation_DQW: Tensor
 
-    def __init__(self, cfg: LSHConfig, rotation_DQW: Tensor) -> None:
-        """``rotation_DQW``: fp32 [D, Q W], of ``lsh.make_rotation``; each layer has its own."""
+    def __init__(self, cfg: LSHConfig, rotation_DQW: Tensor, layer: int = 0) -> None:
+        """
+        Args:
+            rotation_DQW: fp32 [D, Q W], of ``lsh.make_rotation``; each layer has its own.
+            layer: its number in the model, which may have a rate of its own.
+        """
         super().__init__()
-        self._cfg = cfg
+        self._cfg, self._layer, self._rates = cfg, layer, cfg.rates()
+        self.set_iteration(0)
         self._num_hashes, self._width = cfg.hash_shape()
         # Not saved: it is a pure function of the configuration, which every checkpoint carries.
         self.register_buffer("rotation_DQW", rotation_DQW, persistent=False)
+
+    def set_iteration(self, iteration: int, total: int | None = None) -> None:
+        self._rate = self._rates.at(self._layer, iteration)
 
     def forward(self, rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor, p: LayerPass) -> Clusters:
         projection_NP = p.time("lsh_hash_time_ms", lsh.project, rows_ND, self.rotation_DQW)
@@ -142,7 +150,7 @@ class ClusterByHash(nn.Module):
         """Clusters per expert, where they follow from the rows per expert."""
         if self._cfg.lsh_clustering == "bucket":
             return None
-        return lsh.row_budgets(counts_E, self._cfg.lsh_target_rate)
+        return lsh.row_budgets(counts_E, self._rate)
 
     def _buckets(self, projection_NP: Tensor, index_N: Tensor | None, counts_E: Tensor) -> Clusters:
         codes_NQ = lsh.codes_of(projection_NP, self._num_hashes)
@@ -152,7 +160,7 @@ class ClusterByHash(nn.Module):
     def _budgets(
         self, projection_NP: Tensor, index_N: Tensor | None, counts_E: Tensor, sent_E: Sequence[int] | None
     ) -> Clusters:
-        budgets_E = lsh.row_budgets(counts_E, self._cfg.lsh_target_rate)
+        budgets_E = lsh.row_budgets(counts_E, self._rate)
         total = int(budgets_E.sum()) if sent_E is None else sum(sent_E)
         return lsh.cluster_projection(projection_NP, counts_E, budgets_E, total, self._num_hashes, index_N)
 

@@ -1,0 +1,120 @@
+"""--lsh-target-rate: one number, one per layer or stack, and changing along a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.config.moe import LSHConfig
+from megatron_lsh.config.rates import Rates
+from megatron_lsh.config.serialize import from_dict, to_dict
+from megatron_lsh.config.t5 import T5Config
+from megatron_lsh.errors import ConfigError
+from tests.moe.test_dispatchers import make_layer, run, single, tokens
+from tests.training.helpers import tiny_config
+
+RATE = st.floats(1e-6, 1.0, exclude_min=True)
+PHASE = RATE.map(lambda rate: (rate,)) | st.lists(RATE, min_size=4, max_size=4).map(tuple)
+PHASES = st.lists(PHASE, min_size=1, max_size=4)
+
+
+@given(PHASES, st.integers(0, 3), st.integers(0, 60))
+def test_what_is_written_is_what_was_read(rates: list[tuple[float, ...]], layer: int, iteration: int) -> None:
+    phases = Rates(tuple((20 * n, of_phase) for n, of_phase in enumerate(rates)))
+    again = Rates.of(str(phases))
+    assert again == phases and str(again) == str(phases)
+    wanted = rates[min(iteration // 20, len(rates) - 1)]  # by arithmetic, where the object searches
+    assert again.at(layer, iteration) == wanted[layer % len(wanted)]
+    assert again.span() == (min(map(min, rates)), max(map(max, rates)))
+
+
+@pytest.mark.parametrize(
+    ("text", "spelling"),
+    [
+        ("0.2", "0.2"),
+        (0.2, "0.2"),
+        ("1", "1.0"),
+        ("[0.1]*2 + [0.2]*2", "[0.1]*2+[0.2]*2"),
+        ("(2*[0.1]+[0.2,0.3])", "[0.1]*2+[0.2]+[0.3]"),
+        ("[0.1,0.2], 0.3@10, [0.5,1]@200", "[0.1,0.2],0.3@10,[0.5,1.0]@200"),
+        ([0.1, 0.2], "[0.1,0.2]"),
+    ],
+)
+def test_ways_to_write_them(text: object, spelling: str) -> None:
+    assert str(Rates.of(text)) == spelling
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("0", "must be above 0 and at most 1"),
+        ("1.01", "must be above 0 and at most 1"),
+        ("nan", "must be above 0 and at most 1"),
+        ("[0.1,2]", "must be above 0 and at most 1, which 2 is not"),
+        ("few", "must be a number, a list"),
+        ("", "must be a number, a list"),
+        ("[]", "must be a number, a list"),
+        ("[0.1]*0", "must be a number, a list"),
+        ("[[0.1]]", "must be a number, a list"),
+        (True, "must be a number, a list"),
+        ("[0.1]*1000000000", "must have at most 10,000 entries"),
+        ("0.1,0.2", "must say from which iteration on"),
+        ("0.1,0.2@x", "must name an iteration"),
+        ("0.1@5", "must begin at iteration 0"),
+        ("0.1,0.2@50,0.3@50", "at a later iteration"),
+        ([], "between 1 and 10,000 entries"),
+    ],
+)
+def test_what_is_no_rate(text: object, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        Rates.of(text)
+
+
+def test_a_list_fits_the_layers_or_the_stacks_of_the_model() -> None:
+    assert tiny_config("--lsh-target-rate [0.1,0.2]").lsh.lsh_target_rate == "[0.1,0.2]"
+    assert tiny_config("--lsh-target-rate [0.1]").lsh.lsh_target_rate == "0.1"
+    with pytest.raises(ConfigError, match=r"lsh_target_rate \(\[0.1\]\*3\) has a list of 3 and must have 2, one per layer "
+                                          r"of the model: change --lsh-target-rate"):  # fmt: skip
+        tiny_config("--lsh-target-rate [0.1]*3")
+    t5 = ["--encoder-num-layers", "3", "--decoder-num-layers", "2", "--hidden-size", "8", "--num-attention-heads", "2",
+          "--seq-length", "8", "--micro-batch-size", "1", "--train-iters", "1", "--mock-data", "--vocab-size", "30",
+          "--num-experts", "2", "--lr", "1e-3"]  # fmt: skip
+    of_stacks = validate(parse_args([*t5, "--lsh-target-rate", "0.5,[0.1,0.2]@9"], T5Config), 1)
+    assert of_stacks.lsh.lsh_target_rate == "0.5,[0.1]*3+[0.2]*2@9"
+    assert validate(of_stacks, 1).lsh.rates().of_layer(3) == (0.5, 0.2)
+    with pytest.raises(
+        ConfigError, match="has a list of 4 and must have 5, one per layer of the model or 2, one per stack"
+    ):
+        validate(parse_args([*t5, "--lsh-target-rate", "[0.1]*4"], T5Config), 1)
+
+
+def test_a_saved_configuration_repeats_them(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    cfg = tiny_config("--lsh-target-rate 0.1,[0.2,0.3]@7")
+    document = json.loads(json.dumps(to_dict(cfg)))
+    assert from_dict(document).lsh == cfg.lsh
+    document["config"]["lsh"]["lsh_target_rate"] = 0.25  # as earlier versions saved it
+    assert from_dict(document, Config).lsh.rates() == Rates.of("0.25")
+    for written, read in (("[0.2, 0.3]", "[0.2,0.3]"), ("0.1,[0.2,0.3]@7", "0.1,[0.2,0.3]@7"), ("0.4", "0.4")):
+        (tmp_path / "a.yaml").write_text(f"lsh:\n  lsh_target_rate: {written}\n")
+        assert str(parse_args(["--config", str(tmp_path / "a.yaml")]).lsh.rates()) == read
+
+
+def test_a_layer_sends_what_its_rate_says_now() -> None:
+    """Layer 3; from iteration 5 on it sends every row, and is exact."""
+    x = tokens(0)
+    layer, telemetry = make_layer(single(), "lsh", LSHConfig(lsh_target_rate="0.5,[0.1,0.1,0.1,0.25]@2,1@5"))
+    seen = {}
+    for iteration in (0, 1, 2, 4, 5, 9):
+        layer.set_iteration(iteration)
+        last = run(layer, x)
+        (report,) = telemetry.collect(single(), iterations=1)
+        seen[iteration] = report["lsh_compression_rate"]
+    assert seen[0] == seen[1] == pytest.approx(0.5, abs=0.1) and seen[2] == seen[4] == pytest.approx(0.25, abs=0.1)
+    assert seen[5] == seen[9] == 1.0
+    exact = run(make_layer(single())[0], x)
+    assert all(torch.equal(last[name], value) for name, value in exact.items())
