@@ -388,7 +388,18 @@ ScalarType fp32_or_fp64(const Tensor& t) {
 
 int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 
-Tensor grouped(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tensor widths, bool transposed) {
+// Places of rows: a permutation, whose range is checked.
+OptionalTensor places(const OptionalTensor& order, int64_t rows, const Tensor& home) {
+    const OptionalTensor found = checked(order, "order", ScalarType::Long, {rows}, home);
+    for (int64_t n = 0; found && n < rows; ++n) {
+        const int64_t row = data<int64_t>(*found)[n];
+        STD_TORCH_CHECK(0 <= row && row < rows, "order: ", row, " at place ", n, " must be one of ", rows, " rows");
+    }
+    return found;
+}
+
+Tensor grouped(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tensor widths, OptionalTensor order,
+               bool transposed) {
     const ScalarType dtype = fp32_or_fp64(rows);
     matrices = checked(matrices, "matrices", dtype, {-1, -1, -1}, rows);
     const int64_t groups = matrices.size(0), block = matrices.size(1), features = matrices.size(2);
@@ -398,17 +409,18 @@ Tensor grouped(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tenso
     widths = integers(widths, "widths", groups, rows);
     const int64_t num_rows = rows.size(0);
     check_groups(starts, counts, widths, num_rows, block);
+    order = places(order, num_rows, rows);
     Tensor out = empty(rows, {num_rows, transposed ? block : features}, dtype);
     Tensor packed = empty(rows, {groups, transposed ? padded(block) * features : padded(features) * block}, dtype);
     const GroupedArgs args{data(rows),   data(matrices), data<int64_t>(starts), data<int64_t>(counts),
-                           data<int64_t>(widths), data(out), data(packed),      num_rows,
-                           groups,       block,          features,              transposed ? 1 : 0,
-                           dtype_of(rows)};
+                           data<int64_t>(widths), data<int64_t>(order), data(out), data(packed),
+                           num_rows,     groups,         block,                 features,
+                           transposed ? 1 : 0, dtype_of(rows)};
     LSH_RUN(grouped, rows, args);
     return out;
 }
 
-Tensor grouped_outer(Tensor left, Tensor right, Tensor starts, Tensor counts, Tensor widths) {
+Tensor grouped_outer(Tensor left, Tensor right, Tensor starts, Tensor counts, Tensor widths, OptionalTensor order) {
     const ScalarType dtype = fp32_or_fp64(left);
     left = checked(left, "left", dtype, {-1, -1}, left);
     right = checked(right, "right", dtype, {left.size(0), -1}, left);
@@ -417,10 +429,10 @@ Tensor grouped_outer(Tensor left, Tensor right, Tensor starts, Tensor counts, Te
     counts = integers(counts, "counts", groups, left);
     widths = integers(widths, "widths", groups, left);
     check_groups(starts, counts, widths, num_rows, block);
+    order = places(order, num_rows, left);
     Tensor out = empty(left, {groups, block, features}, dtype);
-    Tensor packed = empty(left, {num_rows, block}, dtype);
     const GroupedOuterArgs args{data(left),   data(right), data<int64_t>(starts), data<int64_t>(counts),
-                                data<int64_t>(widths), data(out), data(packed),   num_rows,
+                                data<int64_t>(widths), data<int64_t>(order), data(out), num_rows,
                                 groups,       block,       features,              dtype_of(left)};
     LSH_RUN(grouped_outer, left, args);
     return out;

@@ -178,13 +178,13 @@ NearestWork nearest_work(const NearestArgs& a, int64_t panel) {
     return work;
 }
 
-// What no group writes: rows between groups.
-template <class Args>
-void clear_gaps(const Args& a, char* out, int64_t row_bytes) {
+// What no group writes: rows at places between groups.
+void clear_gaps(const GroupedArgs& a, const int64_t* order, int64_t row_bytes) {
+    char* out = static_cast<char*>(a.out);
     int64_t end = 0;
     for (int64_t g = 0; g <= a.groups; ++g) {
         const int64_t start = g < a.groups ? a.starts[g] : a.num_rows;
-        std::memset(out + end * row_bytes, 0, (start - end) * row_bytes);
+        for (int64_t n = end; n < start; ++n) std::memset(out + source_of(order, n) * row_bytes, 0, row_bytes);
         if (g < a.groups) end = start + a.counts[g];
     }
 }
@@ -259,7 +259,7 @@ int lsh_grouped_cpu(const GroupedArgs& a) {
     for_pairs(a.groups, (columns + panel - 1) / panel, [&](int64_t g, int64_t p) {
         if (a.counts[g] && p * panel < (a.transposed ? a.widths[g] : a.features)) loops.pack_grouped(a, g, p);
     });
-    clear_gaps(a, static_cast<char*>(a.out), columns * bytes);
+    clear_gaps(a, a.transposed ? nullptr : a.order, columns * bytes);
     std::vector<std::pair<int64_t, RowBlock>> blocks;
     for (int64_t g = 0; g < a.groups; ++g)
         for (int64_t r = 0; r < a.counts[g]; r += kBlockRows)
@@ -274,7 +274,6 @@ int lsh_grouped_outer_cpu(const GroupedOuterArgs& a) {
     const MatrixLoops& loops = matrix_loops();
     const int64_t panel = a.dtype == kFloat64 ? loops.panel_f64 : loops.panel, bytes = a.dtype == kFloat64 ? 8 : 4;
     const int64_t panels = (a.features + panel - 1) / panel, row_bytes = a.features * bytes;
-    for_pairs(a.groups, 1, [&](int64_t g, int64_t) { loops.transpose_left(a, g); });
     char* out = static_cast<char*>(a.out);
     for (int64_t g = 0; g < a.groups; ++g) {
         const int64_t there = a.counts[g] ? a.widths[g] : 0;

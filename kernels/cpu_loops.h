@@ -32,10 +32,9 @@ struct MatrixLoops {
     void (*nearest)(const NearestArgs&, const RowBlock&, int64_t num_panels);
     void (*pack_rotation)(const ProjectArgs&, int64_t p);
     void (*project)(const ProjectArgs&, const RowBlock&);
-    // Panel p of a group's matrix, then blocks of its rows; a group's left rows transposed, then panel p of its product.
+    // Panel p of a group's matrix, then blocks of its rows; panel p of a group's outer product.
     void (*pack_grouped)(const GroupedArgs&, int64_t group, int64_t p);
     void (*grouped)(const GroupedArgs&, int64_t group, const RowBlock&);
-    void (*transpose_left)(const GroupedOuterArgs&, int64_t group);
     void (*grouped_outer)(const GroupedOuterArgs&, int64_t group, int64_t p);
 };
 

@@ -32,9 +32,9 @@ struct Vector {
     static constexpr int64_t panel = lanes * kTileVectors;
 };
 
-// The first kVectors vectors of a tile: the last panel of a matrix need not be full.
+// The first kVectors vectors of a tile: the last panel of a matrix need not be full. Features of a row are `step` apart.
 template <class A, int kVectors>
-void multiply_tile(const A* const* rows, const A* panel, int64_t features, bool first, A* tile) {
+void multiply_tile(const A* const* rows, int64_t step, const A* panel, int64_t features, bool first, A* tile) {
     using V = typename Vector<A>::type;
     V acc[kTileRows][kVectors];
     for (int r = 0; r < kTileRows; ++r)
@@ -44,7 +44,7 @@ void multiply_tile(const A* const* rows, const A* panel, int64_t features, bool 
         V b[kVectors];
         for (int v = 0; v < kVectors; ++v) b[v] = column[v];
         for (int r = 0; r < kTileRows; ++r)
-            for (int v = 0; v < kVectors; ++v) acc[r][v] += rows[r][d] * b[v];
+            for (int v = 0; v < kVectors; ++v) acc[r][v] += rows[r][d * step] * b[v];
     }
     for (int r = 0; r < kTileRows; ++r)
         for (int v = 0; v < kVectors; ++v) reinterpret_cast<V*>(tile)[r * kTileVectors + v] = acc[r][v];
@@ -70,7 +70,8 @@ void row_pointers(const T* source, const int64_t* index, const RowBlock& block, 
 
 // tiles[r] = rows[r] times the first `columns` columns of a panel, rounded up to whole vectors, for all rows of a block.
 template <class A>
-void multiply_panel(const A* const* rows, int64_t num_rows, const A* panel, int64_t columns, int64_t features, A* tiles) {
+void multiply_panel(const A* const* rows, int64_t num_rows, const A* panel, int64_t columns, int64_t features, A* tiles,
+                    int64_t step = 1) {
     constexpr int64_t P = Vector<A>::panel, lanes = Vector<A>::lanes;
     const auto multiply = columns <= lanes       ? multiply_tile<A, 1>
                           : columns <= 2 * lanes ? multiply_tile<A, 2>
@@ -79,10 +80,20 @@ void multiply_panel(const A* const* rows, int64_t num_rows, const A* panel, int6
         const int64_t chunk = features - d < kChunk ? features - d : kChunk;
         for (int64_t r = 0; r < num_rows; r += kTileRows) {
             const A* shifted[kTileRows];
-            for (int i = 0; i < kTileRows; ++i) shifted[i] = rows[r + i] + d;
-            multiply(shifted, panel + d * P, chunk, d == 0, tiles + r * P);
+            for (int i = 0; i < kTileRows; ++i) shifted[i] = rows[r + i] + d * step;
+            multiply(shifted, step, panel + d * P, chunk, d == 0, tiles + r * P);
         }
     }
+}
+
+// Columns of a row of tiles; a whole panel's are few vectors.
+template <class A>
+void copy_columns(const A* from, int64_t columns, A* to) {
+    constexpr int64_t P = Vector<A>::panel;
+    if (columns == P)
+        for (int64_t j = 0; j < P; ++j) to[j] = from[j];
+    else
+        for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
 }
 
 template <class A>
@@ -192,7 +203,7 @@ void project(const ProjectArgs& a, const RowBlock& block) {
         const int64_t width = a.columns - column < P ? a.columns - column : P;
         multiply_panel<float>(rows, block.num_rows, a.packed + column * a.features, width, a.features, tiles);
         for (int64_t r = 0; r < block.num_rows; ++r)
-            for (int64_t j = 0; j < width; ++j) a.out[(block.first_row + r) * a.columns + column + j] = tiles[r * P + j];
+            copy_columns(tiles + r * P, width, a.out + (block.first_row + r) * a.columns + column);
     }
     delete[] buffer;
 }
@@ -223,56 +234,44 @@ void grouped(const GroupedArgs& a, int64_t g, const RowBlock& block) {
     const int64_t size = a.transposed ? padded(a.block) * a.features : padded(a.features) * a.block;
     const int64_t stride = a.transposed ? a.features : a.block, out_stride = a.transposed ? a.block : a.features;
     const A* rows[kBlockRows];
-    row_pointers<A>(static_cast<const A*>(a.rows), nullptr, block, stride, static_cast<A*>(nullptr), rows);
-    A* out = static_cast<A*>(a.out) + block.first_row * out_stride;
+    row_pointers<A>(static_cast<const A*>(a.rows), a.transposed ? a.order : nullptr, block, stride,
+                    static_cast<A*>(nullptr), rows);
+    A* out[kBlockRows];
+    for (int64_t r = 0; r < block.num_rows; ++r)
+        out[r] = static_cast<A*>(a.out) + source_of(a.transposed ? nullptr : a.order, block.first_row + r) * out_stride;
     alignas(kVectorBytes) A tiles[kBlockRows * P] = {};
     for (int64_t column = 0; column < columns; column += P) {
         const int64_t width = columns - column < P ? columns - column : P;
         const A* panel = static_cast<const A*>(a.packed) + g * size + column * depth;
         multiply_panel<A>(rows, block.num_rows, panel, width, depth, tiles);
-        for (int64_t r = 0; r < block.num_rows; ++r)
-            for (int64_t j = 0; j < width; ++j) out[r * out_stride + column + j] = tiles[r * P + j];
+        for (int64_t r = 0; r < block.num_rows; ++r) copy_columns(tiles + r * P, width, out[r] + column);
     }
     for (int64_t r = 0; r < block.num_rows; ++r)
-        for (int64_t j = columns; j < out_stride; ++j) out[r * out_stride + j] = 0;
+        for (int64_t j = columns; j < out_stride; ++j) out[r][j] = 0;
 }
 
-// [width, count]
-template <class A>
-void transpose_left(const GroupedOuterArgs& a, int64_t g) {
-    constexpr int64_t kTile = 16;  // both sides stay in the first-level cache
-    const int64_t count = a.counts[g];
-    A* packed = static_cast<A*>(a.packed) + a.starts[g] * a.block;
-    const A* left = static_cast<const A*>(a.left) + a.starts[g] * a.block;
-    for (int64_t first = 0; first < count; first += kTile) {
-        const int64_t end = first + kTile < count ? first + kTile : count;
-        for (int64_t i = 0; i < a.widths[g]; ++i)
-            for (int64_t n = first; n < end; ++n) packed[i * count + n] = left[n * a.block + i];
-    }
-}
-
-// Columns [P p, ...) of a group's product.
+// Columns [P p, ...) of a group's product. Its rows are the columns of `left`.
 template <class A>
 void grouped_outer(const GroupedOuterArgs& a, int64_t g, int64_t p) {
     constexpr int64_t P = Vector<A>::panel;
     const int64_t count = a.counts[g], width = a.widths[g];
     const int64_t columns = a.features - p * P < P ? a.features - p * P : P;
-    const A* right = static_cast<const A*>(a.right) + a.starts[g] * a.features + p * P;
     A* panel = new A[count * P];
     for (int64_t n = 0; n < count; ++n) {
-        for (int64_t j = 0; j < columns; ++j) panel[n * P + j] = right[n * a.features + j];
+        const int64_t row = source_of(a.order, a.starts[g] + n);
+        const A* right = static_cast<const A*>(a.right) + row * a.features + p * P;
+        copy_columns(right, columns, panel + n * P);
         for (int64_t j = columns; j < P; ++j) panel[n * P + j] = 0;
     }
-    const A* left = static_cast<const A*>(a.packed) + a.starts[g] * a.block;
+    const A* left = static_cast<const A*>(a.left) + a.starts[g] * a.block;
     A* out = static_cast<A*>(a.out) + g * a.block * a.features + p * P;
     alignas(kVectorBytes) A tiles[kBlockRows * P] = {};
     for (int64_t i = 0; i < width; i += kBlockRows) {
-        const RowBlock block{i, width - i < kBlockRows ? width - i : kBlockRows, 0, 0, 0};
+        const int64_t num_rows = width - i < kBlockRows ? width - i : kBlockRows;
         const A* rows[kBlockRows];
-        row_pointers<A>(left, nullptr, block, count, static_cast<A*>(nullptr), rows);
-        multiply_panel<A>(rows, block.num_rows, panel, columns, count, tiles);
-        for (int64_t r = 0; r < block.num_rows; ++r)
-            for (int64_t j = 0; j < columns; ++j) out[(i + r) * a.features + j] = tiles[r * P + j];
+        for (int64_t r = 0; r < kBlockRows; ++r) rows[r] = left + i + (r < num_rows ? r : num_rows - 1);
+        multiply_panel<A>(rows, num_rows, panel, columns, count, tiles, a.block);
+        for (int64_t r = 0; r < num_rows; ++r) copy_columns(tiles + r * P, columns, out + (i + r) * a.features);
     }
     delete[] panel;
 }
@@ -282,7 +281,6 @@ void grouped_outer(const GroupedOuterArgs& a, int64_t g, int64_t p) {
     void name##_any parameters { (a.dtype == kFloat64 ? name<double> : name<float>)arguments; }
 LSH_BY_DTYPE(pack_grouped, (const GroupedArgs& a, int64_t g, int64_t p), (a, g, p))
 LSH_BY_DTYPE(grouped, (const GroupedArgs& a, int64_t g, const RowBlock& block), (a, g, block))
-LSH_BY_DTYPE(transpose_left, (const GroupedOuterArgs& a, int64_t g), (a, g))
 LSH_BY_DTYPE(grouped_outer, (const GroupedOuterArgs& a, int64_t g, int64_t p), (a, g, p))
 
 void pack_centroids_any(const NearestArgs& a, const RowBlock& block, int64_t p, int64_t num_panels) {
@@ -307,7 +305,7 @@ void project_any(const ProjectArgs& a, const RowBlock& block) {
 
 extern const MatrixLoops LSH_JOIN(matrix_loops_, LSH_ISA) = {
     Vector<float>::panel, Vector<double>::panel, pack_centroids_any, nearest_any, pack_rotation, project_any,
-    pack_grouped_any,     grouped_any,           transpose_left_any, grouped_outer_any,
+    pack_grouped_any,     grouped_any,           grouped_outer_any,
 };
 
 }  // namespace megatron_lsh

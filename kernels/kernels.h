@@ -51,15 +51,17 @@ struct ProjectArgs {
     DType dtype;
 };
 
-// Rows in groups, and one matrix for each group: rows [start, start + count) of group g times matrix g, of whose B rows the
-// first `width` are there. Groups are in order and do not overlap. Rows of no group, and what is beyond a width, become zero.
-// CPU only; on a GPU these are the library's grouped products.
+// Rows in groups, and one matrix for each group: places [start, start + count) of group g times matrix g, of whose B rows the
+// first `width` are there. At place n is row order[n] of what has X columns, and row n of what has B. Groups are in order and
+// do not overlap. Rows of no group, and what is beyond a width, become zero. CPU only; on a GPU these are the library's
+// batched products.
 struct GroupedArgs {
     const void* rows;       // [N, B], or [N, X] if transposed
     const void* matrices;   // [G, B, X]
     const int64_t* starts;  // [G]
     const int64_t* counts;  // [G]
     const int64_t* widths;  // [G]
+    const int64_t* order;   // [N] optional: a permutation; without, row n is at place n
     void* out;              // [N, X] rows * matrix; [N, B] rows * matrix^T if transposed
     void* packed;           // scratch: G times the matrix, its columns rounded up to kPanel
     int64_t num_rows, groups, block, features;
@@ -74,8 +76,8 @@ struct GroupedOuterArgs {
     const int64_t* starts;  // [G]
     const int64_t* counts;  // [G]
     const int64_t* widths;  // [G]
+    const int64_t* order;   // [N] optional
     void* out;              // [G, B, X]
-    void* packed;           // [N, B] scratch
     int64_t num_rows, groups, block, features;
     DType dtype;  // fp32 or fp64
 };

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lsh.lsh.cluster import Clusters
@@ -39,9 +40,10 @@ class Blocks:
         slot_C: int64, the place of each cluster among the G B of all blocks.
         valid_GB: bool, the places that a cluster has.
         width_G1: valid places, in the dtype of sums.
-        order_N: int64, rows in their order here; inverse_N: the place of each row in it.
+        block_R: int64, the block of each row, and
+        inverse_R: the place of each row in the order here.
         block_N, slot_N: int64, the block and the cluster's place, of the row at this place.
-        rows: the moving rows of each block.
+        rows: the moving rows of each block, and the order of rows here; at its places ``place_N``.
         moving: ``order``, ``offsets`` and ``sizes`` of the moving rows by cluster, for ``segment``.
     """
 
@@ -49,12 +51,18 @@ class Blocks:
     slot_C: Tensor
     valid_GB: Tensor
     width_G1: Tensor
-    order_N: Tensor
-    inverse_N: Tensor
+    block_R: Tensor
+    inverse_R: Tensor
     block_N: Tensor
     slot_N: Tensor
+    place_N: Tensor
     rows: Groups
     moving: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def places(self) -> Groups:
+        """``rows``, for tensors whose rows are in the order here already."""
+        return self.rows._replace(order=None)
 
     @staticmethod
     def of(clusters: Clusters, member_C: Tensor | None, most: int, counts: Sequence[int], dtype: torch.dtype) -> Blocks:
@@ -77,16 +85,15 @@ class Blocks:
         # Rows take their representative's output where they are it, or where it is the only one.
         moves_C = (width_G[block_C] > 1) & (clusters.sizes_C > 1)
         moves_N = moves_C.index_select(0, clusters.cluster_N)
+        place_N = torch.arange(num_rows, device=device)
         if member_C is not None:
-            moves_N = moves_N & ~_are_sent(clusters, member_C)
+            # (An empty cluster's member is another's row.)
+            moves_N = moves_N & (member_C.index_select(0, clusters.cluster_N) != place_N)
         moves_N = moves_N.index_select(0, clusters.order_N)
-        before_N = torch.cat(
-            [moves_N.new_zeros(1, dtype=torch.int64), moves_N.cumsum(0)]
-        )  # moving rows before each place
-        place_N, moving = torch.arange(num_rows, device=device), before_N[-1]
+        before_N = F.pad(moves_N.cumsum(0), (1, 0))  # moving rows before each place
+        moving = before_N[-1]
         to_N = torch.where(moves_N, before_N[:-1], moving + place_N - before_N[:-1])
         order_N = torch.empty_like(to_N).scatter_(0, to_N, clusters.order_N)
-        inverse_N = torch.empty_like(to_N).scatter_(0, order_N, place_N)
         own_N = clusters.cluster_N.index_select(0, order_N)
 
         begin_C, end_C = before_N[clusters.offsets_C], before_N[clusters.offsets_C + clusters.sizes_C]
@@ -96,12 +103,13 @@ class Blocks:
             slot_C=slot_C,
             valid_GB=torch.arange(block, device=device) < width_G.unsqueeze(1),
             width_G1=width_G.unsqueeze(1).to(dtype),
-            order_N=order_N,
-            inverse_N=inverse_N,
+            block_R=block_C.index_select(0, clusters.cluster_N),
+            inverse_R=torch.empty_like(to_N).scatter_(0, order_N, place_N),
             block_N=block_C.index_select(0, own_N),
             slot_N=slot_C.index_select(0, own_N),
-            rows=Groups(start_G, stop_G - start_G, width_G),
-            moving=(place_N, begin_C, end_C - begin_C),
+            place_N=place_N,
+            rows=Groups(start_G, stop_G - start_G, width_G, order_N),
+            moving=(order_N, begin_C, end_C - begin_C),
         )
 
 
@@ -109,10 +117,3 @@ def _to_device(numbers: list[int], device: torch.device) -> Tensor:
     """int64. From pinned memory, out of which a copy needs no wait."""
     host = torch.tensor(numbers, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def _are_sent(clusters: Clusters, member_C: Tensor) -> Tensor:
-    """bool [N]: the rows that are their own cluster's member. (An empty cluster's member is another's row.)"""
-    numbers_C = torch.arange(clusters.num_clusters, device=member_C.device)
-    owns_C = clusters.cluster_N.index_select(0, member_C) == numbers_C
-    return torch.zeros_like(clusters.cluster_N).scatter_add_(0, member_C, owns_C.long()) > 0

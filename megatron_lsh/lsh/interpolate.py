@@ -129,9 +129,10 @@ class _System(NamedTuple):
         columns_GBD = c_GBD * (2 / scale_G)[:, None, None]
         # What is no representative is infinitely far away: exp makes it zero.
         far_GB = (norm_GB / scale_G.unsqueeze(1)).masked_fill_(~blocks.valid_GB, torch.inf)
-        near_N = torch.linalg.vector_norm(x_ND, dim=1).square_().div_(scale_G.index_select(0, blocks.block_N))
+        near_R = torch.linalg.vector_norm(x_ND, dim=1).square_().div_(scale_G.index_select(0, blocks.block_R))
+        near_N1 = near_R.index_select(0, blocks.rows.order).unsqueeze(1)
         around_NB = ops.grouped(x_ND, columns_GBD, blocks.rows, True)
-        around_NB.sub_(near_N.unsqueeze(1)).sub_(far_GB.index_select(0, blocks.block_N)).exp_()
+        around_NB.sub_(near_N1).sub_(far_GB.index_select(0, blocks.block_N)).exp_()
         among_GBB = torch.bmm(c_GBD, columns_GBD.transpose(1, 2))
         among_GBB.sub_(far_GB.unsqueeze(2)).sub_(far_GB.unsqueeze(1)).exp_()
         diagonal_GB = torch.full_like(far_GB, 1.0).masked_fill_(blocks.valid_GB, ridge)
@@ -139,7 +140,8 @@ class _System(NamedTuple):
 
     def difference(self, blocks: Blocks) -> Tensor:
         """k(x) - K_own [N, B]. It is small, and rounded after it is taken: k(x) by itself would lose most of it."""
-        return self.among_GBB.flatten(0, 1).index_select(0, blocks.slot_N).neg_().add_(self.around_NB)
+        own_NB = self.among_GBB.flatten(0, 1).index_select(0, blocks.slot_N)
+        return torch.sub(self.around_NB, own_NB, out=own_NB)
 
     def gradients(
         self,
@@ -158,25 +160,25 @@ class _System(NamedTuple):
         among_GBB = grad_among_GBB.mul_(self.among_GBB).mul_(factor_G[:, None, None])
         among_GBB = among_GBB + among_GBB.transpose(1, 2)
         grad_rows_ND = ops.grouped(around_NB, c_GBD, blocks.rows)
-        grad_rows_ND.addcmul_(x_ND, around_NB.sum(1, keepdim=True), value=-1)
-        place_N, starts_G, counts_G = blocks.moving[0], blocks.rows.starts, blocks.rows.counts
-        pull_GB = ops.segment(around_NB, None, None, place_N, starts_G, counts_G, False) + among_GBB.sum(2)
+        grad_rows_ND.addcmul_(x_ND, around_NB.sum(1).index_select(0, blocks.inverse_R).unsqueeze(1), value=-1)
+        starts_G, counts_G = blocks.rows.starts, blocks.rows.counts
+        pull_GB = ops.segment(around_NB, None, None, blocks.place_N, starts_G, counts_G, False) + among_GBB.sum(2)
         grad_c_GBD = ops.grouped_outer(around_NB, x_ND, blocks.rows)
         grad_c_GBD += torch.bmm(among_GBB, c_GBD)
         grad_c_GBD.addcmul_(c_GBD, pull_GB.unsqueeze(2), value=-1)
         dtype = rows_ND.dtype
-        return grad_rows_ND.to(dtype).index_select(0, blocks.inverse_N), _unpad(blocks, grad_c_GBD).to(dtype)
+        return grad_rows_ND.to(dtype), _unpad(blocks, grad_c_GBD).to(dtype)
 
 
 def _shifted(rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Rows in the blocks' order and representatives in their places, in the dtype of the arithmetic, less the mean of each
-    block's representatives: that changes no distance, and keeps their rounding small."""
+    """Rows, and representatives in their places, in the dtype of the arithmetic, less the mean of their block's
+    representatives: that changes no distance, and keeps their rounding small."""
     dtype = blocks.width_G1.dtype
     padded_GBD = _pad(blocks, representatives_CD).to(dtype)
     mean_GD = padded_GBD.sum(1) / blocks.width_G1
     c_GBD = (padded_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
-    rows_ND = rows_ND.index_select(0, blocks.order_N).to(dtype)
-    return rows_ND.sub_(mean_GD.index_select(0, blocks.block_N)), c_GBD
+    mean_ND = mean_GD.index_select(0, blocks.block_R)
+    return torch.sub(rows_ND, mean_ND, out=mean_ND), c_GBD
 
 
 def _pad(blocks: Blocks, x_CD: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ class _Fitted(torch.autograd.Function):
         # Not as attributes: what is saved is dropped under activation recomputation.
         ctx.save_for_backward(rows_ND, representatives_CD, weights_GBD, *system)
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
-        return restored_ND.index_add_(0, blocks.order_N, change_ND.to(restored_ND.dtype))
+        return restored_ND.add_(change_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
@@ -256,16 +258,15 @@ class _Fitted(torch.autograd.Function):
 def _arriving(
     grad_ND: Tensor, clusters: Clusters, blocks: Blocks, dtype: torch.dtype, ops: PlainOps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the restored rows in the blocks' order; its sum over the rows of each cluster [C, D]; and over those
-    that move, in the clusters' places."""
+    """The gradient of the restored rows; its sum over the rows of each cluster [C, D]; and over those that move, in the
+    clusters' places."""
     grad_ND = grad_ND.to(dtype).contiguous()
     whole_CD = ops.segment(grad_ND, None, None, *clusters.segments, False)
-    grad_ND = grad_ND.index_select(0, blocks.order_N)
     return grad_ND, whole_CD, _pad(blocks, ops.segment(grad_ND, None, None, *blocks.moving, False))
 
 
 class _Weights(torch.autograd.Function):
-    """The form "weights", first half: A [N, B] in the blocks' order."""
+    """The form "weights", first half: A [N, B], by place."""
 
     @staticmethod
     def forward(
@@ -279,7 +280,7 @@ class _Weights(torch.autograd.Function):
     ) -> Tensor:
         ctx.blocks, ctx.ops = blocks, ops
         system = _System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
-        uncentred_NB = ops.grouped(system.difference(blocks), system.inverse_GBB, blocks.rows)
+        uncentred_NB = ops.grouped(system.difference(blocks), system.inverse_GBB, blocks.places)
         ctx.save_for_backward(rows_ND, representatives_CD, uncentred_NB, *system)
         return _centred_rows(uncentred_NB, blocks)
 
@@ -290,9 +291,9 @@ class _Weights(torch.autograd.Function):
         ops: PlainOps = ctx.ops
         rows_ND, representatives_CD, uncentred_NB, *kept = ctx.saved_tensors
         system = _System(*kept)
-        grad_NB = ops.grouped(_centred_rows(grads[0].contiguous(), blocks), system.inverse_GBB, blocks.rows)
-        grad_among_GBB = ops.grouped_outer(uncentred_NB, grad_NB, blocks.rows)
-        grad_among_GBB += _pad(blocks, ops.segment(grad_NB, None, None, *blocks.moving, False))
+        grad_NB = ops.grouped(_centred_rows(grads[0].contiguous(), blocks), system.inverse_GBB, blocks.places)
+        grad_among_GBB = ops.grouped_outer(uncentred_NB, grad_NB, blocks.places)
+        grad_among_GBB += _pad(blocks, ops.segment(grad_NB, None, None, blocks.place_N, *blocks.moving[1:], False))
         grad_rows_ND, grad_c_CD = system.gradients(
             grad_NB, grad_among_GBB.neg_(), rows_ND, representatives_CD, blocks, ops
         )
@@ -316,7 +317,7 @@ class _Weighted(torch.autograd.Function):
         change_ND = ctx.ops.grouped(weights_NB, outputs_GBD, blocks.rows)
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         # Added apart from the product: the output itself is not rounded with it.
-        return restored_ND.index_add_(0, blocks.order_N, change_ND.to(restored_ND.dtype))
+        return restored_ND.add_(change_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -9,32 +9,35 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128
 
 
 class Groups(NamedTuple):
-    """Rows [start, start + count) belong to group g, and the first ``width`` of the B rows of its matrix are there.
+    """Places [start, start + count) belong to group g, and the first ``width`` of the B rows of its matrix are there.
 
     Attributes:
         starts, counts, widths: int64 [G]. Groups are in order and do not overlap.
+        order: int64 [N], the row at each place; None where row n is at place n.
     """
 
     starts: Tensor
     counts: Tensor
     widths: Tensor
+    order: Tensor | None = None
 
 
 class Tiles(NamedTuple):
     """Attributes:
     group_S: int64, the group of each tile.
-    row_SR: int64, the rows of each tile; the number of rows where there is none.
+    place_SR: int64, the places of each tile; the number of rows where there is none.
     offsets_G, sizes_G: int64, which tiles a group has.
     """
 
     group_S: Tensor
-    row_SR: Tensor
+    place_SR: Tensor
     offsets_G: Tensor
     sizes_G: Tensor
 
@@ -48,22 +51,25 @@ class Tiles(NamedTuple):
         first_S = (tile_S - (ends_G - sizes_G)[group_S]) * TILE
         place_SR = first_S.unsqueeze(1) + torch.arange(TILE, device=device)
         # Surplus tiles count on from the last group's, beyond its rows.
-        row_SR = torch.where(
+        place_SR = torch.where(
             place_SR < groups.counts[group_S].unsqueeze(1), place_SR + groups.starts[group_S].unsqueeze(1), num_rows
         )
-        return Tiles(group_S, row_SR, ends_G - sizes_G, sizes_G)
+        return Tiles(group_S, place_SR, ends_G - sizes_G, sizes_G)
 
 
-def pick(rows_NX: Tensor, tiles: Tiles) -> Tensor:
-    """[S, R, X]: the rows of each tile, zero where there is none."""
-    row_R = tiles.row_SR.flatten()
-    picked = rows_NX.index_select(0, row_R.clamp(max=rows_NX.shape[0] - 1))
-    return picked.masked_fill_((row_R == rows_NX.shape[0]).unsqueeze(1), 0).view(*tiles.row_SR.shape, -1)
+def pick(rows_NX: Tensor, tiles: Tiles, order: Tensor | None) -> Tensor:
+    """[S, R, X]: the rows of each tile, zero where there is none. ``order``: the row at each place, if not the same."""
+    place_R = tiles.place_SR.flatten()
+    row_R = place_R.clamp(max=rows_NX.shape[0] - 1)
+    picked = rows_NX.index_select(0, row_R if order is None else order[row_R])
+    return picked.masked_fill_((place_R == rows_NX.shape[0]).unsqueeze(1), 0).view(*tiles.place_SR.shape, -1)
 
 
-def put(tiled_SRX: Tensor, tiles: Tiles, num_rows: int) -> Tensor:
+def put(tiled_SRX: Tensor, tiles: Tiles, num_rows: int, order: Tensor | None) -> Tensor:
     """[N, X]: the inverse of :func:`pick`; zero where a row is in no tile."""
     width = tiled_SRX.shape[2]
-    # The last place takes what has no row.
+    # The last row takes what has no place.
+    row_R = tiles.place_SR.flatten()
+    row_R = row_R if order is None else F.pad(order, (0, 1), value=num_rows)[row_R]
     out = tiled_SRX.new_zeros(num_rows + 1, width)
-    return out.index_copy_(0, tiles.row_SR.flatten(), tiled_SRX.reshape(-1, width))[:num_rows]
+    return out.index_copy_(0, row_R, tiled_SRX.reshape(-1, width))[:num_rows]

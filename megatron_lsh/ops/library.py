@@ -28,9 +28,10 @@ SCHEMAS = {
     # rows [N, D] @ rotation [D, P] in fp32. CPU only: a GPU has its library's matrix product.
     "project": "(Tensor rows, Tensor rotation) -> Tensor",
     # Rows of each group times its matrix [B, X], or times the matrix transposed -> [N, X] or [N, B]. CPU only, fp32, fp64.
-    "grouped": "(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tensor widths, bool transposed) -> Tensor",
+    "grouped": "(Tensor rows, Tensor matrices, Tensor starts, Tensor counts, Tensor widths, Tensor? order, "
+    "bool transposed) -> Tensor",
     # left [N, B] transposed times right [N, X], over the rows of each group -> [G, B, X]. CPU only, fp32 and fp64.
-    "grouped_outer": "(Tensor left, Tensor right, Tensor starts, Tensor counts, Tensor widths) -> Tensor",
+    "grouped_outer": "(Tensor left, Tensor right, Tensor starts, Tensor counts, Tensor widths, Tensor? order) -> Tensor",
     # Nearest centroid of each row among its expert's -> cluster [N], squared distance [N] in fp32 or better.
     "nearest": "(Tensor rows, Tensor? index, Tensor centroids, Tensor row_ends, Tensor cluster_ends) "
     "-> (Tensor, Tensor)",
@@ -129,12 +130,18 @@ def _fake_project(rows: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _fake_grouped(
-    rows: Tensor, matrices: Tensor, starts: Tensor, counts: Tensor, widths: Tensor, transposed: bool
+    rows: Tensor,
+    matrices: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    widths: Tensor,
+    order: Tensor | None,
+    transposed: bool,
 ) -> Tensor:
     return rows.new_empty(rows.shape[0], matrices.shape[1 if transposed else 2])
 
 
-def _fake_grouped_outer(left: Tensor, right: Tensor, starts: Tensor, counts: Tensor, widths: Tensor) -> Tensor:
+def _fake_grouped_outer(left: Tensor, right: Tensor, starts: Tensor, *rest: Tensor | None) -> Tensor:
     return left.new_empty(starts.shape[0], left.shape[1], right.shape[1])
 
 

@@ -178,6 +178,8 @@ class PlainOps:
     def grouped(self, rows: Tensor, matrices: Tensor, groups: Groups, transposed: bool = False) -> Tensor:
         """The rows of each group times the group's matrix [B, X], or times the matrix transposed.
 
+        What has X columns is in the order of rows, what has B in that of places (``groups.order``).
+
         Args:
             rows: [N, B], or [N, X] if transposed; in the dtype of sums.
             matrices: [G, B, X], zero beyond a group's width.
@@ -189,15 +191,22 @@ class PlainOps:
         if rows.shape[0] == 0:
             return rows.new_zeros(0, matrices.shape[2])
         tiles = Tiles.of(groups, rows.shape[0])
-        return put(torch.bmm(pick(rows, tiles), matrices[tiles.group_S]), tiles, rows.shape[0])
+        of_rows, of_out = (groups.order, None) if transposed else (None, groups.order)
+        products = torch.bmm(pick(rows, tiles, of_rows), matrices[tiles.group_S])
+        return put(products, tiles, rows.shape[0], of_out)
 
     def grouped_outer(self, left: Tensor, right: Tensor, groups: Groups) -> Tensor:
-        """``left^T right`` over the rows of each group: [G, B, X]; ``left`` [N, B] is zero beyond a group's width."""
+        """``left^T right`` over the rows of each group: [G, B, X].
+
+        Args:
+            left: [N, B], by place; zero beyond a group's width.
+            right: [N, X], by row.
+        """
         num_groups, shape = groups.starts.shape[0], (left.shape[1], right.shape[1])
         if left.shape[0] == 0:
             return left.new_zeros(num_groups, *shape)
         tiles = Tiles.of(groups, left.shape[0])
-        products = torch.bmm(pick(left, tiles).transpose(1, 2), pick(right, tiles)).flatten(1)
+        products = torch.bmm(pick(left, tiles, None).transpose(1, 2), pick(right, tiles, groups.order)).flatten(1)
         order = torch.arange(products.shape[0], device=left.device)
         return PlainOps.segment(
             self, products, None, None, order, tiles.offsets_G, tiles.sizes_G, False
