@@ -79,8 +79,9 @@ def read_hf_config(
     else:
         model.ffn_hidden_size = keys.whole("intermediate_size")
     if traits.multipliers:
-        for name in MULTIPLIERS:
-            keys.number(name)  # see `folded_multipliers`
+        for name in MULTIPLIERS:  # see `folded_multipliers`
+            if _is_null(keys, name) or keys.number(name) is None:
+                raise keys.error(name, "a positive number", "give transformers' default, 1.0, or remove the key")
     if traits.multipliers and any(factor != 1.0 for factor in _output_factors(keys)):
         model.untie_embeddings_and_output_weights = True  # each is scaled by itself
     notices += keys.refuse_unknown(ignored)
