@@ -1,6 +1,7 @@
 """Interpolated restoration, and members in the place of means: values, gradients, exactness, improvement."""
 
 from contextlib import nullcontext
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from megatron_lsh.lsh.interpolate import FORMS, RIDGE, WIDTH
 from megatron_lsh.ops import reference_only
 from tests.lsh import looped_interpolation
 from tests.lsh.test_compress_restore import CLUSTERS, make_clusters
+
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 # Expert 0 has clusters 0-1, expert 1 none, expert 2 clusters 2-6: one block, or two of 2 and 3.
 WIDE = make_clusters([0, 1, 0, 2, 3, 3, 4, 5, 2, 6, 4, 3, 6], [2, 0, 5])
@@ -101,6 +104,7 @@ def restored_with_gradients(function, rows, clusters, member_C, members, dtype, 
     generator = torch.Generator().manual_seed(5)
     weight, upstream = (torch.randn(n, rows.shape[1], generator=generator) for n in (rows.shape[1], len(rows)))
     points = points.detach().requires_grad_()
+    weight, upstream = weight.to(rows.device), upstream.to(rows.device)
     out = torch.tanh(points.detach().double() @ weight.double() / 4).to(dtype).requires_grad_()
     y = function(out, x, points, clusters, member_C if members else None, **settings)
     return [y, *torch.autograd.grad(y, (out, x, points), upstream.to(dtype))]
@@ -128,6 +132,21 @@ def test_both_forms_are_the_loop_over_blocks(counts, block, members, kernels):
             for ours, want, ours32, loop32 in zip(got, exact, rounded, before, strict=True):
                 assert (ours - want).norm() <= 1e-12 * want.norm()
                 assert (ours32 - want).norm() <= 2 * (loop32 - want).norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+def test_on_a_device_it_is_that_in_fp64_on_the_cpu(form, dtype, limit, device):
+    """Of rows that have bf16's numbers, so that nothing but the arithmetic differs."""
+    rows, clusters, member_C = clustered([300, 0, 150, 9], 24, 0.3)
+    rows = rows.bfloat16().double()
+    exact = restored_with_gradients(lsh.interpolate, rows, clusters, member_C, True, torch.float64, form=form)
+    there = lsh.Clusters(*(getattr(clusters, f.name).to(device) for f in fields(lsh.Clusters)))
+    inputs = (rows.to(device), there, member_C.to(device))
+    got = restored_with_gradients(lsh.interpolate, *inputs, True, dtype, form=form)
+    for ours, want in zip(got, exact, strict=True):
+        assert ours.dtype == dtype and (ours.cpu().double() - want).norm() <= limit * want.norm()
 
 
 class Calls(TorchDispatchMode):
