@@ -43,7 +43,18 @@ _FUNCTION = {
 _SECTIONS = ("model", "moe", "lsh", "precision")
 _SOME = {"training": ("calculate_per_token_loss",), "finetune": _FUNCTION["finetune"]}
 # What the saved groups of the optimizer hold as well, and what is done to gradients.
-_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
+_OPTIMIZER = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "sgd_momentum",
+    "muon_momentum",
+    "muon_nesterov",
+    "muon_scale_mode",
+    "muon_extra_scale_factor",
+    "muon_num_ns_steps",
+    "clip_grad",
+)
 # Parameters that models of before did not have, and with which, at zero, they compute what they did: ends of names.
 _ZERO_IF_ABSENT = (".mlp.router.bias",)
 

@@ -224,10 +224,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
             "weight decay on norms is not implemented; --weight-decay leaves them out", "--apply-wd-to-qk-layernorm"
         ),
         **_rejected(
-            "Muon is not implemented; use --optimizer adam",
-            "--muon-momentum --muon-scale-mode --muon-extra-scale-factor",
-        ),
-        **_rejected(
             "initial weights that differ between data-parallel ranks are not implemented; they depend only on --seed",
             "--data-parallel-random-init",
         ),

@@ -56,7 +56,23 @@ class TrainingConfig:
 class OptimizerConfig:
     """Optimizer, its schedule and regularization."""
 
-    optimizer: str = flag("adam", "adam is AdamW", choices=("adam", "sgd"))
+    optimizer: str = flag(
+        "adam",
+        "adam is AdamW; muon is Muon for the matrices of hidden layers, and AdamW for the rest",
+        choices=("adam", "sgd", "muon"),
+        parse=lambda name: "muon" if name == "dist_muon" else name,  # Megatron-LM's word for muon with sharded state
+    )
+    muon_momentum: float = flag(0.95, "Momentum of --optimizer muon", at_least=0, below=1)
+    muon_nesterov: bool = flag(False, "Nesterov's momentum in --optimizer muon")
+    muon_scale_mode: str = flag(
+        "spectral",
+        "Scale of the update of a matrix [R, D]: the root of max(R, D), of R / D, or of max(1, R / D)",
+        choices=("spectral", "unit_rms_norm", "shape_scaling"),
+    )
+    muon_extra_scale_factor: float = flag(
+        1.0, "Further factor of Muon's updates; with spectral, 0.2 makes them as large as AdamW's", above=0
+    )
+    muon_num_ns_steps: int = flag(5, "Newton-Schulz iterations that make an update orthogonal", at_least=1)
     use_apex_adam: bool = flag(False, "Use NVIDIA apex's FusedAdam; an error if the real one is not installed")
     lr: float | None = flag(None, "Peak learning rate", at_least=0)
     min_lr: float = flag(0.0, "Floor of the learning rate", at_least=0)

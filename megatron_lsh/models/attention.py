@@ -19,7 +19,7 @@ from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.moe.experts import output_init
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init
+from megatron_lsh.parallel.parameters import Init, Matrices
 from megatron_lsh.parallel.random import tensor_parallel_rng
 from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -84,7 +84,9 @@ class SelfAttention(_Attention):
         super().__init__(cfg, ctx, recompute)
         shape = self.shape
         packed = shape.query_groups * (self.heads_per_group + 2) * shape.head_dim
-        self.linear_qkv = ColumnParallelLinear(shape.hidden, packed, ctx, init=self.init, bias=self.bias)
+        widths = (self.heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim)
+        qkv = Matrices(widths, shape.query_groups)
+        self.linear_qkv = ColumnParallelLinear(shape.hidden, packed, ctx, init=self.init, bias=self.bias, matrices=qkv)
         self.linear_proj = self._build_projection(cfg)
         if cfg.qk_layernorm:
             self.q_layernorm = build_head_norm(cfg, shape.heads, shape.head_dim, ctx)
@@ -144,7 +146,12 @@ class CrossAttention(_Attention):
             shape.hidden, shape.heads * shape.head_dim, ctx, init=self.init, bias=self.bias
         )
         self.linear_kv = ColumnParallelLinear(
-            shape.hidden, shape.query_groups * 2 * shape.head_dim, ctx, init=self.init, bias=self.bias
+            shape.hidden,
+            shape.query_groups * 2 * shape.head_dim,
+            ctx,
+            init=self.init,
+            bias=self.bias,
+            matrices=Matrices((shape.head_dim, shape.head_dim), shape.query_groups),
         )
         self.linear_proj = self._build_projection(cfg)
 

@@ -20,7 +20,7 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init, local, parameter
+from megatron_lsh.parallel.parameters import ONE_MATRIX, Init, Matrices, local, parameter
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,19 @@ def output_init(model_cfg: ModelConfig) -> Init:
 class StackedLinear(nn.Module):
     """Holds ``weight`` [E, out, in] and, with biases, ``bias`` [E, out]; this rank's E_l slices of them."""
 
-    def __init__(self, num_experts: int, width_in: int, width_out: int, bias: bool, init: Init, ctx: ParallelContext):
+    def __init__(
+        self,
+        num_experts: int,
+        width_in: int,
+        width_out: int,
+        bias: bool,
+        init: Init,
+        ctx: ParallelContext,
+        matrices: Matrices = ONE_MATRIX,
+    ):
         super().__init__()
-        self.weight = parameter((num_experts, width_out, width_in), ctx, init=init, cut={"ep": 0})
+        shape = (num_experts, width_out, width_in)
+        self.weight = parameter(shape, ctx, init=init, cut={"ep": 0}, matrices=matrices)
         self.bias = parameter((num_experts, width_out), ctx, init=Init("zeros"), cut={"ep": 0}) if bias else None
 
     def local(self) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +132,8 @@ class Experts(nn.Module):
         self._model_cfg, self._gemm = model_cfg, gemm
         width_fc1 = 2 * width if model_cfg.swiglu else width
         init = Init("normal", model_cfg.init_method_std)
-        self.linear_fc1 = StackedLinear(moe_cfg.num_experts, hidden, width_fc1, bias, init, ctx)
+        gate_and_up = Matrices((width, width)) if model_cfg.swiglu else ONE_MATRIX
+        self.linear_fc1 = StackedLinear(moe_cfg.num_experts, hidden, width_fc1, bias, init, ctx, gate_and_up)
         self.linear_fc2 = StackedLinear(moe_cfg.num_experts, width, hidden, bias, output_init(model_cfg), ctx)
 
     def forward(self, *feeds: Feed) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init, local, parameter
+from megatron_lsh.parallel.parameters import ONE_MATRIX, Init, local, parameter
 
 
 class ReplicatedLinear(nn.Module):
@@ -25,7 +25,7 @@ class ReplicatedLinear(nn.Module):
     def __init__(self, width_in: int, width_out: int, ctx: ParallelContext, *, init: Init, bias: bool) -> None:
         super().__init__()
         self._split_tokens = ctx.sequence_parallel
-        self.weight = parameter((width_out, width_in), ctx, init=init)
+        self.weight = parameter((width_out, width_in), ctx, init=init, matrices=ONE_MATRIX)
         self.bias = parameter((width_out,), ctx, init=Init("zeros")) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from megatron_lsh.parallel.context import EP, TP, ParallelContext
 from megatron_lsh.parallel.random import derive_seed
 
 # What ``parameter`` notes on a parameter besides its value; fully_shard makes new objects and these are copied over.
-NOTES = ("init_spec", "cut", "global_shape", "shard_index")
+NOTES = ("init_spec", "cut", "global_shape", "shard_index", "matrices")
 UNCUT: Mapping[str, int] = MappingProxyType({})
 
 
@@ -37,6 +37,27 @@ class Init:
             raise ValueError(f"Init.kind ({self.kind}) must be normal, zeros or ones")
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """How the last two dimensions [R, D] of a weight are made of matrices; dimensions before these count such weights.
+
+    The R rows are `groups` times what `widths` sum to: queries, keys and values of head groups, gate and up of an expert.
+    The rows of one kind, over all groups, are one matrix. Without `widths` the whole of [R, D] is one.
+    """
+
+    widths: tuple[int, ...] = ()
+    groups: int = 1
+
+    def rows(self, count: int) -> list[int]:
+        """Rows of each kind in a group of a weight with `count` rows. Raises ValueError if they do not make it up."""
+        if self.widths and self.groups * sum(self.widths) != count:
+            raise ValueError(f"{self.groups} groups of {self.widths} rows are not {count}")
+        return list(self.widths) or [count]
+
+
+ONE_MATRIX = Matrices()
+
+
 def parameter(
     shape: Iterable[int],
     ctx: ParallelContext,
@@ -44,13 +65,15 @@ def parameter(
     init: Init,
     cut: Mapping[str, int] = UNCUT,
     dtype: torch.dtype = torch.float32,
+    matrices: Matrices | None = None,
 ) -> nn.Parameter:
     """An uninitialised parameter of global shape `shape`, of which this rank holds its shard.
 
     `cut` names the dimension that each kind of parallelism splits: ``{"tp": d}`` for a dense parameter split along
     dimension d, ``{}`` for one that tensor parallel ranks hold alike, ``{"ep": 0}`` for an expert parameter, whose
-    dimension 0 counts the experts. Data parallelism and pipeline stages are not its business. Raises ConfigError if the
-    dimension does not divide, ValueError for another cut. Fill it with ``initialize_parameters``.
+    dimension 0 counts the experts. `matrices`: of a weight that multiplies hidden states, what it is made of. Data
+    parallelism and pipeline stages are not its business. Raises ConfigError if the dimension does not divide, ValueError
+    for another cut. Fill it with ``initialize_parameters``.
     """
     shape = torch.Size(shape)
     if set(cut) - {TP} and dict(cut) != {EP: 0}:
@@ -70,6 +93,7 @@ def parameter(
     result = nn.Parameter(data)
     result.init_spec = init  # type: ignore[attr-defined]
     result.cut = dict(cut)  # type: ignore[attr-defined]
+    result.matrices = matrices  # type: ignore[attr-defined]
     result.global_shape = shape  # type: ignore[attr-defined]
     result.shard_index = 0 if dim is None else group.rank  # type: ignore[attr-defined]
     return result

@@ -23,7 +23,7 @@ from megatron_lsh.parallel.collectives import (
     reduce_scatter_sequence,
 )
 from megatron_lsh.parallel.context import Group, ParallelContext
-from megatron_lsh.parallel.parameters import Init, local, parameter
+from megatron_lsh.parallel.parameters import ONE_MATRIX, Init, Matrices, local, parameter
 
 ZEROS = Init("zeros")
 
@@ -58,13 +58,14 @@ class ColumnParallelLinear(nn.Module):
         init: Init,
         bias: bool = True,
         gated: bool = False,
+        matrices: Matrices = ONE_MATRIX,
     ) -> None:
         super().__init__()
         self.ctx = ctx
         self.gated = gated
         halves = (2,) if gated else ()
         cut = {"tp": len(halves)}
-        self.weight = parameter((*halves, out_features, in_features), ctx, init=init, cut=cut)
+        self.weight = parameter((*halves, out_features, in_features), ctx, init=init, cut=cut, matrices=matrices)
         self.bias = parameter((*halves, out_features), ctx, init=ZEROS, cut=cut) if bias else None
 
     def forward(self, x_SBD: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.ctx = ctx
-        self.weight = parameter((out_features, in_features), ctx, init=init, cut={"tp": 1})
+        self.weight = parameter((out_features, in_features), ctx, init=init, cut={"tp": 1}, matrices=ONE_MATRIX)
         self.bias = parameter((out_features,), ctx, init=ZEROS) if bias else None
 
     def forward(self, x_SBF: Tensor) -> Tensor:

@@ -50,11 +50,15 @@ def estimate_memory(
     # While micro-batches accumulate, gradients are whole; the reduced ones come on top when they are sharded.
     gradients = 4.0 * (held if micro_batches > 1 else 0.0) + 4.0 * owned if sharded else 4.0 * held
     moments = 2.0 if cfg.optimizer.optimizer == "adam" else 1.0
+    second = 0.0
+    if cfg.optimizer.optimizer == "muon":  # the vocabulary's weights are AdamW's; what else is, is small
+        matrices = 2 if cfg.model.untie_embeddings_and_output_weights else 1
+        second = matrices * vocab_size * (cfg.model.hidden_size or 0) / layout.tp / (layout.dp if sharded else 1)
     return MemoryEstimate(
         weights=4.0 * owned,
         gathered_weights=gathered,
         gradients=gradients,
-        optimizer=4.0 * moments * owned,
+        optimizer=4.0 * (moments * owned + second),
         activations=activation_bytes(family, cfg, layout, vocab_size),
     )
 

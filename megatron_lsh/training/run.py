@@ -209,7 +209,7 @@ def _vocabulary(cfg: Config, family: Family, ctx: ParallelContext) -> tuple[Toke
 
 def _step(cfg: Config, family: Family, model: Model, reporter: Reporter) -> Step:
     ctx = reporter.ctx
-    optimizer = together(ctx, lambda: build_optimizer(model, cfg.optimizer))
+    optimizer = together(ctx, lambda: build_optimizer(model, cfg.optimizer, cfg.precision.bf16))
     schedule = Schedule(
         optimizer,
         schedule_shape(cfg.optimizer, cfg.training),

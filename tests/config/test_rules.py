@@ -409,7 +409,7 @@ def test_data_and_tokenizer_are_needed() -> None:
 
 def test_as_many_problems_as_possible_at_once() -> None:
     flags = (
-        "--num-layers 0 --hidden-size 66 --num-experts 63 --expert-model-parallel-size 8 --optimizer muon --min-lr 2"
+        "--num-layers 0 --hidden-size 66 --num-experts 63 --expert-model-parallel-size 8 --optimizer lion --min-lr 2"
     )
     assert [line.split(" ")[0] for line in lines_for(flags, 4)] == [
         "model.num_layers",
