@@ -81,7 +81,7 @@ def parse_args(
         values, taken = with_checkpoint_args(values, settings)
         notices.append(taken)
     cfg = config_class()
-    for name, value in values.items():
+    for name, value in {**config_class.preset(values), **values}.items():
         settings[name].set(cfg, value)
     cfg.notices += notices
     return cfg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -55,6 +56,11 @@ class Config:
     def layers_of_stacks(self) -> list[int]:
         """Layers of each of the model's stacks, in the order in which they are numbered; empty until they are known."""
         return [] if self.model.num_layers is None else [self.model.num_layers]
+
+    @classmethod
+    def preset(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Settings (name -> value) that hold where none of `values`, which were given, says otherwise."""
+        return {}
 
     def derive_own(self, check: Checker, world_size: int) -> None:
         """Fill in what the rest of the configuration is derived from, where a kind of model has such settings."""

@@ -67,6 +67,13 @@ def with_checkpoint_args(values: Mapping[str, Any], settings: Mapping[str, Setti
     return {**values, **taken}, notice
 
 
+def kept_file(folder: str, step: int | None, name: str) -> Path | None:
+    """A small file of the checkpoint that --load will read; None where there is no checkpoint, or none that has it."""
+    config = _config_of(Path(folder), step)
+    path = None if config is None else config.parent / name
+    return path if path is not None and path.is_file() else None
+
+
 def _config_of(folder: Path, step: int | None) -> Path | None:
     """The config.json of the checkpoint that --load will read: that of --ckpt-step, or the one the tracker names."""
     try:

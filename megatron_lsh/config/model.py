@@ -50,6 +50,11 @@ class ModelConfig:
     swiglu: bool = flag(False, "Use SwiGLU instead of GELU in feed-forward layers and experts")
     openai_gelu: bool = flag(False, "Use the tanh approximation of GELU")
     add_bias_linear: bool = flag(True, "Biases in linear layers", off="--disable-bias-linear")
+    add_bias_fc2: bool = flag(
+        True,
+        "Bias of the second linear layer of feed-forward layers and experts (ours)",
+        off="--disable-bias-fc2",
+    )
     add_qkv_bias: bool = flag(False, "Bias in the QKV projection even with --disable-bias-linear")
     qk_layernorm: bool = flag(False, "Normalize queries and keys")
     qk_layernorm_width: str = flag(
@@ -60,6 +65,11 @@ class ModelConfig:
     )
     untie_embeddings_and_output_weights: bool = flag(False, "Separate weights for input and output embeddings")
     init_method_std: float = flag(0.02, "Standard deviation of the initial weights", above=0)
+    scaled_init: bool = flag(
+        True,
+        "Initial weights that write to the residual stream divided by sqrt(2 x layers) (ours; Megatron always divides)",
+        off="--no-scaled-init",
+    )
     attention_dropout: float = flag(0.1, "Dropout on attention probabilities", at_least=0, below=1)
     hidden_dropout: float = flag(0.1, "Dropout on the residual branches and the embedding", at_least=0, below=1)
     add_position_embedding: bool = flag(

@@ -48,11 +48,26 @@ class MoEConfig:
     moe_router_topk: int = flag(2, "Experts per token, K", at_least=1)
     moe_router_load_balancing_type: str = flag(
         "aux_loss",
-        "Load-balancing loss; sinkhorn is none, but in training a transport plan spreads each rank's tokens evenly",
-        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"),
+        "Load-balancing loss; load_importance is Tutel's (ours; needs --moe-router-gate-noise); sinkhorn is none, but in "
+        "training a transport plan spreads each rank's tokens evenly",
+        choices=("aux_loss", "seq_aux_loss", "global_aux_loss", "load_importance", "sinkhorn", "none"),
     )
     moe_router_dtype: str = flag(
         "fp32", "Precision of the router's logits and scores (Megatron: the model's)", choices=("fp32", "fp64")
+    )
+    moe_router_type: str = flag(
+        "linear",
+        "How logits are made of a token: by a matrix, or as the cosine between its projection and a vector of the expert "
+        "at a learned temperature (ours; Tutel's cosine_top)",
+        choices=("linear", "cosine"),
+    )
+    moe_router_bias: bool = flag(
+        True, "Bias of the router where linear layers have biases (ours)", off="--disable-router-bias"
+    )
+    moe_router_gate_noise: float = flag(
+        0.0,
+        "Standard deviation, times the number of experts, of noise on the logits in training (ours; Tutel's gate_noise)",
+        at_least=0,
     )
     moe_router_score_function: str = flag("softmax", "Score of the logits", choices=("softmax", "sigmoid"))
     moe_router_pre_softmax: bool = flag(False, "Softmax before the top-k instead of after it")
@@ -91,7 +106,22 @@ class MoEConfig:
     moe_expert_capacity_factor: float | None = flag(
         None, "Rows per expert, as a multiple of the mean (absent: dropless)", above=0
     )
-    moe_token_drop_policy: str = flag("probs", "Which rows to drop beyond the capacity", choices=("probs", "position"))
+    moe_token_drop_policy: str = flag(
+        "probs",
+        "Which rows to keep within the capacity: those of largest weight, of the first tokens, or (ours) as Tutel does all "
+        "first choices before all second ones, tokens with the largest best score first",
+        choices=("probs", "position", "batch-priority"),
+    )
+    moe_capacity_rounding: str = flag(
+        "ceil",
+        "Capacity of T tokens with K choices of E experts: ceil(T K / E x factor), or (ours) as Tutel rounds, "
+        "K int(factor x ceil(T / E))",
+        choices=("ceil", "tutel"),
+    )
+    eval_capacity: bool = flag(True, "Capacity in evaluations (ours)", off="--no-eval-capacity")
+    moe_expert_dropout: float = flag(
+        0.0, "Dropout behind the activation function of experts (ours)", at_least=0, below=1
+    )
     moe_gradient_shortcut: bool = flag(
         False,
         "Add the identity to the gradient of every expert, and nothing to its value (an experiment; docs/lsh.md)",

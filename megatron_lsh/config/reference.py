@@ -14,6 +14,7 @@ from megatron_lsh.config.classification import BertClassificationConfig, Classif
 from megatron_lsh.config.compat import NO_EFFECT, REJECTED, SAME_AS_HERE
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.settings import Setting, as_key, sections_of, settings_of, spellings_of, summary
+from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.config.t5 import T5Config
 
 #: Entry scripts, and the configurations each can have.
@@ -22,6 +23,7 @@ SCRIPTS: Mapping[str, tuple[type[Config], ...]] = MappingProxyType(
         "pretrain_gpt_moe.py": (Config,),
         "pretrain_bert_moe.py": (BertConfig,),
         "pretrain_t5_moe.py": (T5Config,),
+        "pretrain_swin_moe.py": (SwinConfig,),
         "finetune_classification.py": (ClassificationConfig, BertClassificationConfig, T5ClassificationConfig),
     }
 )
@@ -52,7 +54,7 @@ def flags_markdown() -> str:
     parts = [_INTRODUCTION]
     for section, (part, settings) in _all_sections().items():
         rows = [(_code(s.flag, *s.aliases), _code(s.default_text), s.explanation) for s in settings]
-        text = " ".join([summary(part), *_whose(section)])
+        text = " ".join([summary(part), *_whose(section), *_elsewhere(section, part)])
         parts.append(f"## {section}\n\n{text}\n\n" + _table(("Flag", "Default", "Meaning"), rows))
     ours = {key for classes in SCRIPTS.values() for cls in classes for key in spellings_of(settings_of(cls))}
     reasons: dict[str, list[str]] = {}
@@ -70,12 +72,28 @@ def flags_markdown() -> str:
 
 def _all_sections() -> dict[str, tuple[type, list[Setting]]]:
     """The sections of all scripts, each once: name -> dataclass, settings."""
-    return {
-        section: (part, [setting for setting in settings_of(cls).values() if setting.section == section])
-        for classes in SCRIPTS.values()
-        for cls in classes
-        for section, part in sections_of(cls).items()
-    }
+    found: dict[str, tuple[type, list[Setting]]] = {}
+    for classes in SCRIPTS.values():
+        for cls in classes:
+            for section, part in sections_of(cls).items():
+                settings = [setting for setting in settings_of(cls).values() if setting.section == section]
+                found.setdefault(section, (part, settings))
+    return found
+
+
+def _elsewhere(section: str, part: type) -> list[str]:
+    """Sentences on scripts whose flags of a section differ from those of the others."""
+    sentences = []
+    for script, classes in SCRIPTS.items():
+        for cls in classes:
+            theirs = sections_of(cls).get(section, part)
+            if theirs is part:
+                continue
+            usual = {s.name: s for s in _all_sections()[section][1]}
+            own = [s for s in settings_of(cls).values() if s.section == section and s != usual.get(s.name)]
+            flags = ", ".join(f"`{s.flag}`" + (f" ({_code(s.default_text)})" if s.default_text else "") for s in own)
+            sentences.append(f"In `{script}` these differ, in their default or meaning (see its `--help`): {flags}.")
+    return sentences
 
 
 def _whose(section: str) -> list[str]:

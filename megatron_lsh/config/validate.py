@@ -146,6 +146,20 @@ def _check_moe(cfg: Config, check: Checker) -> None:
         lambda gradient, residual: gradient == "exact" or residual == "none",
         "set --lsh-residual none: every other residual has a gradient of its own",
     )
+    if moe.moe_router_load_balancing_type == "load_importance":
+        check.rule(
+            "{moe_router_gate_noise} must be above 0 with {moe_router_load_balancing_type}, which divides by it",
+            lambda noise, _: noise > 0,
+        )
+        check.rule(
+            "{tensor_model_parallel_size} must be 1 with {moe_router_load_balancing_type}, a loss of all tokens of a "
+            "micro-batch",
+            lambda size, _: size == 1,
+        )
+    if moe.moe_expert_capacity_factor is None:
+        for name, usual in (("moe_token_drop_policy", "probs"), ("moe_capacity_rounding", "ceil")):
+            if getattr(moe, name) != usual:
+                check.notice(f"no effect without --moe-expert-capacity-factor: --{name.replace('_', '-')}")
     check.rule(
         "{moe_router_enable_expert_bias} must be off with {moe_router_score_function}",
         lambda bias, score: not bias or score == "sigmoid",

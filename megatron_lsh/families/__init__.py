@@ -8,12 +8,14 @@ from megatron_lsh.families.family import Batch, Criterion, Family, Head
 from megatron_lsh.families.gpt import GPT
 from megatron_lsh.families.losses import Losses, Mean
 from megatron_lsh.families.scores import Judge
+from megatron_lsh.families.swin import SWIN
 from megatron_lsh.families.t5 import T5
 
 __all__ = [
     "BERT",
     "FAMILIES",
     "GPT",
+    "SWIN",
     "T5",
     "Batch",
     "Criterion",
@@ -25,7 +27,7 @@ __all__ = [
     "family_of",
 ]
 
-FAMILIES = (GPT, BERT, T5)
+FAMILIES = (GPT, BERT, T5, SWIN)
 
 
 def family_of(cfg: Config) -> Family:

@@ -6,7 +6,7 @@ Whoever trains, counts or describes a model reads it there, and knows no family 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from megatron_lsh.config import Config, parse_args
@@ -91,6 +91,8 @@ class Family:
     prepare: Callable[[Family, Any, int], tuple[Config, Family]] | None = None
     """(this family, cfg as written, world size) -> validated cfg, and the family with what was read, before any process
     group exists"""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """small files that every checkpoint holds: name -> content; such as the names of the classes"""
     samples_per_epoch: Callable[[int], int] | None = None
     """global batch size -> samples from one end of an epoch to the next; None where a run is not counted in epochs"""
     mean_length: float | None = None

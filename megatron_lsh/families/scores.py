@@ -71,6 +71,39 @@ class ClassJudge:
         return class_figures(sums[:-1].view(self.classes, self.classes), float(sums[-1]))
 
 
+@dataclass(frozen=True)
+class TopJudge:
+    """How often the true class has the largest logit, or one of the five largest; for any number of classes.
+
+    Each example counts once; blank ones, which fill the last micro-batch, do not.
+    """
+
+    scores: Callable[[Any, Mapping[str, Any]], Tensor]
+    """(model, micro-batch) -> logits [B, K]"""
+
+    def count(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """Examples, those that are right, those among the best five, sum of the cross-entropies."""
+        scores_BK = self.scores(model, batch).float()
+        labels_B = batch["label"]
+        counted = labels_B != BLANK
+        labels_B, scores_BK = labels_B[counted], scores_BK[counted]
+        own_B1 = scores_BK.gather(1, labels_B[:, None])
+        classes = torch.arange(scores_BK.shape[1], device=labels_B.device)
+        # Of equal logits the class with the smaller number comes first, whatever the device.
+        ahead_BK = (scores_BK > own_B1) | ((scores_BK == own_B1) & (classes < labels_B[:, None]))
+        place_B = ahead_BK.sum(1)
+        place_B = place_B.masked_fill(~own_B1.squeeze(1).isfinite(), len(classes))
+        loss = nn.functional.cross_entropy(scores_BK, labels_B, reduction="sum").double()
+        hits = [torch.ones_like(place_B), place_B < 1, place_B < 5]
+        return torch.stack([*(hit.sum().double() for hit in hits), loss])
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """ "loss", "top1" and "top5", the latter two as shares of 1."""
+        examples, first, among_five, loss = sums.tolist()
+        total = max(examples, 1.0)
+        return {"loss": loss / total, "top1": first / total, "top5": among_five / total}
+
+
 def class_figures(confusion_CC: Tensor, loss_sum: float) -> dict[str, float]:
     """ "loss", the mean cross-entropy, and the figures above; "f1" is that of the second class, for two classes only.
 

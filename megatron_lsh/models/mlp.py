@@ -37,7 +37,7 @@ class MLP(nn.Module):
             gated=cfg.swiglu,
         )
         self.linear_fc2 = RowParallelLinear(
-            shape.ffn, shape.hidden, ctx, init=output_init(cfg), bias=cfg.add_bias_linear
+            shape.ffn, shape.hidden, ctx, init=output_init(cfg), bias=cfg.add_bias_linear and cfg.add_bias_fc2
         )
 
     def forward(self, x_sBD: Tensor) -> Tensor:

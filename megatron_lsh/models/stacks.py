@@ -22,6 +22,7 @@ class Stack:
         first_layer: number of its first layer in the whole model, which names hashes and gauges of MoE layers.
         causal: whether a position sees only itself and earlier ones.
         memory_length: positions of the encoder that cross-attention reads; 0 without cross-attention.
+        attended: positions that one position attends to, where those are fewer than all of a sample.
     """
 
     cfg: Config
@@ -29,6 +30,7 @@ class Stack:
     first_layer: int = 0
     causal: bool = True
     memory_length: int = 0
+    attended: int | None = None
 
     @property
     def shape(self) -> ModelShape:

@@ -22,6 +22,7 @@ add up to the loss of the whole micro-batch, in value and in gradient. The z-los
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,37 @@ def load_balancing_loss(scores_TE: Tensor, share: LoadShare) -> Tensor:
     total_GE = scores_TE.reshape(-1, groups, num_experts).sum(0)
     loss_G = num_experts * (share.fraction_GE.to(total_GE) * total_GE).sum(1) / share.tokens_G.clamp(min=1)
     return loss_G.sum() / (share.tokens_G > 0).sum().clamp(min=1)
+
+
+def load_importance_loss(
+    scores_TE: Tensor, threshold_T: Tensor, noise: float, token_mask_T: Tensor | None = None
+) -> Tensor:
+    """Tutel's ``load_importance_loss``, after the losses of Shazeer et al. (arXiv 1701.06538, appendix A), unscaled.
+
+        (CV^2(sum_t p_te) + CV^2(sum_t Phi((p_te - l_t) / (noise / E)))) / 2
+
+    with CV^2 the unbiased variance over the experts e divided by the squared mean, and Phi the normal distribution. The
+    paper compares logits with logits; Tutel compares the probability p with the noisy logit l of the token's last choice.
+    That is kept as it is, because models were trained with it.
+
+    Args:
+        scores_TE: p, softmax of the logits without noise; differentiable.
+        threshold_T: l; differentiable.
+        noise: ``moe_router_gate_noise``, above 0.
+        token_mask_T: bool, True for tokens that count.
+    """
+    num_experts = scores_TE.shape[1]
+    if num_experts == 1:
+        return scores_TE.new_zeros(())
+    z_TE = (scores_TE - threshold_T[:, None]) * (num_experts / noise)
+    load_TE = 0.5 * (1.0 + torch.erf(z_TE / math.sqrt(2.0)))
+    if token_mask_T is not None:
+        scores_TE, load_TE = (x.masked_fill(~token_mask_T[:, None], 0.0) for x in (scores_TE, load_TE))
+    return (_squared_variation(scores_TE.sum(0)) + _squared_variation(load_TE.sum(0))) / 2.0
+
+
+def _squared_variation(x_E: Tensor) -> Tensor:
+    return x_E.var() / (x_E.mean() ** 2 + 1e-10)
 
 
 def z_loss(logits_TE: Tensor, num_tokens: Tensor, token_mask_T: Tensor | None = None) -> Tensor:

@@ -55,6 +55,8 @@ def expert_width(model_cfg: ModelConfig, moe_cfg: MoEConfig) -> int:
 
 def output_init(model_cfg: ModelConfig) -> Init:
     """Initial values of a layer that writes to the residual stream: std / sqrt(2 * layers) (GPT-2, Megatron)."""
+    if not model_cfg.scaled_init:
+        return Init("normal", model_cfg.init_method_std)
     return Init("normal", model_cfg.init_method_std / math.sqrt(2 * (model_cfg.num_layers or 1)))
 
 
@@ -134,7 +136,9 @@ class Experts(nn.Module):
         init = Init("normal", model_cfg.init_method_std)
         gate_and_up = Matrices((width, width)) if model_cfg.swiglu else ONE_MATRIX
         self.linear_fc1 = StackedLinear(moe_cfg.num_experts, hidden, width_fc1, bias, init, ctx, gate_and_up)
+        bias &= model_cfg.add_bias_fc2
         self.linear_fc2 = StackedLinear(moe_cfg.num_experts, width, hidden, bias, output_init(model_cfg), ctx)
+        self._dropout = moe_cfg.moe_expert_dropout
 
     def forward(self, *feeds: Feed) -> Any:
         """Apply each expert to its rows.
@@ -184,7 +188,7 @@ class Experts(nn.Module):
         biases1 = fc1[1] if fc1[1] is not None else itertools.repeat(None)
         biases2 = fc2[1] if fc2[1] is not None else itertools.repeat(None)
         for rows, w1, b1, w2, b2 in zip(rows_RD.split(sizes), fc1[0], biases1, fc2[0], biases2, strict=False):
-            outputs.append(F.linear(activate(F.linear(rows, w1, b1), self._model_cfg), w2, b2))
+            outputs.append(F.linear(self._activate(F.linear(rows, w1, b1)), w2, b2))
         return torch.cat(outputs)
 
     def _grouped(
@@ -201,11 +205,15 @@ class Experts(nn.Module):
             ends_E = ends_E.pin_memory()  # out of other memory a copy waits
         ends_E = ends_E.to(rows_RD.device, non_blocking=True)
         expert_R = None
-        if fc1[1] is not None:
+        if fc1[1] is not None or fc2[1] is not None:
             row_R = torch.arange(rows_RD.shape[0], device=rows_RD.device, dtype=torch.int32)
             expert_R = torch.searchsorted(ends_E, row_R, right=True)
-        hidden = activate(_grouped_linear(rows_RD, *fc1, ends_E, expert_R), self._model_cfg)
+        hidden = self._activate(_grouped_linear(rows_RD, *fc1, ends_E, expert_R))
         return _grouped_linear(hidden, *fc2, ends_E, expert_R)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        hidden = activate(hidden, self._model_cfg)
+        return F.dropout(hidden, self._dropout, self.training) if self._dropout else hidden
 
 
 def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> str | None:

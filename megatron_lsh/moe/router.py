@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.moe.balancing import LoadShare, count_experts, load_balancing_loss, load_share, sum_over, z_loss
+from megatron_lsh.moe.balancing import (
+    LoadShare,
+    count_experts,
+    load_balancing_loss,
+    load_importance_loss,
+    load_share,
+    sum_over,
+    z_loss,
+)
 from megatron_lsh.moe.capacity import expert_capacity, within_capacity
+from megatron_lsh.moe.cosine_gate import CosineGate
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init, local, parameter
@@ -79,12 +88,17 @@ class TopKRouter(nn.Module):
     Balancing without a loss (arXiv 2408.15664): experts are selected by s + bias, weighted by s. After each optimizer
     step :meth:`update_bias` moves every bias by a fixed rate towards balance.
 
-    State: ``weight`` [E, D]; ``bias`` [E], added to the logits, where linear layers have biases (as in megatron-core since
-    0.15); with ``moe_router_enable_expert_bias`` the buffer ``expert_bias`` fp32 [E], saved with the model. Counters are
-    not saved; they are empty between optimizer steps.
+    With ``moe_router_gate_noise`` a noise of standard deviation noise / E is added to the logits in training, from which
+    choices, weights and losses follow (the load-importance loss needs both, with and without noise), as in Tutel.
+
+    State: ``weight`` [E, D] (or ``gate``, see :class:`CosineGate`); ``bias`` [E], added to the logits, where linear layers
+    have biases (as in megatron-core since 0.15); with ``moe_router_enable_expert_bias`` the buffer ``expert_bias`` fp32
+    [E], saved with the model. Counters are not saved; they are empty between optimizer steps.
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
+    gate: CosineGate | None
     expert_bias: Tensor | None
     _step_counts_E: Tensor
     _global_counts_E: Tensor
@@ -99,9 +113,14 @@ class TopKRouter(nn.Module):
             raise ValueError("a router on several tensor-parallel ranks needs sequence parallelism")
         self._dtype = torch.float64 if moe_cfg.moe_router_dtype == "fp64" else torch.float32
         init = Init("normal", model_cfg.init_method_std)
-        self.weight = parameter((self._num_experts, hidden), ctx, init=init)
-        # Megatron-LM draws the bias like the weight instead of starting it at zero.
-        self.bias = parameter((self._num_experts,), ctx, init=init) if model_cfg.add_bias_linear else None
+        self.gate = self.bias = None
+        if moe_cfg.moe_router_type == "cosine":
+            self.gate = CosineGate(hidden, self._num_experts, ctx, init)
+        else:
+            self.weight = parameter((self._num_experts, hidden), ctx, init=init)
+            # Megatron-LM draws the bias like the weight instead of starting it at zero.
+            biased = model_cfg.add_bias_linear and moe_cfg.moe_router_bias
+            self.bias = parameter((self._num_experts,), ctx, init=init) if biased else None
 
         def buffer(dtype: torch.dtype) -> Tensor:
             return torch.zeros(self._num_experts, dtype=dtype, device=ctx.device)
@@ -130,7 +149,8 @@ class TopKRouter(nn.Module):
         memo = ReplayMemo() if memo is None else memo
         # Random numbers are drawn in a replay too: the generator must advance as it did the first time.
         random = self._draw(x_TD.shape[0], x_TD.device) if self._cfg.moe_router_force_load_balancing else None
-        logits_TE = self._logits(x_TD)
+        clean_TE = self._logits(x_TD)
+        logits_TE = self._noisy(clean_TE)
         learning = self.training and torch.is_grad_enabled()
         if self not in memo:
             memo[self] = self._select(logits_TE.detach(), token_mask_T, batch_size, random, learning)
@@ -140,7 +160,7 @@ class TopKRouter(nn.Module):
         probs_TK = self._weights(logits_TE, ids_TK).to(torch.promote_types(torch.float32, x_TD.dtype))
         if keep_TK is not None:
             ids_TK, probs_TK = ids_TK.masked_fill(~keep_TK, -1), probs_TK.masked_fill(~keep_TK, 0)
-        balancing, z = self._losses(logits_TE, token_mask_T, selection.share)
+        balancing, z = self._losses(logits_TE, clean_TE, selection.chosen_TK, token_mask_T, selection.share)
         cfg = self._cfg
         return Routing(
             expert_ids_TK=ids_TK,
@@ -173,8 +193,18 @@ class TopKRouter(nn.Module):
             x_TD = x_TD.to(dtype)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
         partial = self._split_tokens
+        if self.gate is not None:
+            logits_TE: Tensor = self.gate(x_TD, dtype, partial)
+            return logits_TE
         bias_E = None if self.bias is None else local(self.bias, partial_grad=partial)
         return _RouterLinear.apply(x_TD, local(self.weight, partial_grad=partial), bias_E, dtype)
+
+    def _noisy(self, logits_TE: Tensor) -> Tensor:
+        """With --moe-router-gate-noise, in training. Drawn in a replay too, see ``forward``."""
+        noise = self._cfg.moe_router_gate_noise
+        if not noise or not self.training:
+            return logits_TE
+        return logits_TE + torch.randn_like(logits_TE) * (noise / self._num_experts)
 
     def _draw(self, num_tokens: int, device: torch.device) -> Tensor:
         return torch.rand(num_tokens + self._num_experts, device=device)
@@ -211,11 +241,13 @@ class TopKRouter(nn.Module):
                 share = load_share(
                     preferred_TK, num_experts, kind, batch_size, self._tokens, self._dp, self._global_counts_E
                 )
-        if cfg.moe_expert_capacity_factor is not None:
+        if cfg.moe_expert_capacity_factor is not None and (self.training or cfg.eval_capacity):
+            factor, policy = cfg.moe_expert_capacity_factor, cfg.moe_token_drop_policy
             tokens = logits_TE.shape[0] if token_mask_T is None else token_mask_T.sum()
-            capacity = expert_capacity(tokens, topk, num_experts, cfg.moe_expert_capacity_factor)
+            capacity = expert_capacity(tokens, topk, num_experts, factor, cfg.moe_capacity_rounding)
             probs_TK = self._weights(logits_TE, chosen_TK)
-            keep_TK = within_capacity(ids_TK, probs_TK, num_experts, capacity, cfg.moe_token_drop_policy)
+            best_T = self._all_scores(logits_TE).amax(-1) if policy == "batch-priority" else None
+            keep_TK = within_capacity(ids_TK, probs_TK, num_experts, capacity, policy, best_T)
         return _Selection(chosen_TK, keep_TK, share)
 
     def _chosen(self, logits_TE: Tensor, preferred_TK: Tensor) -> Tensor:
@@ -250,10 +282,20 @@ class TopKRouter(nn.Module):
             probs_TK = torch.softmax(logits_TE.gather(1, ids_TK), -1)
         return probs_TK * cfg.moe_router_topk_scaling_factor if cfg.moe_router_topk_scaling_factor else probs_TK
 
-    def _losses(self, logits_TE: Tensor, token_mask_T: Tensor | None, share: LoadShare | None) -> tuple[Tensor, Tensor]:
-        """Unscaled (load-balancing loss, z-loss); zero where not wanted."""
+    def _losses(
+        self,
+        logits_TE: Tensor,
+        clean_TE: Tensor,
+        chosen_TK: Tensor,
+        token_mask_T: Tensor | None,
+        share: LoadShare | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Unscaled (load-balancing loss, z-loss); zero where not wanted. `clean_TE`: the logits without noise."""
         balancing = z = logits_TE.new_zeros(())
-        if share is not None and self._balances():
+        if share is not None and self._cfg.moe_router_load_balancing_type == "load_importance":
+            scores_TE, threshold_T = self._all_scores(clean_TE), logits_TE.gather(1, chosen_TK[:, -1:]).squeeze(1)
+            balancing = load_importance_loss(scores_TE, threshold_T, self._cfg.moe_router_gate_noise, token_mask_T)
+        elif share is not None and self._balances():
             scores_TE = self._all_scores(logits_TE)
             if token_mask_T is not None:
                 scores_TE = scores_TE.masked_fill(~token_mask_T[:, None], 0)

@@ -62,6 +62,12 @@ def figures_text(figures: Mapping[str, float]) -> str:
     )
 
 
+def accuracy_line(name: str, figures: Mapping[str, float]) -> str | None:
+    """``validation top-1: 97.3%, top-5: 99.9%`` of shares of 1; None where there are none."""
+    tops = [(top, figures[f"top{top}"]) for top in (1, 5) if f"top{top}" in figures]
+    return f"{name} " + ", ".join(f"top-{top}: {share:.1%}" for top, share in tops) if tops else None
+
+
 def evaluation_line(where: str, loss: float) -> str:
     """Megatron's three lines for an evaluation; ``where`` is such as ``iteration 100 on validation set``."""
     text = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} | "

@@ -13,7 +13,7 @@ import torch
 
 from megatron_lsh.config.logging import LoggingConfig
 from megatron_lsh.moe.telemetry import LayerReport
-from megatron_lsh.observing.log_line import evaluation_line, figures_text, perplexity
+from megatron_lsh.observing.log_line import accuracy_line, evaluation_line, figures_text, perplexity
 from megatron_lsh.observing.metrics import IntervalMetrics, finite
 from megatron_lsh.observing.state import StepResult, TrainState
 from megatron_lsh.observing.summary import Payload
@@ -213,7 +213,11 @@ class Reporter:
             f"{name} at iteration {weights}" if epoch is None else f"{name} after epoch {epoch:g} (iteration {weights})"
         )
         for dispatch, figures in outcomes.items():
-            self.print(f" {where}{' without compression' if dispatch == 'exact' else ''} | {figures_text(figures)} |")
+            how = " without compression" if dispatch == "exact" else ""
+            self.print(f" {where}{how} | {figures_text(figures)} |")
+            accuracy = accuracy_line(f"{name}{how}", figures)
+            if accuracy is not None:
+                self.print(accuracy)
         named = {"": first} | ({" exact": outcomes["exact"]} if "exact" in outcomes else {})
         record: dict[str, Any] = {"iteration": iteration} | ({} if epoch is None else {"epoch": epoch})
         for suffix, figures in named.items():

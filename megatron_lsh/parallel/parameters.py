@@ -21,20 +21,21 @@ from megatron_lsh.parallel.context import EP, TP, ParallelContext
 from megatron_lsh.parallel.random import derive_seed
 
 # What ``parameter`` notes on a parameter besides its value; fully_shard makes new objects and these are copied over.
-NOTES = ("init_spec", "cut", "global_shape", "shard_index", "matrices")
+NOTES = ("init_spec", "cut", "global_shape", "shard_index", "matrices", "decays")
 UNCUT: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts: "normal" (mean 0, `std`), "zeros" or "ones"."""
+    """How a parameter starts: "normal" (mean 0, `std`), "zeros", "ones", or "constant" (`value`)."""
 
     kind: str
     std: float = 0.0
+    value: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("normal", "zeros", "ones"):
-            raise ValueError(f"Init.kind ({self.kind}) must be normal, zeros or ones")
+        if self.kind not in ("normal", "zeros", "ones", "constant"):
+            raise ValueError(f"Init.kind ({self.kind}) must be normal, zeros, ones or constant")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def parameter(
     *,
     init: Init,
     cut: Mapping[str, int] = UNCUT,
+    decays: bool = True,
     dtype: torch.dtype = torch.float32,
     matrices: Matrices | None = None,
 ) -> nn.Parameter:
@@ -71,9 +73,10 @@ def parameter(
 
     `cut` names the dimension that each kind of parallelism splits: ``{"tp": d}`` for a dense parameter split along
     dimension d, ``{}`` for one that tensor parallel ranks hold alike, ``{"ep": 0}`` for an expert parameter, whose
-    dimension 0 counts the experts. `matrices`: of a weight that multiplies hidden states, what it is made of. Data
-    parallelism and pipeline stages are not its business. Raises ConfigError if the dimension does not divide, ValueError
-    for another cut. Fill it with ``initialize_parameters``.
+    dimension 0 counts the experts. `matrices`: of a weight that multiplies hidden states, what it is made of. `decays` is
+    False for a matrix that weight decay leaves alone, as it does all vectors. Data parallelism and pipeline stages are not
+    its business. Raises ConfigError if the dimension does not divide, ValueError for another cut. Fill it with
+    ``initialize_parameters``.
     """
     shape = torch.Size(shape)
     if set(cut) - {TP} and dict(cut) != {EP: 0}:
@@ -94,6 +97,7 @@ def parameter(
     result.init_spec = init  # type: ignore[attr-defined]
     result.cut = dict(cut)  # type: ignore[attr-defined]
     result.matrices = matrices  # type: ignore[attr-defined]
+    result.decays = decays  # type: ignore[attr-defined]
     result.global_shape = shape  # type: ignore[attr-defined]
     result.shard_index = 0 if dim is None else group.rank  # type: ignore[attr-defined]
     return result
@@ -145,7 +149,7 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
         if target.is_meta:
             continue
         if spec.kind != "normal":
-            target.fill_({"zeros": 0.0, "ones": 1.0}[spec.kind])
+            target.fill_({"zeros": 0.0, "ones": 1.0, "constant": spec.value}[spec.kind])
         elif is_expert(param):
             first = _note(param, "shard_index") * target.shape[0]
             for index, expert in enumerate(target):

@@ -86,7 +86,7 @@ def _stack_multiply_adds(stack: Stack) -> float:
     matrices = 3 if model.swiglu else 2
     attention = 1.0 * hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
     # QK^T and (scores)V, of which causality needs half
-    attention += 2 * heads * head_dim * stack.seq_length / (2 if stack.causal else 1)
+    attention += 2 * heads * head_dim * (stack.attended or stack.seq_length) / (2 if stack.causal else 1)
     if stack.memory_length:  # queries and output per token; keys and values per token of the encoder
         memory = stack.memory_length
         attention += 2 * hidden * heads * head_dim + 2 * heads * head_dim * memory

@@ -18,7 +18,7 @@ VOCABULARY = ("word_embeddings.weight", "output_layer.weight")  # ends of names
 
 
 def parameter_groups(model: nn.Module, decoupled: bool = False, muon: bool = False) -> list[dict[str, Any]]:
-    """Split the trainable parameters by weight decay: none for biases, norms and other 1-D parameters.
+    """Split the trainable parameters by weight decay: none for biases, norms, other 1-D parameters, and those made without.
 
     ``"decay"`` in a group says whether it decays, ``"vocabulary"`` whether it holds the word embeddings and the output
     layer if `decoupled` (--decoupled-lr); the schedule reads both. ``"muon"`` says whether, with `muon`, a group is of
@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, decoupled: bool = False, muon: bool = Fal
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = parameter.ndim > 1 and not name.endswith(".bias")
+        decay = parameter.ndim > 1 and not name.endswith(".bias") and getattr(parameter, "decays", True)
         vocabulary = decoupled and name.endswith(VOCABULARY)
         mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else ""
         hidden = muon and getattr(parameter, "matrices", None) is not None and not name.endswith(VOCABULARY)

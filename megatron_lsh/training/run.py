@@ -126,7 +126,8 @@ class Run:
             padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.cfg.model.vocab_size or 0),
             fresh=self.family.fresh_parameters(self.cfg),
             unused=self.family.unused_parameters,
-            files={f"{KEPT}/{name}": content for name, content in self.tokenizer_contents.items()},
+            files={f"{KEPT}/{name}": content for name, content in self.tokenizer_contents.items()}
+            | (dict(self.family.files) if self.ctx.rank == 0 else {}),
         )
 
 
