@@ -8,8 +8,8 @@ TORCH_INDEX ?=
 export PYTHON TORCH TORCH_INDEX
 
 MODEL   ?= gpt
-ifeq ($(filter gpt bert t5,$(MODEL)),)
-$(error MODEL=$(MODEL) must be gpt, bert or t5)
+ifeq ($(filter gpt bert t5 swin,$(MODEL)),)
+$(error MODEL=$(MODEL) must be gpt, bert, t5 or swin)
 endif
 NPROC   ?=
 ITERS   ?= 300
@@ -25,13 +25,13 @@ PYTEST_ARGS ?=
 
 help:
 	@echo "make pretrain    install, prepare the corpus, pretrain a small MoE with the LSH-compressed all-to-all"
-	@echo "                   MODEL=gpt     gpt, bert or t5"
+	@echo "                   MODEL=gpt     gpt, bert, t5 or swin"
 	@echo "                   NPROC=n       ranks (default: every GPU, else 2 CPU processes)"
 	@echo "                   ITERS=300     iterations"
 	@echo "                   RUN_DIR=...   where checkpoints, metrics and the plot go (default: runs/MODEL-moe-lsh)"
 	@echo "                   RESUME=1      continue the run in RUN_DIR;  RESTART=1  move it aside and start afresh"
 	@echo "                   ARGS='...'    further flags, e.g. ARGS='--moe-token-dispatcher-type alltoall'"
-	@echo "make data        only the corpus and the tokenizer of MODEL, in data/stdlib/"
+	@echo "make data        only the data of MODEL: corpus and tokenizer in data/stdlib/, pictures in data/digits/"
 	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
 	@echo "                   PYTEST_ARGS='tests/moe -k router'"
 	@echo "make test-all    the same, with the tests that take more than ten seconds each"
@@ -58,7 +58,7 @@ $(INSTALLED_DEV): $(INSTALLED)
 install: $(INSTALLED)
 
 data: $(INSTALLED)
-	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/prepare_readme_data.sh data/stdlib "$(MODEL)"
+	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/prepare_readme_data.sh "$(if $(filter swin,$(MODEL)),data/digits,data/stdlib)" "$(MODEL)"
 
 pretrain: $(INSTALLED)
 	@VENV="$(VENV)" MODEL="$(MODEL)" NPROC="$(NPROC)" ITERS="$(ITERS)" RUN_DIR="$(RUN_DIR)" RESUME="$(RESUME)" \

@@ -4,11 +4,12 @@
 # Every launcher passes further flags on, and the last value of a flag wins:
 #     MODEL=bert scripts/pretrain_moe_8gpu.sh --train-iters 1000 --moe-token-dispatcher-type alltoall
 # Environment variables:
-#     MODEL            gpt (the default), bert or t5
-#     DATA_PATH        prefix of the .bin/.idx files   (default: the corpus that `make data MODEL=...` prepares)
+#     MODEL            gpt (the default), bert, t5 or swin
+#     DATA_PATH        prefix of the .bin/.idx files, for swin a folder of pictures   (default: the corpus that `make data MODEL=...` prepares)
 #     TOKENIZER_MODEL  its tokenizer (or vocabulary file), of kind TOKENIZER_TYPE   (default: the one trained on that corpus)
 #     RUN_DIR          checkpoints, TensorBoard files, metrics; a run continues from the checkpoints it finds there
 #     TRAIN_ITERS      length of the run
+#     PRESET           which of the published models, for swin (default: swin-moe-s32)
 #     DRY_RUN=1        print the parallel layout, parameter counts and a memory estimate instead of training
 #     TORCHRUN         the launcher itself (default: torchrun)
 
@@ -54,12 +55,19 @@ t5) # T5-MoE: 16 layers of width 1024 in the encoder and as many in the decoder,
         --lr 1e-4 --min-lr 1e-5
     )
     ;;
+swin) # Swin-MoE-S with 32 experts as Microsoft trained it on ImageNet-22K, or another PRESET
+    ENTRY=pretrain_swin_moe.py
+    DATA_PATH=${DATA_PATH:-data/imagenet}
+    TOKENIZER_TYPE=none
+    MODEL_FLAGS=(--preset "${PRESET:-swin-moe-s32}" --lr 2.5e-4 --min-lr 2.5e-6)
+    ;;
 *)
-    echo "MODEL ($MODEL) must be gpt, bert or t5" >&2
+    echo "MODEL ($MODEL) must be gpt, bert, t5 or swin" >&2
     exit 1
     ;;
 esac
 case $TOKENIZER_TYPE in
+none) TOKENIZER_FLAGS=() ;;
 BertWordPiece*) TOKENIZER_FLAGS=(--tokenizer-type "$TOKENIZER_TYPE" --vocab-file "$TOKENIZER_MODEL") ;;
 *) TOKENIZER_FLAGS=(--tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL") ;;
 esac
@@ -74,6 +82,14 @@ TRAINING_FLAGS=(
 )
 # shellcheck disable=SC2054  # the commas are in a flag's value
 DATA_FLAGS=(--data-path "$DATA_PATH" --split 969,30,1 "${TOKENIZER_FLAGS[@]}")
+if [ "$MODEL" = swin ]; then # the preset has its experts; learning rate for 1,024 pictures
+    MOE_FLAGS=()
+    TRAINING_FLAGS=(
+        --micro-batch-size 64 --global-batch-size 1024 --train-iters "$TRAIN_ITERS" --bf16
+        --lr-decay-style cosine --lr-warmup-fraction 0.11 --weight-decay 0.1 --clip-grad 3.0 --use-distributed-optimizer
+    )
+    DATA_FLAGS=(--data-path "$DATA_PATH")
+fi
 # The same folder to save and to load: starting a run again continues it.
 RUN_FLAGS=(
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval 1000 --save-retain-interval 10000

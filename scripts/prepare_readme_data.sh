@@ -4,6 +4,7 @@
 # MODEL: gpt    SentencePiece, whole documents               FOLDER/stdlib_text_document
 #        bert   WordPiece, a sequence per line of code       FOLDER/stdlib_bert_text_sentence
 #        t5     SentencePiece, a sequence per line of code   FOLDER/stdlib_t5_text_sentence
+#        swin   5,000 handwritten digits                     FOLDER/train-images-idx3-ubyte.gz and so on
 # Needs the environment's python in the PATH. PREPARE_FLAGS: further flags of tools/prepare_stdlib_corpus.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,6 +14,9 @@ model=${2:-${MODEL:-gpt}}
 
 # Program code has no sentences to speak of: a sentence is a line here.
 case $model in
+swin)
+    exec python tools/prepare_images.py --output-dir "$folder"
+    ;;
 gpt)
     prefix=$folder/stdlib
     index=${prefix}_text_document.idx
@@ -33,7 +37,7 @@ t5)
         --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer")
     ;;
 *)
-    echo "MODEL ($model) must be gpt, bert or t5" >&2
+    echo "MODEL ($model) must be gpt, bert, t5 or swin" >&2
     exit 1
     ;;
 esac

@@ -5,5 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/moe_flags.sh
 
+tensor_parallel=(--tensor-model-parallel-size 2 --sequence-parallel)
+[ "$MODEL" != swin ] || tensor_parallel=() # its first stages have few heads
 launch 8 "--standalone --nproc-per-node 8" \
-    --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 8 --moe-token-dispatcher-type lsh "$@"
+    "${tensor_parallel[@]}" --expert-model-parallel-size 8 --moe-token-dispatcher-type lsh "$@"

@@ -3,7 +3,7 @@
 #   1. scripts/prepare_readme_data.sh: corpus, tokenizer and .bin/.idx files, once, in data/stdlib/
 #   2. torchrun on every GPU, or on two CPU processes, experts spread over all ranks, LSH-compressed all-to-all
 # Settings come from the environment (the Makefile passes its variables on), MODEL among them; arguments are further flags of
-# pretrain_gpt_moe.py, pretrain_bert_moe.py or pretrain_t5_moe.py.
+# pretrain_gpt_moe.py, pretrain_bert_moe.py, pretrain_t5_moe.py or pretrain_swin_moe.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +11,7 @@ VENV=${VENV:-.venv}
 MODEL=${MODEL:-gpt}
 ITERS=${ITERS:-300}
 RUN_DIR=${RUN_DIR:-runs/$MODEL-moe-lsh}
-DATA_DIR=${DATA_DIR:-data/stdlib}
+DATA_DIR=${DATA_DIR:-$([ "$MODEL" = swin ] && echo data/digits || echo data/stdlib)}
 NPROC=${NPROC:-}
 
 say() { echo "[pretrain] $*"; }
@@ -20,7 +20,7 @@ fail() {
     exit 1
 }
 
-[[ $MODEL =~ ^(gpt|bert|t5)$ ]] || fail "MODEL=$MODEL must be gpt, bert or t5"
+[[ $MODEL =~ ^(gpt|bert|t5|swin)$ ]] || fail "MODEL=$MODEL must be gpt, bert, t5 or swin"
 [ -x "$VENV/bin/torchrun" ] || fail "$VENV has no torchrun: run make install first"
 [[ $ITERS =~ ^[1-9][0-9]*$ ]] || fail "ITERS=$ITERS must be a number of iterations, at least 1"
 [[ $NPROC =~ ^([1-9][0-9]*)?$ ]] || fail "NPROC=$NPROC must be a number of ranks, at least 1"
@@ -120,16 +120,33 @@ t5)
         --tokenizer-type SentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model" --lr 1e-3 --min-lr 1e-4
     )
     ;;
+swin) # pictures of 32 x 32 in shades of grey, which are shifted and turned a little and never mirrored
+    sequences=64
+    model_flags=(
+        --data-path "$DATA_DIR" --img-h 32 --num-channels 1 --patch-dim 2 --swin-window-size 4 --swin-depths 2 2 2
+        --image-mean 0.13 --image-std 0.31 --eval-crop-ratio 1 --crop-scale 1 1 --hflip 0 --randaugment-ops 0
+        --random-shift 2 --random-rotation 10 --random-erasing 0 --mixup 0 --cutmix 0 --lr 1e-3 --min-lr 1e-5
+    )
+    ;;
 esac
+if [ "$MODEL" = swin ]; then # widths of the first of three stages
+    model_flags+=(
+        --hidden-size 48 --num-attention-heads 2 --moe-router-topk 1 --moe-expert-capacity-factor 1.25
+        --weight-decay 0.05 --clip-grad 3.0 --picture-sheet "$RUN_DIR/pictures.png"
+    )
+else
+    # shellcheck disable=SC2054  # the commas are in a flag's value
+    model_flags+=(
+        --hidden-size 256 --num-attention-heads 4 --attention-dropout 0.0 --hidden-dropout 0.0 --moe-ffn-hidden-size 512
+        --moe-router-topk 2 --weight-decay 0.1 --adam-beta2 0.95 --split 95,5,0
+    )
+fi
 micro_batch=$((ranks < sequences ? sequences / ranks : 1))
-# shellcheck disable=SC2054  # the commas are in a flag's value
 flags=(
-    "${model_flags[@]}" --hidden-size 256 --num-attention-heads 4 --attention-dropout 0.0 --hidden-dropout 0.0
-    --num-experts "$experts" --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2
+    "${model_flags[@]}" --num-experts "$experts" --moe-aux-loss-coeff 1e-2
     --expert-model-parallel-size "$ranks" --moe-token-dispatcher-type lsh
     --micro-batch-size "$micro_batch" --global-batch-size $((micro_batch * ranks)) --train-iters "$ITERS"
-    --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95
-    --split 95,5,0
+    --lr-decay-style cosine --lr-warmup-fraction 0.1
     --eval-interval "$(at_least_1 $((ITERS / 5)))" --eval-iters 8 --log-interval "$(at_least_1 $((ITERS / 30)))"
     --save "$RUN_DIR/checkpoints" --save-interval "$(at_least_1 $((ITERS / 3)))"
     --tensorboard-dir "$RUN_DIR/tensorboard" --metrics-jsonl "$RUN_DIR/metrics.jsonl"

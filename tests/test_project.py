@@ -16,6 +16,7 @@ import megatron_lsh
 from megatron_lsh.config import BertConfig, ClassificationConfig, Config, T5Config, parse_args, validate
 from megatron_lsh.config.compat import NO_EFFECT, REJECTED
 from megatron_lsh.config.settings import settings_of, spellings_of
+from megatron_lsh.config.swin import SwinConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_lsh"
@@ -168,7 +169,7 @@ def test_shell_scripts_parse_and_can_be_run() -> None:
             assert os.access(path, os.X_OK), f"{relative(path)} is not executable"
 
 
-MODELS = {"gpt": Config, "bert": BertConfig, "t5": T5Config}
+MODELS = {"gpt": Config, "bert": BertConfig, "t5": T5Config, "swin": SwinConfig}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -196,11 +197,11 @@ def test_launchers_start_valid_runs(script: str, world_size: int, model: str, tm
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_a_model_that_is_not_there_is_refused_in_one_line() -> None:
-    for command in (["make", "-C", ROOT, "pretrain", "MODEL=swin"], [ROOT / "scripts" / "pretrain_readme.sh"]):
-        process = subprocess.run(command, env={**os.environ, "MODEL": "swin"}, text=True, capture_output=True)
+    for command in (["make", "-C", ROOT, "pretrain", "MODEL=vit"], [ROOT / "scripts" / "pretrain_readme.sh"]):
+        process = subprocess.run(command, env={**os.environ, "MODEL": "vit"}, text=True, capture_output=True)
         assert process.returncode != 0
         (line,) = [line for line in process.stderr.splitlines() if "Makefile" in line or "ERROR" in line]
-        assert "MODEL=swin must be gpt, bert or t5" in line
+        assert "MODEL=vit must be gpt, bert, t5 or swin" in line
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -241,7 +242,7 @@ def test_documents_name_flags_that_exist() -> None:
     """Flags in backticks or code blocks are ours, Megatron-LM's as we know it, those of a tool here, or a launcher's."""
     launchers = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--signal", "--logdir", "--help", "--config"}
     known = launchers | {*NO_EFFECT, *REJECTED}
-    for config_class in (Config, BertConfig, T5Config, ClassificationConfig):
+    for config_class in (Config, BertConfig, T5Config, ClassificationConfig, SwinConfig):
         known |= {spelling.flag for spelling in spellings_of(settings_of(config_class)).values()}
     for path in source_files(".py"):
         known |= set(re.findall(r'"(--[a-z][\w-]+)"', path.read_text()))

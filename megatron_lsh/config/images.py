@@ -22,6 +22,9 @@ class ImageSettings:
     skip_broken_images: bool = flag(
         False, "Put another picture of the set in the place of one that cannot be read, and count them"
     )
+    picture_sheet: str | None = flag(
+        None, "At the end, draw validation pictures with what they are taken for into this PNG file"
+    )
     max_image_pixels: int = flag(89_478_485, "Pixels above which a picture is refused (Pillow's own bound)", at_least=1)
     image_mean: list[float] = flag([0.485, 0.456, 0.406], "Mean of each channel, of values between 0 and 1")
     image_std: list[float] = flag([0.229, 0.224, 0.225], "Standard deviation of each channel", above=0)

@@ -54,8 +54,9 @@ def flags_markdown() -> str:
     parts = [_INTRODUCTION]
     for section, (part, settings) in _all_sections().items():
         rows = [(_code(s.flag, *s.aliases), _code(s.default_text), s.explanation) for s in settings]
-        text = " ".join([summary(part), *_whose(section), *_elsewhere(section, part)])
-        parts.append(f"## {section}\n\n{text}\n\n" + _table(("Flag", "Default", "Meaning"), rows))
+        text = " ".join([summary(part), *_whose(section)])
+        table = _table(("Flag", "Default", "Meaning"), rows)
+        parts.append(f"## {section}\n\n{text}\n\n" + "\n".join([table, *_elsewhere(section, part)]))
     ours = {key for classes in SCRIPTS.values() for cls in classes for key in spellings_of(settings_of(cls))}
     reasons: dict[str, list[str]] = {}
     for flag, no_effect in NO_EFFECT.items():
@@ -92,7 +93,7 @@ def _elsewhere(section: str, part: type) -> list[str]:
             usual = {s.name: s for s in _all_sections()[section][1]}
             own = [s for s in settings_of(cls).values() if s.section == section and s != usual.get(s.name)]
             flags = ", ".join(f"`{s.flag}`" + (f" ({_code(s.default_text)})" if s.default_text else "") for s in own)
-            sentences.append(f"In `{script}` these differ, in their default or meaning (see its `--help`): {flags}.")
+            sentences.append(f"In `{script}` these differ, in their default or meaning (see its `--help`): {flags}.\n")
     return sentences
 
 

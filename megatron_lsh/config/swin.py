@@ -53,7 +53,9 @@ class SwinMoEConfig(MoEConfig):
         parse=str,
     )
     moe_router_topk: int = flag(1, "Experts per token, K", at_least=1)
-    moe_router_pre_softmax: bool = flag(True, "Softmax before the top-k instead of after it")
+    moe_router_pre_softmax: bool = flag(
+        False, "Softmax before the top-k instead of after it; always so with softmax scores and one expert per token"
+    )
     moe_router_bias: bool = flag(False, "Bias of the router")
     eval_capacity: bool = flag(False, "Drop what is beyond --moe-expert-capacity-factor in evaluations too")
 
@@ -147,6 +149,8 @@ class SwinConfig(Config):
         if model.seq_length is None:
             height, width = self.image_size
             check.fill("seq_length", -(-height // swin.patch_dim) * -(-width // swin.patch_dim))
+        if self.moe.moe_router_topk == 1 and self.moe.moe_router_score_function == "softmax":
+            check.fill("moe_router_pre_softmax", True)
         if self.moe.moe_layer_freq == ODD:
             check.fill("moe_layer_freq", odd_blocks(swin.swin_depths))
         if self.training.train_iters is None and self.training.train_samples is None and self.images.epochs is not None:

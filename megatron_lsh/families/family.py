@@ -91,6 +91,8 @@ class Family:
     prepare: Callable[[Family, Any, int], tuple[Config, Family]] | None = None
     """(this family, cfg as written, world size) -> validated cfg, and the family with what was read, before any process
     group exists"""
+    closing: Callable[[Any, Any, Datasets, ParallelContext], Mapping[str, str]] | None = None
+    """(cfg, model, datasets, context) -> what a complete run leaves besides: name -> place. Collective"""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """small files that every checkpoint holds: name -> content; such as the names of the classes"""
     samples_per_epoch: Callable[[int], int] | None = None

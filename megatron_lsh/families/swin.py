@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from megatron_lsh.config.from_checkpoint import kept_file
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.data.images.datasets import EvaluationPictures, Reader, TrainingPictures
 from megatron_lsh.data.images.mixing import mixed_images, targets
+from megatron_lsh.data.images.sheet import Judged, draw_sheet
 from megatron_lsh.data.images.sources import ImageSets, open_sets
-from megatron_lsh.data.loader import Datasets
+from megatron_lsh.data.loader import BatchIterator, Datasets
 from megatron_lsh.data.samples.classification import BLANK
 from megatron_lsh.errors import ConfigError, DataError
 from megatron_lsh.families.family import Batch, Counts, Family, Head
@@ -52,6 +54,7 @@ def prepare(family: Family, written: SwinConfig, world_size: int) -> tuple[SwinC
     return validate(written, world_size), dataclasses.replace(
         family,
         datasets=partial(_datasets, sets),
+        closing=partial(closing, sets.classes),
         files={LABELS: (json.dumps(sets.classes, ensure_ascii=False) + "\n").encode()},
     )
 
@@ -137,10 +140,41 @@ def head(cfg: SwinConfig, vocab_size: int) -> Head:
     return Head(merging_multiply_adds(cfg) + width * classes, classes)
 
 
-def predictions(model: SwinModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """int64 [B]: the class with the largest logit."""
-    with torch.no_grad():
-        return scores(model, batch).argmax(-1)
+def closing(
+    classes: Sequence[str], cfg: SwinConfig, model: SwinModel, sets: Datasets, ctx: ParallelContext
+) -> dict[str, str]:
+    """--picture-sheet, drawn by the last rank of its share of the validation pictures. Collective.
+
+    Raises:
+        DataError: on the last rank, which has then computed as long as the others.
+    """
+    path = cfg.images.picture_sheet
+    if path is None or sets.valid is None:
+        return {}
+    draws, judged = ctx.rank == ctx.world.size - 1, list[Judged]()
+    model.eval()
+    iterator = BatchIterator(
+        sets.valid,
+        consumed_samples=0,
+        micro_batch_size=required(cfg.training.micro_batch_size),
+        dp_rank=ctx.dp.rank,
+        dp_size=ctx.dp.size,
+        num_workers=0,
+    )
+    with torch.no_grad(), iterator as batches:
+        for batch in batches:
+            here = {name: value.to(ctx.device) for name, value in batch.items()}
+            predicted_B = scores(model, here).argmax(-1).tolist()
+            if draws:
+                judged += [
+                    Judged(image.numpy(), classes[label], classes[guess] if guess < len(classes) else str(guess))
+                    for image, label, guess in zip(batch["image"], batch["label"].tolist(), predicted_B, strict=True)
+                    if label != BLANK
+                ]
+    model.train()
+    if draws:
+        draw_sheet(Path(path), judged, "predicted classes: wrong ones in red with the true one, right ones in green")
+    return {"pictures": path}
 
 
 SWIN = Family(

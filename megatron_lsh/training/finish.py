@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from megatron_lsh.config import required
 from megatron_lsh.data.samples.prompts import prompt_ids
+from megatron_lsh.errors import DataError
 from megatron_lsh.inference.generate import Sampling, generate
 from megatron_lsh.observing.plot import plot_losses
 from megatron_lsh.observing.summary import closing_lines
@@ -15,7 +16,7 @@ from megatron_lsh.training.run import Run
 def closing_report(run: Run) -> None:
     """Print it on the rank that reports. Collective, because the sample is."""
     reporter, cfg = run.reporter, run.cfg
-    sample = _sample(run)
+    sample, more = _sample(run), _more(run)
     if not reporter.writes:
         return
     lines = []
@@ -30,6 +31,7 @@ def closing_report(run: Run) -> None:
     places = {"checkpoints": cfg.checkpoint.save, "weights of the best epoch": best}
     places |= {"metrics": cfg.logging.metrics_jsonl, "loss plot": _plot(run)}
     places["TensorBoard"] = cfg.logging.tensorboard_dir and f"tensorboard --logdir {cfg.logging.tensorboard_dir}"
+    places |= more
     lines += [f"{name}: {place}" for name, place in places.items() if place]
     if sample is not None:
         lines += ["sample:", *("  | " + line for line in sample.splitlines())]
@@ -71,6 +73,18 @@ def _plot(run: Run) -> str | None:
         return str(plot_losses(metrics))
     except Exception as error:  # a picture is no reason for a finished run to fail
         return f"not drawn: {error}"
+
+
+def _more(run: Run) -> dict[str, str]:
+    """What the family leaves; why not, where that fails, which is no reason for a finished run to."""
+    closing = run.family.closing
+    if closing is None:
+        return {}
+    with run.telemetry.paused():
+        try:
+            return dict(closing(run.cfg, run.model, run.datasets, run.ctx))
+        except DataError as error:
+            return {"more": f"not written: {error}"}
 
 
 def _sample(run: Run) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_lsh.config import validate
 from megatron_lsh.errors import ConfigError, DataError
@@ -21,10 +22,10 @@ from tests.data.images.test_sources import write_tree
 
 FLAGS = (
     "--img-h 16 --patch-dim 2 --num-channels 1 --swin-depths 1 2 --hidden-size 16 --num-attention-heads 2 "
-    "--swin-window-size 4 --image-mean 0.5 --image-std 0.3 --eval-crop-ratio 1 --crop-scale 1 1 --hflip 0 --randaugment-ops 0 "
-    "--random-erasing 0 --drop-path-rate 0.1 --num-experts 4 --moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type lsh "
-    "--moe-router-gate-noise 1 --moe-expert-dropout 0.1 --micro-batch-size 8 --lr 4e-3 --lr-decay-style constant --clip-grad 3 "
-    "--log-interval 1 --no-progress --peak-tflops 1 --device cpu "
+    "--swin-window-size 4 --image-mean 0.5 --image-std 0.3 --eval-crop-ratio 1 --crop-scale 1 1 --hflip 0 "
+    "--randaugment-ops 0 --random-erasing 0 --drop-path-rate 0.1 --num-experts 4 --moe-aux-loss-coeff 1e-2 "
+    "--moe-token-dispatcher-type lsh --moe-router-gate-noise 1 --moe-expert-dropout 0.1 --micro-batch-size 8 "
+    "--lr 4e-3 --lr-decay-style constant --clip-grad 3 --log-interval 1 --no-progress --peak-tflops 1 --device cpu "
 )
 
 
@@ -38,7 +39,7 @@ def test_it_learns_and_says_how_often_it_is_right(tmp_path: Path, capsys: pytest
     run(
         tmp_path / "data",
         "--train-iters 60 --global-batch-size 16 --eval-interval 30 --lsh-eval both --mixup 0 --cutmix 0 --num-workers 0 "
-        f"--save {tmp_path}/run --metrics-jsonl {tmp_path}/m.jsonl",
+        f"--save {tmp_path}/run --metrics-jsonl {tmp_path}/m.jsonl --picture-sheet {tmp_path}/sheet.png",
     )
     out = capsys.readouterr().out
     records = [record for record in read_jsonl(tmp_path / "m.jsonl") if "validation_top1" in record]
@@ -49,6 +50,8 @@ def test_it_learns_and_says_how_often_it_is_right(tmp_path: Path, capsys: pytest
     )  # of 21 pictures, each once
     assert f"validation top-1: {last['validation_top1']:.1%}, top-5: 100.0%" in out
     assert "validation without compression top-1: " in out and "vocabulary" not in out
+    with Image.open(tmp_path / "sheet.png") as sheet:  # 21 pictures in three rows of eight
+        assert sheet.width > 8 * 96 and 3 * 96 < sheet.height < 5 * 96 and len(sheet.getcolors(10**6) or ()) > 20
     newest = (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text().strip()
     kept = tmp_path / "run" / f"iter_{int(newest):07d}" / "classes.json"
     assert json.loads(kept.read_text()) == ["0", "1", "2", "3"]
