@@ -56,7 +56,7 @@ def flags_markdown() -> str:
         rows = [(_code(s.flag, *s.aliases), _code(s.default_text), s.explanation) for s in settings]
         text = " ".join([summary(part), *_whose(section)])
         table = _table(("Flag", "Default", "Meaning"), rows)
-        parts.append(f"## {section}\n\n{text}\n\n" + "\n".join([table, *_elsewhere(section, part)]))
+        parts.append(f"## {section}\n\n{text}\n\n" + "\n".join([table, *_elsewhere(section, part, settings)]))
     ours = {key for classes in SCRIPTS.values() for cls in classes for key in spellings_of(settings_of(cls))}
     reasons: dict[str, list[str]] = {}
     for flag, no_effect in NO_EFFECT.items():
@@ -82,15 +82,15 @@ def _all_sections() -> dict[str, tuple[type, list[Setting]]]:
     return found
 
 
-def _elsewhere(section: str, part: type) -> list[str]:
-    """Sentences on scripts whose flags of a section differ from those of the others."""
+def _elsewhere(section: str, part: type, settings: Sequence[Setting]) -> list[str]:
+    """Sentences on scripts whose flags of a section differ from those of the others, which `settings` are."""
     sentences = []
     for script, classes in SCRIPTS.items():
         for cls in classes:
             theirs = sections_of(cls).get(section, part)
             if theirs is part:
                 continue
-            usual = {s.name: s for s in _all_sections()[section][1]}
+            usual = {s.name: s for s in settings}
             own = [s for s in settings_of(cls).values() if s.section == section and s != usual.get(s.name)]
             flags = ", ".join(f"`{s.flag}`" + (f" ({_code(s.default_text)})" if s.default_text else "") for s in own)
             sentences.append(f"In `{script}` these differ, in their default or meaning (see its `--help`): {flags}.\n")
