@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_lsh.data.mapped import MappedFile
+
 logger = logging.getLogger(__name__)
 
 # Name of an array -> (shape, dtype). The first dimension counts the rows that a builder yields.
@@ -41,6 +43,18 @@ def cache_key(**facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+class Entry(dict[str, np.ndarray]):
+    """Arrays by name, and the files that they are mapped from (none: they are in memory)."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], files: tuple[MappedFile, ...] = ()) -> None:
+        super().__init__(arrays)
+        self._files = files
+
+    def is_whole(self) -> bool:
+        """To be asked before the arrays are read: false if a file is shorter than it was, and must be built again."""
+        return all(file.is_whole() for file in self._files)
+
+
 class ArrayCache:
     """Folder of entries.
 
@@ -52,7 +66,7 @@ class ArrayCache:
         self.folder = Path(folder) if folder is not None else None
         self._writable = folder is not None
 
-    def get(self, key: str, layout: Layout, build: Build) -> dict[str, np.ndarray]:
+    def get(self, key: str, layout: Layout, build: Build) -> Entry:
         """The arrays of an entry, mapped read-only; builds the entry if it is missing or damaged.
 
         If the folder cannot be written (read-only, disk full), says so once and returns arrays in memory.
@@ -70,7 +84,7 @@ class ArrayCache:
                 found = _load(entry, layout)
             if found is not None:
                 return found
-        return _in_memory(layout, build)
+        return Entry(_in_memory(layout, build))
 
     def prepare(self, key: str, layout: Layout, build: Build) -> bool:
         """Builds an entry ahead of its first `get` if it is missing. Returns False where nothing can be kept."""
@@ -146,9 +160,10 @@ def _record(key: str, checksums: Mapping[str, int]) -> dict[str, object]:
     return {"key": key, "crc32": checksums}
 
 
-def _load(entry: Path, layout: Layout) -> dict[str, np.ndarray] | None:
+def _load(entry: Path, layout: Layout) -> Entry | None:
     """The arrays of an entry, or None if it is not there or not as it was written."""
     try:
+        files = tuple(MappedFile(entry / f"{name}.npy") for name in layout)
         record = json.loads((entry / CHECKSUMS).read_bytes())
         if record != _record(entry.name, {name: _checksum(entry / f"{name}.npy") for name in layout}):
             return None
@@ -161,7 +176,7 @@ def _load(entry: Path, layout: Layout) -> dict[str, np.ndarray] | None:
         return None
     if any(arrays[name].shape != shape or arrays[name].dtype != dtype for name, (shape, dtype) in layout.items()):
         return None
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return Entry({name: np.asarray(array) for name, array in arrays.items()}, files)
 
 
 def _checksum(path: Path) -> int:

@@ -32,6 +32,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lsh.data.mapped import MappedFile
 from megatron_lsh.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -89,7 +90,8 @@ class IndexedDataset:
             if not path.is_file():
                 raise DataError(_missing_message(self.prefix, path))
         path = idx_path(prefix)
-        size = path.stat().st_size
+        self._files = (MappedFile(path), MappedFile(bin_path(prefix)))
+        size = self._files[0].size
         if size < HEADER.size:
             raise DataError(
                 f"{path} has {size} bytes; an index starts with a header of {HEADER.size}. "
@@ -126,6 +128,11 @@ class IndexedDataset:
             np.empty(0, self.dtype) if empty else np.asarray(np.memmap(bin_path(prefix), dtype=self.dtype, mode="r"))
         )
 
+    def check_files(self) -> None:
+        """To be called before tokens or the index are read. Raises DataError if a file is shorter than it was."""
+        for file in self._files:
+            file.check()
+
     def _check(self) -> int:
         """Do the arrays of the index agree with each other and with the .bin file? Returns the number of tokens."""
         path, documents = idx_path(self.prefix), self.document_index
@@ -148,7 +155,7 @@ class IndexedDataset:
                     "must lie back to back: the file is damaged, write it again"
                 )
             tokens = int(ends[-1])
-        size, expected = bin_path(self.prefix).stat().st_size, tokens * self.dtype.itemsize
+        size, expected = self._files[1].size, tokens * self.dtype.itemsize
         if size != expected:
             reason = "is cut off" if size < expected else "belongs to another index"
             raise DataError(

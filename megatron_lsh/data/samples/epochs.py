@@ -13,7 +13,7 @@ from threading import Lock
 
 import numpy as np
 
-from megatron_lsh.data.cache import ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.data.cache import ArrayCache, Entry, Layout, Rows, cache_key
 
 BLOCK_ROWS, BLOCK_EPOCHS = 1 << 16, 1 << 10  # made in a fraction of a second, unless a single epoch is larger
 BLOCKS_AT_START = 8
@@ -44,7 +44,7 @@ class EpochArrays:
         self._layout, self._num_epochs, self._make, self._facts, self._cache = layout, num_epochs, make, facts, cache
         rows = sum(int(np.prod(shape)) for shape, _ in layout.values())
         self._epochs_per_block = min(max(BLOCK_ROWS // max(rows, 1), 1), BLOCK_EPOCHS)
-        self._open: OrderedDict[int, Epoch] = OrderedDict()
+        self._open: OrderedDict[int, Entry] = OrderedDict()
         self._lock = Lock()  # the threads that read ahead share a data set
         blocks = -(-num_epochs // self._epochs_per_block)
         for block in range(min(blocks, BLOCKS_AT_START)):
@@ -55,7 +55,7 @@ class EpochArrays:
         """The rows of an epoch by name."""
         block, row = divmod(epoch, self._epochs_per_block)
         with self._lock:
-            if block not in self._open:
+            if block not in self._open or not self._open[block].is_whole():
                 self._open[block] = self._cache.get(*self._entry(block))
             self._open.move_to_end(block)
             if len(self._open) > BLOCKS_OPEN:

@@ -144,9 +144,10 @@ class GPTDataset:
         return self.num_samples
 
     def window(self, index: int) -> npt.NDArray[np.int64]:
-        """The S + 1 tokens of a sample."""
+        """The S + 1 tokens of a sample. Raises DataError if a file was cut off while it was in use."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
+        self.source.check_files()
         epoch, position = divmod(index, self.samples_per_epoch)
         arrays = self._epochs[epoch]
         starts, order = arrays["starts"], arrays["documents"]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lsh.data.cache import ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.data.cache import ArrayCache, Entry, Layout, Rows, cache_key
 from megatron_lsh.data.indexed import bin_path, idx_path
 from megatron_lsh.data.samples.dataset import Corpus, check_ids
 from megatron_lsh.data.samples.epochs import EpochArrays
@@ -148,10 +148,9 @@ class PackedPassages:
         self.corpus, self.packing, self.num_samples, self.seed = corpus, packing, num_samples, seed
         self._vocab_size = vocab_size
         self._content = corpus.source.fingerprint
-        arrays = self._packed(cache)
-        self._starts, self._lengths = arrays["starts"][0], arrays["lengths"][0]
-        self._opens, self._firsts, self._ends = arrays["opens"][0], arrays["firsts"][0], arrays["ends"][0]
-        self.samples_per_epoch = len(self._firsts)
+        self._cache = cache
+        self._arrays = self._packed()
+        self.samples_per_epoch = self._arrays["firsts"].shape[1]
         if not self.samples_per_epoch:
             raise DataError(
                 f"{corpus.source.prefix}: documents {corpus.documents[0]} to {corpus.documents[1]} have no text of "
@@ -174,7 +173,7 @@ class PackedPassages:
             "seed": self.seed,
         }
 
-    def _packed(self, cache: ArrayCache) -> dict[str, np.ndarray]:
+    def _packed(self) -> Entry:
         """Pieces and passages. How many there are is an entry of its own: the cache wants to know before it reads."""
         made: list[tuple[_Pieces, tuple[Ints, Ints]]] = []
 
@@ -193,7 +192,7 @@ class PackedPassages:
             yield (*pieces, *passages)
 
         facts = self._facts()
-        size = cache.get(cache_key(**facts, of="sizes"), {"sizes": ((1, 2), np.dtype("<i8"))}, sizes)["sizes"][0]
+        size = self._cache.get(cache_key(**facts, of="sizes"), {"sizes": ((1, 2), np.dtype("<i8"))}, sizes)["sizes"][0]
         pieces, passages = int(size[0]), int(size[1])
         layout: Layout = {
             "starts": ((1, pieces), np.dtype("<i8")),
@@ -202,7 +201,7 @@ class PackedPassages:
             "firsts": ((1, passages), np.dtype("<i8")),
             "ends": ((1, passages), np.dtype("<i8")),
         }
-        return cache.get(cache_key(**facts, of="passages"), layout, arrays)
+        return self._cache.get(cache_key(**facts, of="passages"), layout, arrays)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, ...]:
         """Order of the passages in an epoch."""
@@ -217,20 +216,24 @@ class PackedPassages:
         """Text of a sample.
 
         Raises:
-            DataError: if a token id is not of the vocabulary.
+            DataError: if a token id is not of the vocabulary, or a file was cut off while it was in use.
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
+        self.corpus.source.check_files()
+        if not self._arrays.is_whole():
+            self._arrays = self._packed()
+        arrays = {name: array[0] for name, array in self._arrays.items()}
         epoch, position = divmod(index, self.samples_per_epoch)
         passage = int(self._epochs[epoch]["samples"][position])
-        first, end = int(self._firsts[passage]), int(self._ends[passage])
-        starts, lengths = self._starts[first:end], self._lengths[first:end].astype(np.int64)
+        first, end = int(arrays["firsts"][passage]), int(arrays["ends"][passage])
+        starts, lengths = arrays["starts"][first:end], arrays["lengths"][first:end].astype(np.int64)
         sentences = np.cumsum(lengths) - lengths
         # The token at position p of the passage lies at p + (start of its piece in the file - start of it here).
         where = np.arange(int(lengths.sum())) + np.repeat(starts - sentences, lengths)
         tokens = self.corpus.source.tokens[where].astype(np.int64)
         check_ids(tokens, self._vocab_size, self.corpus.source)
-        return Passage(tokens, sentences, sentences[1:][self._opens[first + 1 : end]])
+        return Passage(tokens, sentences, sentences[1:][arrays["opens"][first + 1 : end]])
 
     def fingerprint(self) -> str:
         facts = (self._content, self.corpus.documents, asdict(self.packing), self.seed)
