@@ -22,7 +22,6 @@ from megatron_lsh.moe.dispatcher import Dispatcher
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.registry import DispatcherSpec, lsh_dispatcher, row_dispatcher
 from megatron_lsh.moe.transport import LocalTransport, Transport
-from megatron_lsh.moe.wire import make_codec
 
 
 class CodedTransport(LocalTransport):
@@ -35,7 +34,7 @@ class CodedTransport(LocalTransport):
 
 
 def _coded(spec: DispatcherSpec) -> Transport:
-    return CodedTransport(spec.ctx.ep, spec.num_experts, make_codec(spec.lsh.lsh_wire_dtype))
+    return CodedTransport(spec.ctx.ep, spec.num_experts, spec.wire())
 
 
 def coded(spec: DispatcherSpec) -> Dispatcher:

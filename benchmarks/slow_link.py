@@ -1,4 +1,6 @@
-"""Ranks of one machine behind slow links: one network namespace per rank, joined by a bridge, each sending at a set rate.
+"""Nodes of one machine behind slow links: a network namespace for each, joined by a bridge, each sending at a set rate.
+
+A node has one rank or several, which share its namespace: what they send to each other takes its loopback, at full speed.
 
 Needs root, iproute2 and the kernel's veth, bridge and tbf. Every namespace is made here, has addresses that exist only
 inside, and is removed afterwards; the machine's own network is not touched.
@@ -33,10 +35,11 @@ def why_not() -> str | None:
 
 
 class SlowLinks:
-    """Context manager: `ranks` namespaces with the addresses 10.77.0.1, 10.77.0.2, ... on their interface eth0."""
+    """Context manager: a namespace per node with the addresses 10.77.0.1, 10.77.0.2, ... on their interface eth0."""
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, ranks_per_node: int = 1) -> None:
+        self.ranks, self.ranks_per_node = ranks, ranks_per_node
+        self.nodes = ranks // ranks_per_node
         self._prefix = f"mlsh{os.getpid()}"
         self._made: list[str] = []
         self._made_etc = not _ETC.exists()
@@ -49,11 +52,11 @@ class SlowLinks:
             hub = self._namespace("hub")
             _run("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
             _run("ip", "-n", hub, "link", "set", "bridge", "up")
-            for rank in range(self.ranks):
-                here, port = self._namespace(str(rank)), f"port{rank}"
+            for node in range(self.nodes):
+                here, port = self._namespace(str(node)), f"port{node}"
                 _run("ip", "-n", hub, "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", here)
                 _run("ip", "-n", hub, "link", "set", port, "master", "bridge", "up")
-                _run("ip", "-n", here, "addr", "add", f"{self.address(rank)}/24", "dev", INTERFACE)
+                _run("ip", "-n", here, "addr", "add", f"{self.address(node)}/24", "dev", INTERFACE)
                 _run("ip", "-n", here, "link", "set", INTERFACE, "up")
         except BaseException:
             self.__exit__(None, None, None)
@@ -72,19 +75,20 @@ class SlowLinks:
             with contextlib.suppress(OSError):  # someone else's by now
                 _ETC.rmdir()
 
-    def address(self, rank: int) -> str:
-        return f"{_SUBNET}.{rank + 1}"
+    def address(self, node: int) -> str:
+        return f"{_SUBNET}.{node + 1}"
 
     def start(self, rank: int, command: Sequence[str], port: int, log: Path | None = None) -> subprocess.Popen[bytes]:
         """Start a rank in its namespace with torchrun's environment variables; output to `log`, or here."""
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": "1",
+            "RANK": str(rank), "LOCAL_RANK": str(rank % self.ranks_per_node), "WORLD_SIZE": str(self.ranks),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
             "MASTER_ADDR": self.address(0), "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": INTERFACE,
             "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         out = log.open("wb") if log is not None else None
         try:
-            inside = ["ip", "netns", "exec", f"{self._prefix}-{rank}", *command]
+            inside = ["ip", "netns", "exec", f"{self._prefix}-{rank // self.ranks_per_node}", *command]
             return subprocess.Popen(inside, env=environment, stdout=out, stderr=out)
         finally:
             if out is not None:
@@ -96,7 +100,7 @@ class SlowLinks:
         self._made.append(name)
         # What processes inside see in /etc: without names to find, every connection waits for a DNS time-out.
         (_ETC / name).mkdir(parents=True)
-        names = [f"{self.address(rank)} rank{rank}\n" for rank in range(self.ranks)]
+        names = [f"{self.address(node)} node{node}\n" for node in range(self.nodes)]
         (_ETC / name / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
         (_ETC / name / "nsswitch.conf").write_text("hosts: files\n")
         _run("ip", "-n", name, "link", "set", "lo", "up")
@@ -114,8 +118,16 @@ def wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
+def first_of_node() -> bool:
+    """Whether this rank is the one that sets and reads its node's interface."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def set_rate(mbit: float | None) -> None:
-    """From within a namespace: limit what this rank sends to `mbit` Mbit/s; None lifts the limit."""
+    """From within a namespace: limit what this node sends to `mbit` Mbit/s; None lifts the limit. The node's other ranks do
+    nothing; who measures lets all ranks wait for each other first."""
+    if not first_of_node():
+        return
     subprocess.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"], check=False, capture_output=True)
     if mbit is not None:
         limit = ["rate", f"{round(mbit * 1000)}kbit", "burst", "256kb", "latency", "50ms"]
@@ -123,7 +135,9 @@ def set_rate(mbit: float | None) -> None:
 
 
 def sent_bytes() -> int:
-    """From within a namespace: bytes the interface has sent, headers included."""
+    """From within a namespace: bytes the interface has sent, headers included; of a node's other ranks 0."""
+    if not first_of_node():
+        return 0
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 

@@ -1,11 +1,16 @@
 """Step time with the exact all-to-all and with LSH, in several wire dtypes, where the network is slow.
 
     sudo python -m benchmarks.slow_network --ranks 2 4 --shares 30 45 70
+    sudo python -m benchmarks.slow_network --nodes 2x2 --rates exact deduplicated 0.2 0.2/rank --wires model fp8 --chunks 1 2
 
 Ranks run in network namespaces of this machine that send at a limited rate (benchmarks/slow_link.py). The rate is chosen
 by measurement so that the exact all-to-all takes the wanted shares of the step, those of the paper's clusters. Then all
 variants take turns, step by step, in the same processes on the same link. Optimizer, attention and the reduction of
-gradients over data-parallel ranks are part of every step. Also compares the payload that the telemetry counts with the
+gradients over data-parallel ranks are part of every step. With --nodes the ranks of a node share a namespace and fast links.
+
+Beside each speed-up stands its ceiling: what remained of the exact step if compression cost nothing, the all-to-all took as
+much less as it sends fewer bytes across, and the experts as much less as they see fewer rows; with rows in pieces, if the
+shorter of the two vanished behind the longer. Also compares the payload that the telemetry counts with the
 bytes that leave the network interfaces.
 """
 
@@ -54,7 +59,7 @@ EXACT = Variant()
 
 def work(arguments: argparse.Namespace) -> None:
     """One rank: find the rates, measure everything in turn; rank 0 writes the figures."""
-    ranks = arguments.ranks[0]
+    ranks, per_node = arguments.ranks[0], arguments.ranks_per_node
     batch = ["--global-batch-size", 8 * arguments.micro_batches * ranks, "--expert-model-parallel-size", ranks]
     cfg = configure([*MODEL, *SHAPES[arguments.shape], *batch, *arguments.flags], ranks)
     ctx = initialize(cfg.parallel, moe=True)
@@ -75,7 +80,7 @@ def work(arguments: argparse.Namespace) -> None:
         unshaped = _medians([bench.step() for _ in range(3)])
         links, started = [], time.monotonic()
         for number, share in enumerate(arguments.shares):
-            mbit = find_rate(bench, share / 100, unshaped)
+            mbit = find_rate(bench, share / 100, unshaped, ranks // per_node)
             samples: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
             for repeat in range(arguments.repeats):
                 order = variants if repeat % 2 == 0 else variants[::-1]  # a drift meets all alike
@@ -85,20 +90,28 @@ def work(arguments: argparse.Namespace) -> None:
                 if ctx.rank == 0:
                     done = number * arguments.repeats + repeat + 1
                     total = len(arguments.shares) * arguments.repeats
-                    progress(done, total, started, f"{ranks} ranks, all-to-all at {share}%, {mbit:.0f} Mbit/s")
+                    progress(
+                        done, total, started, f"{_where(ranks, per_node)}, all-to-all at {share}%, {mbit:.0f} Mbit/s"
+                    )
             links.append({"wanted_share": share / 100, "mbit_per_rank": mbit, "variants": summary(samples)})
     set_rate(None)
     if ctx.rank == 0:
-        result = {"ranks": ranks, "unshaped_exact": unshaped, "links": links, "bytes": bytes_checked}
+        result = {
+            "ranks": ranks,
+            "ranks_per_node": per_node,
+            "unshaped_exact": unshaped,
+            "links": links,
+            "bytes": bytes_checked,
+        }
         Path(arguments.out).write_text(json.dumps(result))
     shutdown(ctx)
 
 
-def find_rate(bench: Bench, share: float, unshaped: dict[str, float]) -> float:
-    """Set the links so that the exact all-to-all takes `share` of the step; returns Mbit/s per rank."""
+def find_rate(bench: Bench, share: float, unshaped: dict[str, float], nodes: int) -> float:
+    """Set the links so that the exact all-to-all takes `share` of the step; returns Mbit/s per node."""
     bench.use(EXACT)
     wanted_ms = share / (1 - share) * (unshaped["step_ms"] - unshaped["alltoall_ms"])
-    mbit = 8e-3 * unshaped["bytes"] / bench.run.ctx.world.size / wanted_ms
+    mbit = 8e-3 * unshaped["bytes_network"] / nodes / wanted_ms
     for _ in range(4):  # gloo gets less out of a link than its rate, and other traffic slows down, too
         set_rate(mbit)
         bench.step()
@@ -127,7 +140,7 @@ def check_bytes(bench: Bench, variant: Variant) -> dict[str, Any]:
     counted = torch.tensor(float(sent_bytes() - before), dtype=torch.float64)
     dist.all_reduce(counted, group=run.ctx.world.process_group)
     run.step.optimizer.zero_grad(set_to_none=True)
-    payload = bench.collect()["bytes"]
+    payload = bench.collect()["bytes_network"]
     return {"variant": variant.name, "payload": payload, "interface": float(counted), "ratio": float(counted) / payload}
 
 
@@ -137,7 +150,8 @@ def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
 
 def summary(samples: dict[Variant, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """Per variant: all step times, medians of everything, and the speed-up over exact in the model's numbers."""
-    exact_ms = statistics.median(sample["step_ms"] for sample in samples[EXACT])
+    exact = _medians(samples[EXACT])
+    exact_ms = exact["step_ms"]
     rows = []
     for variant, steps in samples.items():
         medians = _medians(steps)
@@ -146,7 +160,9 @@ def summary(samples: dict[Variant, list[dict[str, float]]]) -> list[dict[str, An
                 "variant": variant.name,
                 "rate": variant.rate,
                 "wire": variant.wire,
+                "scope": variant.scope,
                 "chunks": variant.chunks,
+                "ceiling": ceiling(exact, medians, overlapped=variant.chunks > 1),
                 "steps_ms": [round(step["step_ms"], 2) for step in steps],
                 "speedup": exact_ms / medians["step_ms"],
                 "alltoall_share": medians["alltoall_ms"] / medians["step_ms"],
@@ -154,6 +170,14 @@ def summary(samples: dict[Variant, list[dict[str, float]]]) -> list[dict[str, An
             }
         )
     return rows
+
+
+def ceiling(exact: dict[str, float], variant: dict[str, float], *, overlapped: bool) -> float:
+    """The speed-up over exact that the module's docstring says, from the exact step's parts and this variant's counts."""
+    alltoall_ms = exact["alltoall_ms"] * variant["bytes_network"] / exact["bytes_network"]
+    experts_ms = exact["experts_ms"] * variant["expert_rows"]
+    rest_ms = exact["step_ms"] - exact["alltoall_ms"] - exact["experts_ms"]
+    return exact["step_ms"] / (rest_ms + (max if overlapped else sum)((alltoall_ms, experts_ms)))
 
 
 # Around the ranks
@@ -171,11 +195,18 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
         "--wires",
         *(w or "model" for w in arguments.wires),
     ]
-    own += ["--shape", arguments.shape, "--chunks", *map(str, arguments.chunks)]
+    own += [
+        "--ranks-per-node",
+        str(arguments.ranks_per_node),
+        "--shape",
+        arguments.shape,
+        "--chunks",
+        *map(str, arguments.chunks),
+    ]
     own += ["--rates", *arguments.rates]
     command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
     logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
-    with SlowLinks(ranks) as links:
+    with SlowLinks(ranks, arguments.ranks_per_node) as links:
         wait([links.start(rank, command, PORT, logs[rank]) for rank in range(ranks)])
     if not out.exists():
         tails = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log is not None)
@@ -186,27 +217,48 @@ def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str
 def report(result: dict[str, Any]) -> str:
     """Markdown: step times per variant and link, then where the time goes, then the count of bytes."""
     links = result["links"]
-    header = ["step, ms (quartiles), speed-up"]
+    header = ["step, ms (quartiles), speed-up (ceiling)"]
     for link in links:
         header.append(f"all-to-all at {_exact(link)['alltoall_share']:.0%}, {link['mbit_per_rank']:.0f} Mbit/s")
     rows = []
     for same in zip(*(link["variants"] for link in links), strict=True):
-        rows.append([same[0]["variant"], *(f"{_times(v['steps_ms'])} {v['speedup']:.2f}x" for v in same)])
+        rows.append(
+            [same[0]["variant"], *(f"{_times(v['steps_ms'])} {v['speedup']:.2f}x ({v['ceiling']:.2f}x)" for v in same)]
+        )
     parts = []
     for link in links:
         for v in (v for v in link["variants"] if v["wire"] is None):
             cells = [f"{v[key]:.0f}" for key in ("step_ms", "alltoall_ms", "experts_ms", "lsh_ms", "wire_ms")]
-            parts.append([f"{link['mbit_per_rank']:.0f}", v["variant"], *cells, f"{v['bytes'] / 1e6:.1f}"])
+            parts.append(
+                [
+                    f"{link['mbit_per_rank']:.0f}",
+                    v["variant"],
+                    *cells,
+                    f"{v['bytes'] / 1e6:.1f}",
+                    f"{v['bytes_network'] / 1e6:.1f}",
+                ]
+            )
     counted = [
         [c["variant"], f"{c['payload'] / 1e6:.2f}", f"{c['interface'] / 1e6:.2f}", f"{c['ratio']:.3f}"]
         for c in result["bytes"]
     ]
     return "\n\n".join(
         [
-            f"{result['ranks']} ranks",
+            _where(result["ranks"], result["ranks_per_node"]),
             table(header, rows),
             table(
-                ["Mbit/s", "model's numbers", "step, ms", "all-to-all", "experts", "LSH", "encoding", "MB sent"], parts
+                [
+                    "Mbit/s",
+                    "model's numbers",
+                    "step, ms",
+                    "all-to-all",
+                    "experts",
+                    "LSH",
+                    "encoding",
+                    "MB sent",
+                    "across",
+                ],
+                parts,
             ),
             table(["one micro-batch", "payload, MB", "interfaces, MB", "ratio"], counted),
         ]
@@ -225,16 +277,29 @@ def _times(steps_ms: list[float]) -> str:
     return f"{median} ({low:.0f}-{high:.0f})"
 
 
+def _where(ranks: int, per_node: int) -> str:
+    return f"{ranks} ranks" if per_node == 1 else f"{ranks // per_node} nodes of {per_node} ranks"
+
+
 def _rows(text: str) -> str:
     if text not in ("exact", "deduplicated"):
-        float(text)
+        rate, _, scope = text.partition("/")
+        float(rate)
+        if scope not in ("", "rank", "node"):
+            raise ValueError(scope)
     return text
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    nodes, _, ranks = text.partition("x")
+    return int(nodes), int(ranks)
 
 
 def _variant(rows: str, wire: str | None) -> Variant:
     if rows in ("exact", "deduplicated"):
         return Variant(None, wire, deduplicated=rows == "deduplicated")
-    return Variant(float(rows), wire)
+    rate, _, scope = rows.partition("/")
+    return Variant(float(rate), wire, scope=scope or None)
 
 
 def _wire(text: str) -> str | None:
@@ -244,13 +309,16 @@ def _wire(text: str) -> str | None:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[2])
+    parser.add_argument("--nodes", type=_nodes, help="e.g. 2x2, two nodes of two ranks; instead of --ranks")
+    parser.add_argument("--ranks-per-node", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--shares", nargs="+", type=float, default=[30, 45, 70], help="of exact all-to-all, per cent")
     parser.add_argument(
         "--rates",
         nargs="+",
         type=_rows,
         default=["exact", "deduplicated", "0.1", "0.2", "0.35", "0.5"],
-        help="exact, deduplicated (exact, a row per token and node), or the part of the rows that LSH sends",
+        help="exact, deduplicated (exact, a row per token and node), or the part of the rows that LSH sends: 0.2, 0.2/rank, "
+        "0.2/node",
     )
     wires = [None, "bf16", "fp8", "int8", "int4"]
     parser.add_argument("--wires", nargs="+", type=_wire, default=wires, help="model, fp32, bf16, fp8, int8, int4")
@@ -263,6 +331,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
+    if arguments.nodes is not None:
+        arguments.ranks, arguments.ranks_per_node = [arguments.nodes[0] * arguments.nodes[1]], arguments.nodes[1]
     if arguments.worker:
         return work(arguments)
     if reason := why_not():

@@ -32,6 +32,8 @@ class Variant:
     rate: float | None = None
     wire: str | None = None
     deduplicated: bool = False
+    scope: str | None = None
+    """``--lsh-scope``"""
     chunks: int = 1
     """pieces in which rows travel (``--moe-overlap-chunks``)"""
 
@@ -40,6 +42,7 @@ class Variant:
         rows = (
             f"LSH {100 * self.rate:g}%" if self.rate is not None else "de-duplicated" if self.deduplicated else "exact"
         )
+        rows = rows if self.scope is None else f"{rows} per {self.scope}"
         rows = rows if self.wire is None else f"{rows}, {self.wire}"
         return rows if self.chunks == 1 else f"{rows}, {self.chunks} pieces"
 
@@ -63,7 +66,9 @@ class Bench:
 
     def _build(self, variant: Variant) -> list[Scheduled]:
         cfg, ctx = self.run.cfg, self.run.ctx
-        lsh = dataclasses.replace(cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=str(variant.rate or 1.0))
+        lsh = dataclasses.replace(
+            cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=str(variant.rate or 1.0), lsh_scope=variant.scope
+        )
         moe = dataclasses.replace(
             cfg.moe,
             moe_token_dispatcher_type="alltoall" if variant.rate is None else "lsh",
@@ -97,9 +102,12 @@ class Bench:
             "lsh_ms": "lsh_time_ms",
             "wire_ms": "wire_time_ms",
             "bytes": "alltoall_bytes",
+            "bytes_network": "alltoall_bytes_network",
             "bytes_uncompressed": "alltoall_bytes_uncompressed",
         }
-        return {ours: sum(layer[gauge] or 0.0 for layer in layers) for ours, gauge in names.items()}
+        found = {ours: sum(layer[gauge] or 0.0 for layer in layers) for ours, gauge in names.items()}
+        rates = [layer["expert_rows_rate"] or layer["lsh_compression_rate"] or 1.0 for layer in layers]
+        return found | {"expert_rows": sum(rates) / len(rates)}
 
 
 def configure(flags: list[Any], ranks: int) -> Config:

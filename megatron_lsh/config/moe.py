@@ -8,6 +8,8 @@ from typing import Any
 from megatron_lsh.config.flag import flag
 from megatron_lsh.config.rates import Rates, rate_text
 
+WIRE_DTYPES = ("fp32", "bf16", "fp8", "int8", "int4", "mxfp4", "int4x32")
+
 
 def _pattern_text(value: Any) -> str:
     """YAML may hold an integer or a list where the command line has ``2`` or ``[0,1]``."""
@@ -191,8 +193,12 @@ class LSHConfig:
     )
     lsh_wire_dtype: str | None = flag(
         None,
-        "Numbers in which rows travel, with any dispatcher and both ways (default: those of the model)",
-        choices=("fp32", "bf16", "fp8", "int8", "int4"),
+        "Numbers in which rows travel, with any dispatcher and both ways (default: those of the model); fp8, int8 and int4 "
+        "have a scale per row, mxfp4 and int4x32 one per 32 numbers",
+        choices=WIRE_DTYPES,
+    )
+    lsh_wire_dtype_backward: str | None = flag(
+        None, "Numbers in which gradients travel (default: --lsh-wire-dtype)", choices=WIRE_DTYPES
     )
     lsh_seed: int = flag(1234, "Seed of the random rotations; the same on every rank and after a resume", at_least=0)
     lsh_warmup_iters: int = flag(0, "Run the exact all-to-all for this many first iterations", at_least=0)

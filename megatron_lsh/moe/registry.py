@@ -47,7 +47,7 @@ from megatron_lsh.moe.nodes import DeduplicatedDispatcher, ExceptOwnNode, Inside
 from megatron_lsh.moe.overlap import InPieces
 from megatron_lsh.moe.schedule import DEDUPLICATED, EXACT, LOSSLESS, Scheduled, Trial
 from megatron_lsh.moe.transport import AllGatherTransport, AllToAllTransport, LocalTransport, Transport
-from megatron_lsh.moe.wire import make_codec
+from megatron_lsh.moe.wire import Wire
 from megatron_lsh.parallel.context import ParallelContext
 
 ENTRY_POINT_GROUP = "megatron_lsh.dispatchers"
@@ -87,16 +87,16 @@ class DispatcherSpec:
         """How ``--lsh-residual interpolate`` restores rows here."""
         # At the lowest rate most rows are to be restored: the block must be affordable then, too.
         lowest = min(self.lsh.rates().of_layer(self.layer))
-        return choose_restoration(
-            self.hidden, self.expert_width, self.gated, lowest, self.lsh.lsh_interpolation_block
-        )
+        return choose_restoration(self.hidden, self.expert_width, self.gated, lowest, self.lsh.lsh_interpolation_block)
 
     def transport(self, kind: type[Transport] = AllToAllTransport) -> Transport:
         """What moves rows, in the numbers of ``--lsh-wire-dtype``; with one expert-parallel rank nothing moves."""
         kind = LocalTransport if self.ctx.ep.size == 1 else kind
-        wire = self.lsh.lsh_wire_dtype
-        codec = None if wire is None else make_codec(wire)
-        return kind(self.ctx.ep, self.num_experts, codec, self.ctx.node_of_rank)
+        return kind(self.ctx.ep, self.num_experts, self.wire(), self.ctx.node_of_rank)
+
+    def wire(self) -> Wire:
+        """The numbers that travel."""
+        return Wire.of(self.lsh.lsh_wire_dtype, self.lsh.lsh_wire_dtype_backward)
 
 
 DispatcherFactory = Callable[[DispatcherSpec], Dispatcher]
@@ -143,10 +143,9 @@ def node_lsh_dispatcher(spec: DispatcherSpec) -> RowDispatcher:
     ctx, nodes = spec.ctx, spec.ctx.ep_node.size
     per_rank = spec.num_experts // ctx.ep.size
     inside = AllToAllTransport(ctx.ep_local, spec.num_experts, None, ctx.node_of_rank)
-    codec = spec.transport().codec
     network, as_is = (
         _through_experts(spec, AllToAllTransport(ctx.ep_node, nodes * per_rank, numbers, ctx.node_of_rank))
-        for numbers in (codec, None)
+        for numbers in (spec.wire(), None)
     )
     compressor = ExceptOwnNode(lsh_compressor(spec), nodes, ctx.ep_node.rank)
     path = InsideNode(inside, Compressed(network, compressor, as_is, spec.lsh.lsh_probe_interval))
@@ -155,12 +154,25 @@ def node_lsh_dispatcher(spec: DispatcherSpec) -> RowDispatcher:
 
 
 def deduplicated_dispatcher(spec: DispatcherSpec) -> DeduplicatedDispatcher:
-    """Exact, with one row per (token, node) across the network (nodes.py)."""
+    """Exact, with one row per (token, node) across the network (nodes.py).
+
+    Pieces (``--moe-overlap-chunks``) are cut by expert, so they are those of the hop inside the node: a row across the
+    network has experts in several.
+
+    Raises:
+        ConfigError: pieces where a node has one rank and there is no such hop.
+    """
     ctx, nodes = spec.ctx, spec.ctx.ep_node.size
+    if spec.moe.moe_overlap_chunks > 1 and ctx.ep_local.size == 1:
+        raise ConfigError(
+            f"moe.moe_overlap_chunks ({spec.moe.moe_overlap_chunks}) must be 1 with moe.moe_node_deduplication "
+            f"({spec.moe.moe_node_deduplication}) on nodes of one rank, because a row that crosses has experts in several "
+            "pieces: drop one of --moe-overlap-chunks and --moe-node-deduplication"
+        )
     per_node = spec.num_experts // nodes
-    network = AllToAllTransport(ctx.ep_node, nodes, spec.transport().codec, ctx.node_of_rank)
+    network = AllToAllTransport(ctx.ep_node, nodes, spec.wire(), ctx.node_of_rank)
     kind = LocalTransport if ctx.ep_local.size == 1 else AllToAllTransport
-    inside = ThroughExperts(kind(ctx.ep_local, per_node, None, ctx.node_of_rank))
+    inside = _through_experts(spec, kind(ctx.ep_local, per_node, None, ctx.node_of_rank))
     return DeduplicatedDispatcher(network, RowDispatcher(inside, per_node, None), spec.transport(), per_node)
 
 
@@ -205,7 +217,8 @@ def deduplicates(spec: DispatcherSpec) -> bool:
         return False
     visits, rows = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk), topk * (nodes - 1) / nodes
     metadata = 8 * topk / (4 * spec.hidden)  # an id and a weight per expert, beside a row
-    return asked == "on" or visits * (1 + metadata) < rows
+    whole = spec.moe.moe_overlap_chunks > 1 and spec.ctx.ep_local.size == 1  # pieces were asked for, and would be none
+    return asked == "on" or (visits * (1 + metadata) < rows and not whole)
 
 
 def describe(spec: DispatcherSpec) -> str | None:
@@ -310,7 +323,7 @@ def build_dispatcher(spec: DispatcherSpec) -> Scheduled:
     factory = resolve_dispatcher(name)
     sends_all = name in ("alltoall", "allgather")
     exact_factory = factory if sends_all else row_dispatcher
-    as_is = replace(spec, lsh=replace(spec.lsh, lsh_wire_dtype=None))
+    as_is = replace(spec, lsh=replace(spec.lsh, lsh_wire_dtype=None, lsh_wire_dtype_backward=None))
     alternatives: dict[str, Dispatcher] = {EXACT: exact_factory(spec), LOSSLESS: exact_factory(as_is)}
     chosen, trial = EXACT, None
     # No row travels with one rank, and none may be compressed in the first layers: nothing to try there.

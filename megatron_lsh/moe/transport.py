@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_lsh.moe.gauges import Gauge, averaged, busiest, summed
 from megatron_lsh.moe.layer_pass import LayerPass
-from megatron_lsh.moe.wire import WireCodec
+from megatron_lsh.moe.wire import Wire
 from megatron_lsh.parallel.collectives import all_gather_single, reduce_scatter_single
 from megatron_lsh.parallel.context import Group
 
@@ -134,20 +134,20 @@ class Transport(ABC):
     """
 
     def __init__(
-        self, group: Group, num_experts: int, codec: WireCodec | None = None, node_of_rank: Sequence[int] = ()
+        self, group: Group, num_experts: int, wire: Wire | None = None, node_of_rank: Sequence[int] = ()
     ) -> None:
         """
         Args:
             group: the expert-parallel group; rank r holds experts [r E/EP, (r+1) E/EP).
             num_experts: E.
-            codec: the numbers in which rows travel; None for those they have.
+            wire: the numbers in which rows and gradients travel; None for those they have.
             node_of_rank: the node of each rank of the world, to tell the network's bytes from those inside a node; by
                 default all ranks are on one.
         """
         self.group = group
         self.num_experts = num_experts
         self.local_experts = num_experts // group.size
-        self.codec = codec
+        self.wire = wire or Wire()
         self.node_of_rank = tuple(node_of_rank)
         nodes = [node_of_rank[rank] if node_of_rank else 0 for rank in group.ranks]
         #: Whether each rank of the group is on this rank's node.
@@ -200,16 +200,18 @@ class Transport(ABC):
 
     def encode(self, rows: Tensor, p: LayerPass, gradient: bool = False) -> Tensor:
         """Rows as they travel, [C, ...]. Gradients may be rounded stochastically."""
-        if self.codec is None:
+        codec = self.wire.gradients if gradient else self.wire.rows
+        if codec is None:
             return rows.contiguous()
         noise = p.noise.generator(rows.device) if gradient else None
-        return p.time("wire_time_ms", self.codec.encode, rows.detach(), noise)
+        return p.time("wire_time_ms", codec.encode, rows.detach(), noise)
 
-    def decode(self, payload: Tensor, width: int, dtype: torch.dtype, p: LayerPass) -> Tensor:
+    def decode(self, payload: Tensor, width: int, dtype: torch.dtype, p: LayerPass, gradient: bool = False) -> Tensor:
         """Rows [C, width] of ``dtype`` as they were before :meth:`encode`."""
-        if self.codec is None:
+        codec = self.wire.gradients if gradient else self.wire.rows
+        if codec is None:
             return payload
-        return p.time("wire_time_ms", self.codec.decode, payload, payload.new_empty(0, width, dtype=dtype))
+        return p.time("wire_time_ms", codec.decode, payload, payload.new_empty(0, width, dtype=dtype))
 
     def make_plan(self, counts_PE: Tensor, device: torch.device) -> Plan:
         """The plan, given all ranks' counts on the host."""
@@ -377,7 +379,7 @@ class Flight:
             if shapes:
                 parts = [(torch.Size([own_width]), own_dtype), *shapes]
                 arrived, *found = _from_bytes(arrived, parts)
-            return [transport.decode(arrived, width, dtype, p), *found]
+            return [transport.decode(arrived, width, dtype, p, gradient), *found]
 
         self._landing = landing
 

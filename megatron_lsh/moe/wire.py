@@ -7,14 +7,18 @@ all-to-all moves everything:
     fp8            e4m3 times a scale per row, |x|_max -> 448
     int8           127 steps to each side of zero per row
     int4           7 steps to each side of zero per row, two numbers in a byte
+    int4x32        the same with a scale (bf16) for each 32 numbers: half of int4's error for an eighth more bytes
+    mxfp4          fp4 (e2m1) with a scale (e8m0, one byte) for each 32 numbers
 
-Rounding is to nearest for activations. Gradients of int8 and int4 are rounded stochastically, up with the probability of the
+Gradients may travel in others (``--lsh-wire-dtype-backward``). Rounding is to nearest for activations. Gradients in integers
+and fp4 are rounded stochastically, up with the probability of the
 remainder: its error has mean zero, so it averages out over steps instead of adding up (Gupta et al., arXiv 1502.02551).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +53,10 @@ class CastCodec(WireCodec):
 
 
 class ScaledCodec(WireCodec):
-    """Numbers of at most 8 bits and one fp32 scale per row, as bytes: uint8 [C, numbers + 4] (``ops/wire_formats.py``)."""
+    """Numbers of at most 8 bits and their scales, as bytes: uint8 [C, bytes] (``ops/wire_formats.py``)."""
 
     def __init__(self, format: str) -> None:
-        """``format``: fp8, int8 or int4."""
+        """``format``: one of ``ops/wire_formats.py``."""
         self._format = format
 
     def encode(self, rows_CD: Tensor, noise: torch.Generator | None = None) -> Tensor:
@@ -63,6 +67,19 @@ class ScaledCodec(WireCodec):
 
     def decode(self, payload: Tensor, like: Tensor) -> Tensor:
         return choose(like).decode(payload, self._format, like.shape[1], like.dtype)
+
+
+class Wire(NamedTuple):
+    """The numbers in which rows travel, and their gradients; None for those they have."""
+
+    rows: WireCodec | None = None
+    gradients: WireCodec | None = None
+
+    @staticmethod
+    def of(rows: str | None, gradients: str | None = None) -> Wire:
+        """For values of ``--lsh-wire-dtype`` and ``--lsh-wire-dtype-backward`` (None: as the rows)."""
+        codecs = [None if name is None else make_codec(name) for name in (rows, gradients or rows)]
+        return Wire(*codecs)
 
 
 def make_codec(name: str | None) -> WireCodec:

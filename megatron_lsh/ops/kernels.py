@@ -100,12 +100,12 @@ class KernelOps(PlainOps):
         return self._kernels.spread(grad, weight, sum, grad_centroid, index, sizes)
 
     def encode(self, rows: Tensor, noise: Tensor | None, format: str) -> Tensor:
-        if rows.dtype == torch.float64:
+        if rows.dtype == torch.float64 or format not in FORMATS:
             return super().encode(rows, noise, format)
         return self._kernels.encode(rows, noise, FORMATS.index(format))
 
     def decode(self, payload: Tensor, format: str, features: int, dtype: torch.dtype) -> Tensor:
-        if dtype == torch.float64:
+        if dtype == torch.float64 or format not in FORMATS:
             return super().decode(payload, format, features, dtype)
         return self._kernels.decode(payload, FORMATS.index(format), features, dtype)
 

@@ -215,7 +215,7 @@ class PlainOps:
     # Numbers on the wire.
 
     def encode(self, rows: Tensor, noise: Tensor | None, format: str) -> Tensor:
-        """Rows [C, D] to bytes: numbers in one of ``wire_formats.FORMATS``, then the row's scale (fp32): uint8 [C, bytes].
+        """Rows [C, D] to bytes: numbers, then scales, in a format of ``wire_formats``: uint8 [C, bytes].
 
         ``noise`` [C, D] in [0, 1) makes rounding stochastic: up with the probability of the remainder (not for fp8).
         """

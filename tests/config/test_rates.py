@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh.config import Config, parse_args, validate
@@ -23,6 +23,7 @@ PHASE = RATE.map(lambda rate: (rate,)) | st.lists(RATE, min_size=4, max_size=4).
 PHASES = st.lists(PHASE, min_size=1, max_size=4)
 
 
+@settings(deadline=None, max_examples=40)
 @given(PHASES, st.integers(0, 3), st.integers(0, 60))
 def test_what_is_written_is_what_was_read(rates: list[tuple[float, ...]], layer: int, iteration: int) -> None:
     phases = Rates(tuple((20 * n, of_phase) for n, of_phase in enumerate(rates)))

@@ -139,11 +139,13 @@ def budgets_hold_with_every_option():
     """A fifth of the rows, at most one more per group, in every combination; bytes follow from the wire dtype."""
     ctx = initialize(ParallelConfig(expert_model_parallel_size=2))
     x = tokens(ctx.rank)
-    bytes_per_row = {None: 64, "fp32": 64, "bf16": 32, "fp8": 20, "int8": 20, "int4": 12}
+    bytes_per_row = {None: 64, "fp32": 64, "bf16": 32, "fp8": 20, "int8": 20, "int4": 12, "mxfp4": 9, "int4x32": 10}
+    numbers = [(wire, None) for wire in bytes_per_row] + [("int4x32", "fp8"), (None, "int8")]
     for dispatcher in ("alltoall", "allgather", "lsh"):
         exact = run(make_layer(ctx, "alltoall")[0], x)["y"]
-        for wire, row_bytes in bytes_per_row.items():
-            layer, telemetry = make_layer(ctx, dispatcher, LSHConfig(lsh_wire_dtype=wire, lsh_target_rate=0.5))
+        for wire, backward in numbers:
+            lsh = LSHConfig(lsh_wire_dtype=wire, lsh_wire_dtype_backward=backward, lsh_target_rate=0.5)
+            layer, telemetry = make_layer(ctx, dispatcher, lsh)
             layer.set_iteration(3)
             got = run(layer, x)
             assert all(value.isfinite().all() for value in got.values())
@@ -152,10 +154,11 @@ def budgets_hold_with_every_option():
                 groups = ctx.world.size * EXPERTS
                 assert report["lsh_compression_rate"] <= 0.5 + groups / (SEQUENCE * BATCH * 2 * ctx.world.size)
             if dispatcher == "alltoall":
-                assert report["alltoall_bytes"] * 64 == report["alltoall_bytes_uncompressed"] * row_bytes
+                both = bytes_per_row[wire] + bytes_per_row[backward or wire]
+                assert report["alltoall_bytes"] * 128 == report["alltoall_bytes_uncompressed"] * both
                 error = (got["y"] - exact).norm() / exact.norm()
-                assert error < {None: 1e-6, "fp32": 1e-6, "bf16": 0.02, "fp8": 0.1, "int8": 0.03, "int4": 0.4}[wire]
-            again, _ = make_layer(ctx, dispatcher, LSHConfig(lsh_wire_dtype=wire, lsh_target_rate=0.5))
+                assert error < {None: 1e-6, "fp32": 1e-6, "bf16": 0.02, "fp8": 0.1, "int8": 0.03}.get(wire, 0.4)
+            again, _ = make_layer(ctx, dispatcher, lsh)
             again.set_iteration(3)
             for name, value in run(again, x).items():
                 assert torch.equal(value, got[name]), "stochastic rounding must be a function of the iteration"

@@ -15,7 +15,7 @@ from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.nodes import node_order
-from megatron_lsh.moe.registry import DispatcherSpec, deduplicates, describe, scope_of
+from megatron_lsh.moe.registry import DispatcherSpec, deduplicated_dispatcher, deduplicates, describe, scope_of
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize
@@ -123,6 +123,8 @@ def deduplication_is_exact() -> None:
     grads = torch.autograd.grad(y.pow(2).mean() + aux, [x, *layer.parameters()])
     for got_value, expected in zip([y, aux, *grads], direct.values(), strict=True):
         assert torch.equal(local(got_value), expected)
+    pieces, _ = make_layer(ctx, "alltoall", moe_node_deduplication="on", moe_overlap_chunks=2)
+    assert all(torch.equal(value, direct[name]) for name, value in run(pieces, x).items())
     with exact_dispatch(layer):
         flat = run(make_layer(ctx, "alltoall", moe_node_deduplication="off")[0], x)["y"]
         assert torch.equal(layer(x)[0], flat), "evaluation takes the flat way"
@@ -136,6 +138,36 @@ def all_of_them() -> None:
 
 def test_two_nodes_of_two_ranks() -> None:
     run_distributed_test(all_of_them, 4, timeout_s=240.0)
+
+
+def two_by_four() -> None:
+    """Eight ranks, one expert each: both ways are the plain all-to-all where they say so."""
+    ctx = initialize(ParallelConfig(expert_model_parallel_size=8, moe_node_size=4))
+    assert (ctx.ep_node.size, ctx.ep_local.size) == (2, 4)
+    x = tokens(ctx.rank)
+    exact = run(make_layer(ctx, "alltoall", moe_node_deduplication="off")[0], x)
+    whole = run(make_layer(ctx, "lsh", FULL)[0], x)
+    assert all(torch.equal(whole[name], value) for name, value in exact.items())
+    fewer = LSHConfig(lsh_target_rate=0.3)
+    compressed = run(make_layer(ctx, "lsh", fewer)[0], x)
+    assert not torch.equal(compressed["y"], exact["y"])
+    for dispatcher, lsh, expected in (("alltoall", FULL, exact), ("lsh", fewer, compressed)):
+        # More pieces than experts on a rank: these are cut, too, and gradients of weights are sums of parts.
+        layer, _ = make_layer(ctx, dispatcher, lsh, moe_node_deduplication="on", moe_overlap_chunks=3)
+        for name, value in run(layer, x).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=f"{dispatcher}: {name}")
+
+
+@pytest.mark.slow
+def test_two_nodes_of_four_ranks() -> None:
+    run_distributed_test(two_by_four, 8, timeout_s=400.0)
+
+
+def test_pieces_where_deduplication_has_none() -> None:
+    """A row that crosses the network has experts in several pieces."""
+    assert not deduplicates(spec(4, 4, 1, moe_overlap_chunks=2)) and deduplicates(spec(4, 4, 2, moe_overlap_chunks=2))
+    with pytest.raises(ConfigError, match=r"moe_overlap_chunks \(2\) must be 1 with moe.moe_node_deduplication \(on\)"):
+        deduplicated_dispatcher(spec(4, 4, 1, moe_overlap_chunks=2, moe_node_deduplication="on"))
 
 
 def spec(ranks: int, ep: int, node: int, **settings: object) -> DispatcherSpec:
