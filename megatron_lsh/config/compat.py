@@ -135,10 +135,11 @@ NO_EFFECT: Mapping[str, NoEffect] = MappingProxyType(
         **_because(
             "a figure that is not logged here: see --tensorboard-dir, --metrics-jsonl and --profile for those that are",
             switches="--log-timers-to-tensorboard --log-num-zeros-in-grad --log-memory-to-tensorboard "
-            "--log-device-memory-used --log-world-size-to-tensorboard --log-straggler --log-energy",
+            "--log-device-memory-used --log-world-size-to-tensorboard --log-energy",
             values="--timing-log-level --timing-log-option --straggler-minmax-count --log-memory-interval "
             "--logging-level",
         ),
+        **_because("always logged: slowest_rank in --metrics-jsonl", switches="--log-straggler"),
         **_because("only unlocks other flags, which are judged one by one", switches="--enable-experimental"),
     }
 )
@@ -272,10 +273,6 @@ REJECTED: Mapping[str, str] = MappingProxyType(
         **_rejected("older formats are not written; drop it", "--dist-ckpt-save-pre-mcore-014"),
         # evaluation and profiling
         **_rejected("validation over all of the data is not implemented; set --eval-iters", "--full-validation"),
-        **_rejected(
-            "traces of memory are not implemented; --dry-run estimates it, --profile traces it",
-            "--record-memory-history --memory-snapshot-path",
-        ),
         **_rejected(
             "NVTX ranges and shapes are not implemented; --profile writes a torch.profiler trace",
             "--pytorch-profiler-collect-shapes --nvtx-ranges",

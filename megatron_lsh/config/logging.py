@@ -42,6 +42,21 @@ class LoggingConfig:
     profile_step_start: int = flag(10, "First profiled iteration", at_least=0)
     profile_step_end: int = flag(12, "Iteration at which profiling ends", at_least=1)
     profile_ranks: list[int] = flag([0], "Ranks that profile", at_least=0)
+    flight_recorder_dump_path: str | None = flag(
+        None,
+        "Folder for the last collectives of each rank, written when a rank is lost or hangs (torch's flight recorder)",
+    )
+    flight_recorder_trace_buffer_size: int = flag(
+        2000, "Collectives that --flight-recorder-dump-path remembers", at_least=1
+    )
+    record_memory_history: bool = flag(
+        False, "Remember a GPU's allocations for --memory-snapshot-path, which implies it"
+    )
+    memory_snapshot_path: str | None = flag(
+        None,
+        "File for a GPU's allocations, with the rank in its name, written when memory runs out and at the end (default: "
+        "snapshot.pickle)",
+    )
     peak_tflops: float | None = flag(
         None, "Peak of one device in TFLOP/s, the base of MFU (default: known GPUs; measured on CPU)", above=0
     )

@@ -433,6 +433,8 @@ def _check_logging(cfg: Config, check: Checker, world_size: int) -> None:
             f"{{profile_ranks}} must be below world size ({world_size})",
             lambda ranks: all(rank < world_size for rank in ranks),
         )
+    if cfg.parallel.device == "cpu" and (cfg.logging.memory_snapshot_path or cfg.logging.record_memory_history):
+        check.notice("no effect with --device cpu: --memory-snapshot-path, --record-memory-history")
     alone = [name for name in ("exp_name", "save_dir", "entity") if getattr(cfg.logging, f"wandb_{name}") is not None]
     if cfg.logging.wandb_project is None and alone:
         flags = ", ".join(f"--wandb-{name.replace('_', '-')}" for name in alone)

@@ -45,6 +45,8 @@ class MoETelemetry:
         self._known: set[str] = set()
         self._records: dict[int, LayerRecord] = {}
         self._micro_batches = 0
+        self.waited_ms = 0.0
+        """per iteration, what all-to-alls took of this rank alone, over the last collected interval"""
 
     def layer(self, layer: int, num_experts: int, gauges: Iterable[Gauge]) -> LayerRecord:
         """The record of layer number ``layer``, which has E = ``num_experts`` and adds to the sums of these gauges.
@@ -97,6 +99,8 @@ class MoETelemetry:
                 record.add_time(name, span.milliseconds())
             times, record.times = record.times, {}
             record.add(**{name: ms * max(self._micro_batches, 1) for name, ms in times.items()})
+        waited = sum(float(record.sums.get("alltoall_time_ms", 0.0)) for record in records)
+        self.waited_ms = waited / max(iterations, 1)
         names = sorted(self._known)
         # Two rows per layer: the sums, and how many ranks added to each.
         packed_L2S = torch.zeros(len(records), 2, len(names), dtype=torch.float64, device=self._device)

@@ -46,6 +46,12 @@ class IntervalMetrics:
     layers: Sequence[LayerReport] = field(default_factory=tuple)
     params_norm: float | None = None
     peak_memory_gb: float | None = None
+    """of the fullest rank, since its process began: on a GPU allocated by torch, on a CPU held by the process"""
+    peak_memory_gb_per_rank: Sequence[float] = ()
+    slowest_rank: int | None = None
+    """the rank whose own work took longest, all-to-alls left out; None where there are none"""
+    slowest_rank_share: float | None = None
+    """by what share longer than the mean of all ranks"""
 
     def moe_figures(self) -> dict[str, float | None]:
         """What the gauges of the MoE layers say of the whole model; None where nobody measured it.
@@ -99,6 +105,10 @@ class IntervalMetrics:
             record["params_norm"] = self.params_norm
         if self.peak_memory_gb is not None:
             record["peak_memory_gb"] = self.peak_memory_gb
+            record["peak_memory_gb_per_rank"] = list(self.peak_memory_gb_per_rank)
+        if self.slowest_rank is not None:
+            record["slowest_rank"] = self.slowest_rank
+            record["slowest_rank_share"] = self.slowest_rank_share
         if per_layer and self.layers:
             record["moe_layers"] = [layer.layer for layer in self.layers]
             record |= {f"{g.name}_per_layer": [layer[g.name] for layer in self.layers] for g in self._gauges()}
@@ -112,6 +122,8 @@ class IntervalMetrics:
             "tokens-per-second": self.tokens_per_second,
             "mfu": self.mfu,
             "params-norm": self.params_norm,
+            "peak-memory-gb": self.peak_memory_gb,
+            "slowest-rank-share": self.slowest_rank_share,
         }
         if self.layers:
             # Megatron's own tags, and ours apart from them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from megatron_lsh.observing.state import StepResult, TrainState
 from megatron_lsh.observing.summary import Payload
 from megatron_lsh.observing.trackers import RunFacts, Writer, open_writers
 from megatron_lsh.observing.writers import JsonlFile
+from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
 
 
@@ -122,13 +124,16 @@ class Reporter:
         iterations: int,
         layers: Sequence[LayerReport],
         params_norm: float | None,
+        waited_ms: float | None = None,
     ) -> None:
-        """At the end of a log interval: write everything about its `iterations` iterations.
+        """At the end of a log interval: write everything about its `iterations` iterations. Collective over the world.
 
+        `waited_ms`: per iteration, what this rank spent in all-to-alls, where it waits for slower ranks; None without any.
         `iterations` counts those of this process only; the loss mean is over those of `state`, which a resume keeps.
         """
         figures, seconds = self.figures, self.watch.lap() / max(iterations, 1)
         tflops = figures.flops_per_iteration / seconds / self.ctx.world.size / 1e12
+        memory, slowest, share = self._ranks(1000.0 * seconds, waited_ms)
         metrics = IntervalMetrics(
             iteration=state.iteration,
             iterations=iterations,
@@ -149,7 +154,10 @@ class Reporter:
             nan=state.interval_skipped,
             layers=layers,
             params_norm=params_norm,
-            peak_memory_gb=_peak_memory_gb(self.ctx.device),
+            peak_memory_gb=max(memory),
+            peak_memory_gb_per_rank=memory,
+            slowest_rank=slowest,
+            slowest_rank_share=share,
         )
         self.payload.add(metrics)
         if not self.writes:
@@ -241,11 +249,29 @@ class Reporter:
         for writer in self._writers:
             writer.close()
 
+    def _ranks(self, iteration_ms: float, waited_ms: float | None) -> tuple[list[float], int | None, float | None]:
+        """(peak memory in GB by rank; the rank that works longest, and by what share longer than the mean of all).
+
+        Ranks wait for one another in the all-to-alls, so an iteration takes all of them as long; what is left without these
+        is a rank's own: reading data, attention, experts, clustering. None where nobody waits in any.
+        """
+        mine = torch.tensor([_peak_memory_gb(self.ctx.device), iteration_ms - (waited_ms or 0.0)], dtype=torch.float64)
+        ranks_W2 = torch.zeros(self.ctx.world.size, 2, dtype=torch.float64, device=self.ctx.device)
+        ranks_W2[self.ctx.rank] = mine.to(self.ctx.device)
+        memory, own = all_reduce_(ranks_W2, self.ctx.world).T.tolist()
+        if waited_ms is None:
+            return memory, None, None
+        mean = sum(own) / len(own)
+        return memory, own.index(max(own)), max(own) / mean - 1.0 if mean > 0 else None
+
     def _seconds_left(self, iteration: int) -> float:
         """From the mean over this process, with evaluations and saves."""
         done = iteration - self._first_iteration
         return (time.perf_counter() - self._started) / max(done, 1) * (self.figures.train_iters - iteration)
 
 
-def _peak_memory_gb(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+def _peak_memory_gb(device: torch.device) -> float:
+    """Since the process began: what torch allocated on the GPU; on a CPU, what the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

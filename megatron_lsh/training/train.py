@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 
 from megatron_lsh.config import Config
@@ -22,6 +24,7 @@ from megatron_lsh.training.run import Run, set_up
 from megatron_lsh.training.soundness import check_weights, refuse_useless_end, standing, stop_if_never_finite
 from megatron_lsh.training.startup import introduce, set_determinism
 from megatron_lsh.training.watch import SAVING, TRAINING, Place, Watch
+from megatron_lsh.training.watchdogs import MemoryHistory, arm_flight_recorder, dump_flight_recorder
 
 
 def train(cfg: Config, family: Family) -> TrainState:
@@ -36,10 +39,12 @@ def train(cfg: Config, family: Family) -> TrainState:
     started = time.monotonic()
     set_determinism(cfg)
     stop = StopRequest(cfg.training, started)
+    arm_flight_recorder(cfg.logging, os.environ)
     ctx = initialize(cfg.parallel, moe=cfg.moe.num_experts is not None)
     introduce(cfg, ctx)
     place, timeout = Place(), timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
-    with Watch(ctx, stop, timeout, place):
+    record = partial(dump_flight_recorder, cfg.logging, ctx.rank)
+    with Watch(ctx, stop, timeout, place, record=record), MemoryHistory(cfg.logging, ctx):
         run = set_up(cfg, family, ctx, place)
         with stop:
             _work(run, stop)
@@ -146,7 +151,8 @@ def _report(run: Run, result: StepResult, iterations: int) -> None:
     """Gather the figures of a log interval from all ranks and write them."""
     layers = run.telemetry.collect(run.ctx, iterations) if run.model.moe_layers() else []
     norm = float(global_norm(run.model.parameters(), run.ctx)) if run.cfg.logging.log_params_norm else None
-    run.reporter.interval(run.state, result, run.step.schedule.learning_rate, iterations, layers, norm)
+    waited = run.telemetry.waited_ms if layers and run.ctx.ep.size > 1 else None
+    run.reporter.interval(run.state, result, run.step.schedule.learning_rate, iterations, layers, norm, waited)
     run.state.start_interval()
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -58,13 +59,21 @@ class Watch:
         timeout: --distributed-timeout-minutes. Saving may take longer: there, the time-outs of the other ranks decide.
         announce: whether to tell of an iteration that takes longer than `timeout`. By default on GPUs, where NCCL then ends
             the process without an exception.
+        record: writes down what this rank did last, when a rank is lost or hangs; returns a line about it.
     """
 
     def __init__(
-        self, ctx: ParallelContext, stop: StopRequest, timeout: timedelta, place: Place, announce: bool | None = None
+        self,
+        ctx: ParallelContext,
+        stop: StopRequest,
+        timeout: timedelta,
+        place: Place,
+        announce: bool | None = None,
+        record: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._rank, self._stop, self._place, self._timeout_s = ctx.rank, stop, place, timeout.total_seconds()
         self._announce = ctx.device.type == "cuda" if announce is None else announce
+        self._record = record
         self._hearts = Heartbeats(ctx.rank, ctx.world.size)
         self._main = threading.get_ident()
         self._over = threading.Event()
@@ -89,6 +98,7 @@ class Watch:
         self._beat(failure=LOST if lost else f"{type(error).__name__}: {error}")
         self._hearts.fail()
         if lost:
+            self._write_record()
             technical = " ".join(str(error).split())[:300]
             raise MegatronLSHError(
                 f"lost contact with another rank in {self._place}: {self._hearts.who_is_missing()}. Resume from the last "
@@ -123,7 +133,13 @@ class Watch:
                 missing = self._hearts.who_is_missing()
                 tell(f"[rank {self._rank}] {self._place} takes longer than --distributed-timeout-minutes: {missing}")
 
+    def _write_record(self) -> None:
+        said = self._record()
+        if said is not None:
+            tell(said)
+
     def _give_up(self, why: str) -> None:
+        self._write_record()
         frame = sys._current_frames().get(self._main)
         at = traceback.extract_stack(frame)[-1] if frame is not None else None
         where = "" if at is None else f" at {at.filename}, line {at.lineno}, in {at.name}"

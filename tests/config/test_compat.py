@@ -27,6 +27,7 @@ OTHER_DEFAULT = {
     "--moe-token-dispatcher-type": "alltoall sends less than allgather",
     "--moe-router-dtype": "routing is always at least fp32",
     "--recompute-modules": "Megatron fills in core_attn later",
+    "--memory-snapshot-path": "given alone it turns --record-memory-history on",
     "--profile-ranks": "Megatron profiles rank 0 if the list is empty",
 }
 
