@@ -13,7 +13,7 @@ from megatron_lsh.ops.library import STATUS
 LAYER = "--device cpu --tokens 128 --hidden 16 --ffn 16 --topk 2 --repeats 1 --json --experts"
 
 
-@pytest.mark.skipif("cpu" not in STATUS.devices, reason="without kernels refinement launches and waits for each expert")
+@pytest.mark.skipif("cpu" not in STATUS.devices, reason="without kernels refinement launches for each expert")
 def test_the_layers_launches_do_not_grow_with_experts_and_it_waits_once(capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for experts in (8, 64):

@@ -68,8 +68,15 @@ class Dispatcher(Protocol):
 class RowPath(Protocol):
     """Gives every row its expert's output, or something near it."""
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
-        """Tell the other ranks how many rows per expert this one is going to bring, as early as that is known."""
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan | None:
+        """Tell the other ranks how many rows per expert this one is going to bring, as early as that is known.
+
+        Args:
+            routed_E: the rows that these stand for, if others.
+
+        Returns:
+            None if it is not known before the rows are there.
+        """
         ...
 
     def __call__(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
@@ -105,8 +112,8 @@ class ThroughExperts(nn.Module):
         super().__init__()
         self.transport = transport
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
-        return self.transport.plan(counts_E, p)
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan:
+        return self.transport.plan(counts_E, p, routed_E)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         transport = self.transport
@@ -141,21 +148,17 @@ class Compressed(nn.Module):
     def set_iteration(self, iteration: int, total: int | None = None) -> None:
         self._probe_due = self._probe_interval is not None and iteration % self._probe_interval == 0
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan | None:
         sent_E = self.compressor.sent_rows(counts_E)
-        if sent_E is None:
-            raise ValueError("these counts follow from the rows' values only: plan later")
-        return self.path.plan(sent_E, p)
+        return None if sent_E is None else self.path.plan(sent_E, p, counts_E if routed_E is None else routed_E)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         probe = self._probe_due and self.training and not p.replay
         if plan is None and not p.replay:
-            sent_E = self.compressor.sent_rows(rows.counts_E)
-            plan = None if sent_E is None else self.path.plan(sent_E, p)
+            plan = self.plan(rows.counts_E, p)
         if plan is not None:
             # Whoever asks first waits: the compressor, because how many rows are sent is the number of its clusters.
-            plan = arrived = functools.cache(plan)
-            p.sent_rows = lambda: arrived().sent_E
+            plan = p.agreed = functools.cache(plan)
         wire_CD, counts_E, prepare = self.compressor.compress(rows, p)
         restore = p.defer(prepare)
         out = self.path(Rows(wire_CD, counts_E), experts, p, plan)
@@ -192,11 +195,22 @@ class RowDispatcher(nn.Module):
         ids_TK = routing.expert_ids_TK
         if self._order_E is not None:
             ids_TK = torch.where(ids_TK < 0, -1, self._order_E[ids_TK.clamp(min=0)])
-        rows = Rows.of_tokens(x_TD, sort_by_expert(ids_TK, self._num_experts, routing.num_rows()))
+        plan = None
+        if not routing.complete and self not in p.decided:
+            # How many rows there are is not known here either, and comes with the counts.
+            counts_E = routing.tokens_per_expert_E
+            counts_E = (
+                counts_E if self._order_E is None else torch.empty_like(counts_E).scatter_(0, self._order_E, counts_E)
+            )
+            plan = self.path.plan(counts_E, p)
+            plan = None if plan is None else functools.cache(plan)
+            p.decided[self] = routing.num_rows() if plan is None else sum(plan().routed_E)
+        num_rows = ids_TK.numel() if routing.complete else p.decided[self]
+        rows = Rows.of_tokens(x_TD, sort_by_expert(ids_TK, self._num_experts, num_rows))
         if self._exact is not None:
             count_exact_bytes(x_TD, routing.tokens_per_expert_E, self._exact, p)
         # Weights are applied at the source: what is sent may stand for rows with different weights.
-        return self.path(rows, experts, p).combine(routing.probs_TK)
+        return self.path(rows, experts, p, plan).combine(routing.probs_TK)
 
 
 def count_exact_bytes(x_TD: Tensor, counts_E: Tensor, transport: Transport, p: LayerPass) -> None:

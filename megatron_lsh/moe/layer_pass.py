@@ -15,7 +15,7 @@ included:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -208,14 +208,14 @@ class LayerPass:
             what was decided once (rows, losses) is for its callers to add once.
         noise: for stochastic rounding of gradients.
         clock: returns a moment, for :meth:`since`; None where this pass is not timed.
-        sent_rows: returns how many rows a compressor sends to each expert, on the host: waits for the counts' arrival. None
-            where that does not follow from the counts of its rows (``Compressor.sent_rows``).
+        agreed: returns the plan of what a compressor sends (transport.py), which has its counts on the host: waits for their
+            arrival. None where they do not follow from the counts of its rows (``Compressor.sent_rows``).
     """
 
     def __init__(self, record: LayerRecord, memo: ReplayMemo | None = None, noise: Noise | None = None) -> None:
         self.decided = ReplayMemo() if memo is None else memo
         self.replay = _BEGAN in self.decided
-        self.sent_rows: Callable[[], Sequence[int]] | None = None
+        self.agreed: Callable[[], Any] | None = None
         # A replay is timed if its pass was.
         self._timed: bool = self.decided.setdefault(_BEGAN, record.enabled and record.timing)
         self.noise = noise or Noise(0)

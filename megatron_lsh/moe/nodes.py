@@ -21,6 +21,7 @@ Clusters of G times as many rows are closer at the same rate (docs/lsh.md), for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ class InsideNode(nn.Module):
         self.transport, self.path = transport, path
         self.gauges = (*getattr(path, "gauges", ()), *GAUGES)
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
-        return self.transport.plan(counts_E, p)
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan:
+        return self.transport.plan(counts_E, p, routed_E)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         transport = self.transport
@@ -90,16 +91,20 @@ class ExceptOwnNode(nn.Module):
         return None if sent_E is None else sent_E + self._own(counts_E)
 
     def compress(self, rows: Rows, p: LayerPass) -> tuple[Tensor, Tensor, Callable[[], Restore]]:
-        rows_ND = rows.materialise()
-        before, own, after = self._split(rows.counts_E)
+        rows_ND, agreed = rows.materialise(), p.agreed
+        if not p.replay:
+            p.decided[self] = self._split(rows.counts_E.tolist() if agreed is None else agreed().routed_E)
+        before, own, after = p.decided[self]
         head, mine_ND, tail = rows_ND.split([before, own, after])
         others = Rows(torch.cat([head, tail]), self._others(rows.counts_E))
-        if (sent_rows := p.sent_rows) is not None:
-            p.sent_rows = lambda: self._sent_to_others(sent_rows())
+        if agreed is not None:
+            p.agreed = lambda: self._with_others(agreed())
         wire_CD, counts_E, prepare = self.compressor.compress(others, p)
         sent_E = counts_E + self._own(rows.counts_E)
         # Before the own node's rows come as many as are sent for the nodes before it.
-        first, _, last = self._split(sent_E)
+        if not p.replay:
+            p.decided[self, "sent"] = self._split(sent_E.tolist() if agreed is None else agreed().sent_E)
+        first, _, last = p.decided[self, "sent"]
         sent_CD = torch.cat([wire_CD[:first], mine_ND, wire_CD[first:]])
         if not p.replay:
             p.add(rows_at_experts=sent_CD.shape[0], rows_before=rows_ND.shape[0])
@@ -125,14 +130,23 @@ class ExceptOwnNode(nn.Module):
     def _others(self, counts_E: Tensor) -> Tensor:
         return counts_E - self._own(counts_E)
 
-    def _sent_to_others(self, sent_E: Sequence[int]) -> Sequence[int]:
-        per_node = len(sent_E) // self._nodes
-        return [0 if e // per_node == self._node else sent for e, sent in enumerate(sent_E)]
+    def _with_others(self, plan: Plan) -> Plan:
+        """The plan as the compressor of the other nodes' rows sees it."""
+        first, last = self._own_experts(len(plan.sent_E))
+        sent_E, routed_E = (
+            (*numbers[:first], *(0 for _ in range(first, last)), *numbers[last:])
+            for numbers in (plan.sent_E, plan.routed_E)
+        )
+        return replace(plan, sent_E=sent_E, routed_E=routed_E)
 
-    def _split(self, counts_E: Tensor) -> tuple[int, int, int]:
+    def _own_experts(self, num_experts: int) -> tuple[int, int]:
+        per_node = num_experts // self._nodes
+        return self._node * per_node, (self._node + 1) * per_node
+
+    def _split(self, counts: Sequence[int]) -> tuple[int, int, int]:
         """Rows before, of, and after this node's experts."""
-        rows_M: list[int] = counts_E.view(self._nodes, -1).sum(1).tolist()
-        return sum(rows_M[: self._node]), rows_M[self._node], sum(rows_M[self._node + 1 :])
+        first, last = self._own_experts(len(counts))
+        return sum(counts[:first]), sum(counts[first:last]), sum(counts[last:])
 
 
 def node_order(nodes: int, ranks: int, local_experts: int, device: torch.device) -> Tensor:
@@ -165,9 +179,8 @@ class DeduplicatedDispatcher(nn.Module):
         visited_TM = (node_TK.unsqueeze(2) == torch.arange(nodes, device=ids_TK.device)).any(1)
         places_TM = torch.where(visited_TM, torch.arange(nodes, device=ids_TK.device), -1)
         if self not in p.decided:
-            rows = int(visited_TM.sum())
-            permutation = sort_by_expert(places_TM, nodes, rows)
-            p.decided[self] = permutation, network.plan(permutation.counts_E, p)()
+            plan = network.plan(visited_TM.sum(0), p)()
+            p.decided[self] = sort_by_expert(places_TM, nodes, sum(plan.sent_E)), plan
         permutation, plan = p.decided[self]
         token_N = permutation.token_of_row_N
         node_N = torch.arange(nodes, device=ids_TK.device).repeat_interleave(permutation.counts_E)

@@ -58,8 +58,8 @@ class InPieces(nn.Module):
         super().__init__()
         self.transport, self._chunks = transport, chunks
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
-        return self.transport.plan(counts_E, p)
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan:
+        return self.transport.plan(counts_E, p, routed_E)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         if self not in p.decided:

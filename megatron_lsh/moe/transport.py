@@ -72,7 +72,8 @@ class Plan:
         recv_splits: rows it receives from each rank.
         sort_R: int64, position in arrival order (by source rank) of each row in expert order; None if they agree.
         unsort_R: the inverse permutation.
-        sent_E: rows this rank sends to each expert, and
+        sent_E: rows this rank sends to each expert,
+        routed_E: rows that those stand for, and
         arriving_L: ``counts_L``, as numbers; filled in when the counts arrive, and
         counts_PE: int64 on the host, rows from each rank of the group to each expert, which all of this follows from.
     """
@@ -83,6 +84,7 @@ class Plan:
     sort_R: Tensor | None
     unsort_R: Tensor | None
     sent_E: tuple[int, ...] = ()
+    routed_E: tuple[int, ...] = ()
     arriving_L: tuple[int, ...] = ()
     counts_PE: Tensor | None = None
 
@@ -93,7 +95,8 @@ class Arrival:
     def __init__(self, counts: Tensor, work: Any = None) -> None:
         """
         Args:
-            counts: on any device, once ``work`` is done.
+            counts: int64 [P, 2, E], rows that each rank sends and rows that they stand for, on any device, once ``work``
+                is done.
             work: what a collective returned; None if the counts are there.
         """
         self._counts, self._work, self._done = counts, work, None
@@ -111,13 +114,19 @@ class Arrival:
             counts.record_stream(stream)
 
     def wait(self, make_plan: Callable[[Tensor], Plan], rank: int) -> Plan:
-        """The plan that ``make_plan`` makes of the counts [P, E], for the ``rank``-th of these ranks."""
+        """The plan that ``make_plan`` makes of what is sent [P, E], for the ``rank``-th of these ranks."""
         if self._done is not None:
             self._done.synchronize()
         elif self._work is not None:
             self._work.wait()
-        plan = make_plan(self._counts)
-        return completed(plan, self._counts, rank)
+        counts_PE, routed_PE = self._counts.unbind(1)
+        plan = completed(make_plan(counts_PE), counts_PE, rank)
+        return replace(plan, routed_E=tuple(routed_PE[rank].tolist()))
+
+
+def _with_routed(counts_E: Tensor, routed_E: Tensor | None) -> Tensor:
+    """[2, E], as :class:`Arrival` wants them."""
+    return torch.stack([counts_E, counts_E if routed_E is None else routed_E])
 
 
 def completed(plan: Plan, counts_PE: Tensor, rank: int) -> Plan:
@@ -153,22 +162,25 @@ class Transport(ABC):
         #: Whether each rank of the group is on this rank's node.
         self.near = [node == nodes[group.rank] for node in nodes]
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> Callable[[], Plan]:
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> Callable[[], Plan]:
         """Start telling all ranks how many rows this one sends to each expert.
 
         Args:
             counts_E: int64, rows per expert; sums to C.
+            routed_E: int64, the rows that they stand for, which nobody else needs: they come to the host with the counts.
+                None where a row stands for itself.
 
         Returns:
             A function that waits for the other ranks' counts and returns the plan; call it once. It is the only place of
             a dispatch where the host waits for the device.
         """
         size = self.group.size
-        gathered = counts_E.new_empty(size * counts_E.shape[0])
+        counts = _with_routed(counts_E, routed_E)
+        gathered = counts.new_empty(size * counts.numel())
 
         began = p.clock()
-        work = all_gather_single(gathered, counts_E.contiguous(), group=self.group.process_group, async_op=True)
-        arrival = Arrival(gathered.view(size, -1), work)
+        work = all_gather_single(gathered, counts.flatten(), group=self.group.process_group, async_op=True)
+        arrival = Arrival(gathered.view(size, 2, -1), work)
         p.since(began, "alltoall_time_ms")
 
         def arrive() -> Plan:
@@ -239,8 +251,8 @@ class Transport(ABC):
 class LocalTransport(Transport):
     """EP = 1: every expert is here and nothing moves."""
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> Callable[[], Plan]:
-        arrival = Arrival(counts_E.unsqueeze(0))
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> Callable[[], Plan]:
+        arrival = Arrival(_with_routed(counts_E, routed_E).unsqueeze(0))
         return lambda: arrival.wait(lambda counts_1E: self.make_plan(counts_1E, counts_E.device), 0)
 
     def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ class KernelOps(PlainOps):
         """``kernels``: ``torch.ops.megatron_lsh``, or another namespace with the same schemas (the tests' emulator)."""
         self._kernels = kernels
         # What needs no decision is the kernel itself.
-        self.nearest = kernels.nearest  # type: ignore[method-assign]
         self.segment_residual = kernels.segment_residual  # type: ignore[method-assign]
         self.dots = kernels.dots  # type: ignore[method-assign]
 
@@ -40,6 +40,17 @@ class KernelOps(PlainOps):
         if left.device.type != "cpu":
             return super().grouped_outer(left, right, groups)
         return self._kernels.grouped_outer(left, right, *groups)
+
+    def nearest(
+        self,
+        rows: Tensor,
+        index: Tensor | None,
+        centroids: Tensor,
+        row_ends: Tensor,
+        cluster_ends: Tensor,
+        on_host: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return self._kernels.nearest(rows, index, centroids, row_ends, cluster_ends)
 
     def plan(
         self,

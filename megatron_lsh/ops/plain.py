@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,14 +47,23 @@ class PlainOps:
         return clustering.cut_at_budgets(codes, projection, counts, budgets, num_clusters, num_codes)
 
     def nearest(
-        self, rows: Tensor, index: Tensor | None, centroids: Tensor, row_ends: Tensor, cluster_ends: Tensor
+        self,
+        rows: Tensor,
+        index: Tensor | None,
+        centroids: Tensor,
+        row_ends: Tensor,
+        cluster_ends: Tensor,
+        on_host: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The nearest centroid of each row among its expert's, the first of equals: int64 [N], and its squared distance [N].
 
-        Waits for the device, which the kernel does not.
+        ``on_host``: rows and centroids per expert, where they are known. Without, this waits for the device; the kernel
+        never does.
         """
         rows = rows if index is None else rows.index_select(0, index)
-        row_counts, centroid_counts = (clustering.counts_of(ends).tolist() for ends in (row_ends, cluster_ends))
+        if on_host is None:
+            on_host = clustering.counts_of(row_ends).tolist(), clustering.counts_of(cluster_ends).tolist()
+        row_counts, centroid_counts = (list(counts) for counts in on_host)
         return clustering.nearest_centroid(rows, centroids, row_counts, centroid_counts)
 
     def regroup(

@@ -23,6 +23,7 @@ from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.parameters import local
 from megatron_lsh.parallel.testing import run_distributed_test
 from tests.moe.test_dispatchers import BATCH, EXPERTS, HIDDEN, SEQUENCE, make_layer, run, tokens
+from tests.moe.test_waits import count
 
 ROW = HIDDEN * 4
 FULL = LSHConfig(lsh_target_rate=1.0)
@@ -130,10 +131,17 @@ def deduplication_is_exact() -> None:
         assert torch.equal(layer(x)[0], flat), "evaluation takes the flat way"
 
 
+def each_hop_waits_once() -> None:
+    ctx = two_by_two()
+    for kind, moe in (("lsh", {}), ("alltoall", {"moe_node_deduplication": "on"})):
+        assert count(ctx, kind, **moe) == [["arrival", "arrival"], [], []]
+
+
 def all_of_them() -> None:
     node_scope_is_exact_at_rate_one()
     node_scope_compresses_what_crosses()
     deduplication_is_exact()
+    each_hop_waits_once()
 
 
 def test_two_nodes_of_two_ranks() -> None:

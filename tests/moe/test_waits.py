@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from torch.utils.checkpoint import checkpoint
 
@@ -9,17 +11,15 @@ from benchmarks.launches import Waits
 from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.moe.layer_pass import ReplayMemo
-from megatron_lsh.ops.library import STATUS
+from megatron_lsh.ops import reference_only
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import run_distributed_test
 from tests.moe.test_dispatchers import make_layer, single, tokens
 
-pytestmark = pytest.mark.skipif("cpu" not in STATUS.devices, reason="without kernels refinement waits too")
 
-
-def count(ctx, kind: str) -> list[list[str]]:
+def count(ctx, kind: str, **moe) -> list[list[str]]:
     """What is found in the forward pass, in the backward pass, and in a replay with its backward pass."""
-    layer, _ = make_layer(ctx, kind, LSHConfig())
+    layer, _ = make_layer(ctx, kind, LSHConfig(), **moe)
     x = tokens(ctx.rank)
     layer(x)[0].sum().backward()  # what is done once
     found = []
@@ -37,9 +37,12 @@ def count(ctx, kind: str) -> list[list[str]]:
     return found
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("moe", [{}, {"moe_expert_capacity_factor": 1.0}, {"moe_overlap_chunks": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["alltoall", "lsh"])
-def test_a_rank_alone_waits_once(kind: str) -> None:
-    assert count(single(), kind) == [["arrival"], [], []]
+def test_a_rank_alone_waits_once(kind: str, moe: dict, plain: bool) -> None:
+    with reference_only() if plain else nullcontext():
+        assert count(single(), kind, **moe) == [["arrival"], [], []]
 
 
 def on_two_ranks() -> list[list[list[str]]]:

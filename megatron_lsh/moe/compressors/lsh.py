@@ -137,14 +137,15 @@ class ClusterByHash(nn.Module):
 
     def forward(self, rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor, p: LayerPass) -> Clusters:
         projection_NP = p.time("lsh_hash_time_ms", lsh.project, rows_ND, self.rotation_DQW)
-        sent_E = None if p.sent_rows is None else p.sent_rows()
+        agreed = None if p.agreed is None else p.agreed()
         if self._cfg.lsh_clustering == "bucket":
             return p.time("lsh_cluster_time_ms", self._buckets, projection_NP, index_N, counts_E)
+        sent_E, routed_E = (None, None) if agreed is None else (agreed.sent_E, agreed.routed_E)
         clusters = p.time("lsh_cluster_time_ms", self._budgets, projection_NP, index_N, counts_E, sent_E)
-        clusters = p.time(
-            "lsh_refine_time_ms", lsh.refine, rows_ND, clusters, counts_E, self._cfg.lsh_refine_steps, index_N
+        steps = self._cfg.lsh_refine_steps
+        return p.time(
+            "lsh_refine_time_ms", lsh.refine, rows_ND, clusters.known(sent_E), counts_E, steps, index_N, routed_E
         )
-        return clusters.known(sent_E)
 
     def sent_rows(self, counts_E: Tensor) -> Tensor | None:
         """Clusters per expert, where they follow from the rows per expert."""
