@@ -2,6 +2,7 @@
 
     python -m benchmarks.restoration --shape mixtral fine          on a GPU
     python -m benchmarks.restoration --device cpu --repeats 1      a small shape
+    python -m benchmarks.restoration --device cpu --loop --repeats 31      against the loop over blocks, D 128 to 1,024
 
 The error is that of the rows' change against the same arithmetic in fp64, from the same rows and outputs.
 """
@@ -9,6 +10,7 @@ The error is that of the rows' change against the same arithmetic in fp64, from 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from benchmarks.common import ROOT, table, write_result
 from benchmarks.gpu_layer import SHAPES, Shape
 from benchmarks.launches import count_launches
 from megatron_lsh import lsh
+from megatron_lsh.lsh.cost import choose_restoration
 from megatron_lsh.lsh.interpolate import FORMS
 
 RATE, RIDGE = 0.2, 0.01
@@ -80,6 +83,38 @@ def measure(rows: Rows, form: str, block: int, device: torch.device, repeats: in
     }  # fmt: skip
 
 
+def against_the_loop(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Time over that of the loop over blocks (the reference of the tests), run in turn, at block 128: median (quartiles).
+
+    On a CPU it is the time of this process, which other processes disturb least.
+    """
+    from tests.lsh import looped_interpolation  # only a checkout has it
+
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    ways: dict[str, Callable[..., Tensor]] = {"loop": looped_interpolation.interpolate}
+    ways |= {form: functools.partial(lsh.interpolate, form=form) for form in FORMS}
+    found = []
+    for experts, hidden in ((8, 128), (8, 256), (8, 512), (8, 1024), (64, 256)):
+        rows = Rows(Shape(2048, 2, hidden, 4 * hidden, experts), device, torch.float32)
+        samples: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats + 2):
+            for name, way in ways.items():
+                inputs = [t.clone().requires_grad_() for t in (rows.out_CD, rows.rows_ND, rows.rows_ND[rows.member_C])]
+                started = clock()
+                way(*inputs, rows.clusters, rows.member_C, block=128).backward(rows.grad_ND)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                samples[name].append(clock() - started)
+        ratios = {}
+        for form in FORMS:
+            pairs = zip(samples[form][2:], samples["loop"][2:], strict=True)
+            low, median, high = statistics.quantiles([ours / loop for ours, loop in pairs], n=4)
+            ratios[form] = f"{median:.2f} ({low:.2f}-{high:.2f})"
+        default = choose_restoration(hidden, None, True, RATE, 128).form
+        found.append({"experts": experts, "D": hidden, **ratios, "default": default})
+    return found
+
+
 def solvers(block: int, groups: int, device: torch.device, repeats: int) -> dict[str, float]:
     """ms of the ways to invert a batch of kernel matrices."""
     points = torch.randn(groups, block, 32, device=device)
@@ -115,9 +150,15 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="*", choices=list(SHAPES), default=["small"])
     parser.add_argument("--blocks", nargs="*", type=int, default=[128, 256, 512, 1024])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--loop", action="store_true", help="compare with the loop over blocks, and nothing else")
     parser.add_argument("--name", default="restoration", help="of the result file")
     arguments = parser.parse_args(words)
     device = torch.device(arguments.device)
+    if arguments.loop:
+        compared = against_the_loop(device, max(2, arguments.repeats))
+        print(report(compared))
+        write_result(f"{arguments.name}_loop", {"settings": vars(arguments), "time over the loop's": compared})
+        return
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found: dict[str, Any] = {}
     for name in arguments.shape:
