@@ -121,7 +121,8 @@ class _Reader:
         for word in unknown:
             self._refuse_unknown(word.split("=")[0], self._list_before(word, argv))
         if strays and not unknown:
-            self.problems.append(f"{shown(' '.join(strays))} must follow a flag that takes it: drop it, or see --help")
+            words = shown(" ".join(word.strip() or "''" for word in strays))
+            self.problems.append(f"{words} must follow a flag that takes it: drop it, or see --help")
 
     def _list_before(self, word: str, argv: Sequence[str]) -> str | None:
         """The flag whose list of texts ``word`` may be meant to be in: argparse takes all that begins with - for a flag."""

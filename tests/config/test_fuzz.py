@@ -75,7 +75,8 @@ def words_for(setting: Setting) -> st.SearchStrategy[list[str]]:
         word = st.sampled_from(setting.choices) | word
     if setting.is_list:
         return st.lists(word, max_size=3).map(lambda words: [flag, *words])
-    return word.map(lambda text: [flag, text]) | word.map(lambda text: [f"{flag}={text}"])
+    stray = word.map(lambda text: [flag, text, ""])
+    return word.map(lambda text: [flag, text]) | word.map(lambda text: [f"{flag}={text}"]) | stray
 
 
 @st.composite
@@ -203,6 +204,7 @@ def test_values_that_begin_with_a_dash_are_explained() -> None:
     assert line("--lr", "-x") == "--lr must be followed by one value: give it (one that begins with - as --lr=-value)"
     assert line("--classes", "good", "-bad").endswith("if it is a value of --classes, give those in a --config file")
     assert line("-1") == "-1 must follow a flag that takes it: drop it, or see --help"
+    assert line("", " ", "x") == "'' '' x must follow a flag that takes it: drop it, or see --help"
 
 
 @example("a\nb")
