@@ -8,6 +8,7 @@ from torch import nn
 
 from megatron_lsh.config import LSHConfig
 from megatron_lsh.moe.layer_pass import measure
+from megatron_lsh.moe.registry import build_dispatcher
 from megatron_lsh.moe.schedule import (
     MARGIN,
     SETTLE,
@@ -86,6 +87,25 @@ def test_the_fastest_of_three_that_is_fast_enough_is_kept() -> None:
     assert ran[:4] == ["exact", "node", "lsh", "exact"]
     assert decide([trial], offline_context(device="cpu")) is not None
     assert trial.decision == Decision("lsh", ms) and trial.current == "lsh"
+
+
+@pytest.mark.parametrize(
+    ("lsh_ms", "per_rank_ms", "chosen"),
+    [(86.0, 70.0, "lsh per rank"), (70.0, 80.0, "lsh"), (86.0, 87.0, "deduplicated")],  # 5% less than 90 is 85.5
+)
+def test_over_nodes_every_way_is_tried(lsh_ms: float, per_rank_ms: float, chosen: str) -> None:
+    """Exact, one row per (token, node), LSH per node and per rank: the fastest; LSH must save 5% of the best exact way."""
+    from tests.moe.test_nodes import spec
+
+    trial = build_dispatcher(spec(4, 4, 2, moe_token_dispatcher_type="auto", lsh_auto_iters=1)).trial
+    assert trial is not None and trial.names == ("exact", "deduplicated", "lsh", "lsh per rank")
+    ms = dict(zip(trial.names, (100.0, 90.0, lsh_ms, per_rank_ms), strict=True))
+    for iteration in range(4 * SETTLE + 5):
+        trial.begin(iteration, paused=False)
+        trial.add(FakeSpan(ms[trial.current]))  # type: ignore[arg-type]
+    line = decide([trial], offline_context(device="cpu"))
+    assert trial.current == chosen and line is not None and "\n" not in line
+    assert all(f"{name} {took:.1f} ms" in line for name, took in ms.items()), "it says why"
 
 
 def test_measuring_waits_for_the_warm_up_and_starts_again_on_resume() -> None:
