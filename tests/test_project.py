@@ -241,6 +241,7 @@ def test_documents_name_files_that_are_there() -> None:
 def test_documents_name_flags_that_exist() -> None:
     """Flags in backticks or code blocks are ours, Megatron-LM's as we know it, those of a tool here, or a launcher's."""
     launchers = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--signal", "--logdir", "--help", "--config"}
+    launchers |= {"--rdzv-backend", "--rdzv-endpoint", "--prefix"}  # torchrun's, and its reader's of dumps
     known = launchers | {*NO_EFFECT, *REJECTED}
     for config_class in (Config, BertConfig, T5Config, ClassificationConfig, SwinConfig):
         known |= {spelling.flag for spelling in spellings_of(settings_of(config_class)).values()}

@@ -51,15 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="save folder of a run or a conversion, or one checkpoint in it")
+    add_model_flags(parser)
     add("--prompt", nargs="+", default=[], help="texts to continue, all at once")
     add("--prompt-file", type=Path, help="further texts, one per line")
-    add("--ckpt-step", type=int, help="iteration to load (default: what the tracker file says)")
     add("--max-new-tokens", type=int, default=100, help="tokens to add at most (default: 100)")
     add("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)")
     add("--top-k", type=int, default=40, help="draw among the k most probable tokens, 0: all (default: 40)")
     add("--top-p", type=float, default=1.0, help="draw among the most probable with this probability (default: 1)")
     add("--seed", type=int, default=1234, help="the same seed draws the same text (default: 1234)")
+    return parser.parse_args(arguments)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how it is run."""
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="save folder of a run or a conversion, or one checkpoint in it")
+    add("--ckpt-step", type=int, help="iteration to load (default: what the tracker file says)")
     add("--tokenizer-type", help="as in training (default: the checkpoint's)")
     add("--tokenizer-model", help="as in training (default: the checkpoint's)")
     add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a dense layer (default: 1)")
@@ -72,12 +79,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--moe-token-dispatcher-type", help="a module:factory that the checkpoint names is imported only if named here")
     add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (default: as it was trained)")
-    return parser.parse_args(arguments)
 
 
 def prepare(arguments: Sequence[str] | None) -> Job:
     """Settings, tokenizer and token ids. Raises ConfigError, CheckpointError, DataError."""
     args = parse(arguments)
+    folder, cfg, tokenizer = settings_and_tokenizer(args)
+    prompts = [prompt_ids(tokenizer, text) for text in read_prompts(args.prompt, args.prompt_file)]
+    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        raise ConfigError(
+            "--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1: "
+            f"change {args.max_new_tokens}, {args.temperature}, {args.top_k} or {args.top_p}"
+        )
+    return Job(args, folder, cfg, tokenizer, prompts)
+
+
+def settings_and_tokenizer(args: argparse.Namespace) -> tuple[Path, Config, Tokenizer]:
+    """The checkpoint, its settings for this run, and its tokenizer. Raises ConfigError, CheckpointError, DataError."""
     folder = find_native(args.load, args.ckpt_step)
     cfg = read_config(folder, args.moe_token_dispatcher_type)
     parallel = cfg.parallel
@@ -86,18 +104,12 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     parallel.expert_tensor_parallel_size = parallel.pipeline_model_parallel_size = parallel.context_parallel_size = 1
     parallel.device, parallel.distributed_backend, parallel.use_distributed_optimizer = args.device, "auto", False
     tokenizer = build_tokenizer(_tokenizer_settings(args, cfg, folder).data, None)
-    prompts = [prompt_ids(tokenizer, text) for text in read_prompts(args.prompt, args.prompt_file)]
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
-        raise ConfigError(
-            "--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1: "
-            f"change {args.max_new_tokens}, {args.temperature}, {args.top_k} or {args.top_p}"
-        )
     vocab = cfg.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab}: give --tokenizer-model"
         )
-    return Job(args, folder, cfg, tokenizer, prompts)
+    return folder, cfg, tokenizer
 
 
 def _tokenizer_settings(args: argparse.Namespace, cfg: Config, folder: Path) -> Config:
@@ -113,7 +125,7 @@ def run(job: Job) -> None:
     """Load the model and write texts to stdout as they grow. Collective."""
     args = job.args
     ctx = initialize(job.cfg.parallel, moe=job.cfg.moe.num_experts is not None)
-    model = together(ctx, lambda: load(job, ctx))
+    model = together(ctx, lambda: load(args, job.cfg, job.tokenizer, ctx))
     printer = Printer(job.tokenizer, job.prompts) if ctx.rank == 0 else None
     generate_batch(
         model,
@@ -142,10 +154,9 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
     return ends
 
 
-def load(job: Job, ctx: ParallelContext) -> GPTModel:
+def load(args: argparse.Namespace, cfg: Config, tokenizer: Tokenizer, ctx: ParallelContext) -> GPTModel:
     """The model in the precision that was asked for, else that of the training. Collective."""
-    args, cfg = job.args, job.cfg
-    cfg.model.vocab_size = cfg.model.vocab_size or job.tokenizer.vocab_size
+    cfg.model.vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
     model = load_model(cfg, args.load, args.ckpt_step, ctx, VOCABULARY)
     if args.bf16 or (args.bf16 is None and cfg.precision.bf16):
         model.to(torch.bfloat16)

