@@ -58,7 +58,7 @@ def read_hf_config(
     for name in traits.unused:
         keys.value(name)
     keys.must_be("hidden_act", "silu", None)
-    positions = max_position_embeddings or keys.whole("max_position_embeddings")
+    positions = keys.whole("max_position_embeddings") if max_position_embeddings is None else max_position_embeddings
     keys.value("max_position_embeddings")
 
     cfg = Config()

@@ -289,9 +289,13 @@ class MegatronWriter:
             raise CheckpointError("--qk-layernorm-width full has no place in a Megatron-LM checkpoint: export to hf")
         if cfg.moe.moe_latent_size is not None:
             raise CheckpointError("--moe-latent-size: latent experts have no place in the legacy layout")
-        if (cfg.moe.num_experts is None and ep > 1) or (cfg.moe.num_experts or ep) % ep:
+        for kind, size in (("tensor", tp), ("expert", ep)):
+            if size < 1:
+                raise CheckpointError(f"--target-{kind}-parallel-size ({size}) must be at least 1: change it")
+        experts = cfg.moe.num_experts or 0
+        if experts % ep or (not experts and ep > 1):
             raise CheckpointError(
-                f"{cfg.moe.num_experts} experts cannot be spread over {ep} ranks: change --target-expert-parallel-size"
+                f"{experts} experts cannot be spread over {ep} ranks: change --target-expert-parallel-size"
             )
         if cfg.model.num_query_groups % tp:
             raise CheckpointError(

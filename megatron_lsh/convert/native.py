@@ -214,7 +214,8 @@ def find_native(folder: Path, step: int | None) -> Path:
         found = folders.iteration_folder(folder, step)
         if not found.is_dir():
             present = sorted({iteration for iteration, _ in folders.list_folders(folder)})
-            raise CheckpointError(f"{folder} has no iteration {step}; there are {present}: change --ckpt-step")
+            remedy = f"there are {present}: change --ckpt-step" if present else "there are none: drop --ckpt-step"
+            raise CheckpointError(f"{folder} has no iteration {step}; {remedy}")
         return found
     candidates = folders.candidates(folder, folders.read_tracker(folder))
     if not candidates:

@@ -188,6 +188,11 @@ def test_refused(real: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str
         save_megatron(real, tmp_path / "out", ep=3, checks=QUIET)
     with pytest.raises(CheckpointError, match="2 query groups cannot be cut over 4 ranks"):
         save_megatron(real, tmp_path / "out", tp=4, checks=QUIET)
+    for size in (0, -1):
+        with pytest.raises(CheckpointError, match=rf"--target-tensor-parallel-size \({size}\) must be at least 1"):
+            save_megatron(real, tmp_path / "out", tp=size, checks=QUIET)
+        with pytest.raises(CheckpointError, match=rf"--target-expert-parallel-size \({size}\) must be at least 1"):
+            save_megatron(real, tmp_path / "out", ep=size, checks=QUIET)
     save_megatron(real, tmp_path / "incomplete", tp=2, checks=QUIET)
     shutil.rmtree(tmp_path / "incomplete/release/mp_rank_01")
     with pytest.raises(CheckpointError, match=r"the file of tensor-parallel rank 1 is missing: copy all mp_rank_\*"):

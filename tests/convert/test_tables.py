@@ -145,6 +145,11 @@ def test_keys_that_nobody_knows_are_refused(key: str) -> None:
     assert f"{key} (2.0) is ignored, as you asked" in notices[0]
 
 
+def test_no_context_is_none_that_can_be_asked_for() -> None:
+    with pytest.raises(CheckpointError, match=r"max_position_embeddings \(0\) must be at least 1"):
+        read_hf_config({**MIXTRAL, "sliding_window": None}, "config.json", max_position_embeddings=0)
+
+
 def test_a_model_that_training_refuses_is_not_converted() -> None:
     with pytest.raises(CheckpointError, match=r"cannot be trained here: moe.moe_router_topk \(1\) must be at least 2"):
         read_hf_config({**MIXTRAL, "num_experts_per_tok": 1}, "config.json")
