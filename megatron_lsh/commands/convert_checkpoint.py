@@ -5,6 +5,7 @@
     python -m megatron_lsh convert_checkpoint --from megatron --to native --load megatron/run --save checkpoints/run
     python -m megatron_lsh convert_checkpoint --from hf --to native --load Llama-3.2-1B --save checkpoints/upcycled \\
         --moe-use-upcycling --num-experts 8 --moe-router-topk 2
+    python -m megatron_lsh convert_checkpoint --from microsoft --to native --load NAME.pth --save checkpoints/swin
 
 Memory stays near the largest tensor. What was written is read back and compared before it gets its name. See
 docs/checkpoints.md.
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 from megatron_lsh.config import MoEConfig
+from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.convert import (
     CastSource,
     Checks,
@@ -34,9 +36,18 @@ from megatron_lsh.convert import (
     upcycle,
     with_reference,
 )
+from megatron_lsh.convert.swin import (
+    is_huggingface_swin,
+    load_huggingface,
+    load_microsoft,
+    load_timm,
+    save_huggingface,
+)
 from megatron_lsh.errors import CheckpointError, exit_status
 
 FORMATS = ("hf", "native", "megatron")
+PICTURES = ("microsoft", "timm")
+"""formats of Swin alone, to read"""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
+    add("--from", dest="source", choices=(*FORMATS, *PICTURES), required=True, help="format of --load")
     add("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
     add("--load", type=Path, required=True, help="folder to read")
     add("--save", type=Path, required=True, help="folder to write; must not hold anything yet")
@@ -71,6 +82,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY",
         help="from hf or megatron: keys of config.json, or arguments in the file, that are not known here and of which you "
         "know that they change nothing",
+    )
+    reading.add_argument(
+        "--image-size", type=int, help="from microsoft or timm: side of the pictures (default: what the windows say)"
     )
     reading.add_argument("--vocab-size", type=int, help="from megatron: tokens before padding (default: all rows)")
     writing = parser.add_argument_group("writing")
@@ -106,6 +120,9 @@ def convert(args: argparse.Namespace) -> None:
     source: Source = _open(args)
     for notice in getattr(source, "notices", ()):
         print(f"note: {notice}")
+    if isinstance(source.cfg, SwinConfig):
+        _convert_swin(source, args)
+        return
     compare = args.load if args.source == "hf" else None
     if args.moe_use_upcycling:
         moe = MoEConfig(
@@ -142,9 +159,35 @@ def convert(args: argparse.Namespace) -> None:
         )
 
 
+def _convert_swin(source: Source, args: argparse.Namespace) -> None:
+    """What of the above a model of pictures has."""
+    if args.target == "megatron" or args.moe_use_upcycling or args.reference is not None:
+        raise CheckpointError(
+            f"{source.what} is a Swin: it is converted to hf (a dense one) and to native, without upcycling or --reference"
+        )
+    if args.dtype is not None:
+        source = CastSource(source, DTYPES[args.dtype])
+    print(_summary(source))
+    if args.target == "hf":
+        save_huggingface(source, args.save)
+        print(f"saved {args.save}: transformers.SwinForImageClassification.from_pretrained reads it")
+        return
+    save_native(source, args.save, checks=Checks(verify=args.verify, logits=False, progress=not args.quiet))
+    config = args.save / "release" / "config.json"
+    print(
+        f"saved {args.save}: train with pretrain_swin_moe.py --config {config} --pretrained-checkpoint {args.save} ..."
+    )
+
+
 def _open(args: argparse.Namespace) -> Source:
+    if args.source == "microsoft":
+        return load_microsoft(args.load, args.image_size)
+    if args.source == "timm":
+        return load_timm(args.load, args.image_size)
     if not args.load.is_dir():
         raise CheckpointError(f"--load {args.load} is not a folder: give the one that holds the checkpoint")
+    if args.source == "hf" and is_huggingface_swin(args.load):
+        return load_huggingface(args.load)
     if args.source == "hf":
         return load_hf(args.load, args.max_position_embeddings, args.ignore_settings)
     if args.source == "native":

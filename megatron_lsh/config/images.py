@@ -79,7 +79,7 @@ def check_images(cfg: SwinConfig, check: Checker) -> None:
             f"{{{name}}} must be one number, or one for each of {{num_channels}}",
             lambda numbers, channels: len(numbers) in (1, 3, channels),
         )
-    if cfg.images.mixes and not cfg.training.skip_train:
+    if cfg.images.mixes and not (cfg.training.skip_train or cfg.training.dry_run):
         check.rule(
             "{micro_batch_size} must be even with mixup and cutmix, which mix pictures in pairs",
             lambda size: size % 2 == 0,

@@ -49,6 +49,7 @@ class TrainingConfig:
     eval_interval: int | None = flag(None, "Iterations between evaluations (absent: only at the end)", at_least=1)
     skip_train: bool = flag(False, "Only evaluate")
     dry_run: bool = flag(False, "Print layout, parameter counts and a memory estimate for --world-size ranks, and exit")
+    dry_run_json: bool = flag(False, "With --dry-run, print its figures as one JSON object instead of text")
     deterministic_mode: bool = flag(False, "Use deterministic algorithms only")
 
 

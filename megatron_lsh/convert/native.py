@@ -58,6 +58,7 @@ from megatron_lsh.checkpoint.writer import layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
 from megatron_lsh.config.data import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from megatron_lsh.config.kept_tokenizer import CONVERTED, KEPT, kept_tokenizer, tokenizer_contents
+from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.hf import vocabulary_pieces
 from megatron_lsh.convert.source import (
@@ -137,6 +138,8 @@ class NativeSource:
             raise CheckpointError(
                 f"{strays[0]} is no file of this checkpoint, and could change its tokenizer: remove it"
             )
+        if not self.cfg.tokenized:
+            return Origin({}, {}, dtypes)
         exported = export_tokenizer(self.cfg.data)
         if exported.missing is not None:
             self.notices.append(
@@ -243,7 +246,8 @@ def read_config(folder: Path, dispatcher: str | None = None) -> Config:
     all-to-all only if the user names it as well, as `dispatcher`: nothing is imported because a file says so.
     """
     saved = read_saved_config(folder)
-    cfg: Config = from_dict({"version": 1, "derived": [], "config": saved})
+    kind = SwinConfig if "swin" in saved else Config
+    cfg: Config = from_dict({"version": 1, "derived": [], "config": saved}, kind)
     _find_tokenizer(cfg, folder, saved.get("data", {}))
     if ":" in cfg.moe.moe_token_dispatcher_type and cfg.moe.moe_token_dispatcher_type != dispatcher:
         cfg.moe.moe_token_dispatcher_type = "alltoall"
@@ -311,6 +315,7 @@ class NativeWriter:
         """Sections that describe the model; the rest is the business of a training run."""
         sections = to_dict(self._source.cfg)["config"]
         kept = {name: sections[name] for name in ("model", *(["moe"] if self._source.cfg.moe.num_experts else []))}
+        kept |= {name: sections[name] for name in ("swin", "images") if name in sections}
         data = self._source.cfg.data
         if data.tokenizer_type is not None:  # the source was trained here
             kept["data"] = {name: sections["data"][name] for name in TOKENIZER_SETTINGS}

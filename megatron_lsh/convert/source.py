@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.config import Config, padded_vocab_size
+from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import CheckpointError, MegatronLSHError
 from megatron_lsh.inference.load import keep_all_tokens
 from megatron_lsh.models.gpt import GPTModel
+from megatron_lsh.models.swin import SwinModel
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 
@@ -134,6 +136,8 @@ def padded_rows(cfg: Config) -> int:
 
 
 def required_vocab(cfg: Config) -> int:
+    if not cfg.tokenized:
+        return 0
     if cfg.model.vocab_size is None:
         raise CheckpointError("the size of the vocabulary is not known: give --vocab-size")
     return cfg.model.vocab_size
@@ -174,6 +178,9 @@ def model_shapes(cfg: Config, tensors: int | None = None) -> dict[str, tuple[int
 
 def _model_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     ctx = offline_context()
+    if isinstance(cfg, SwinConfig):
+        swin = SwinModel(cfg, 0, ctx, MoETelemetry(ctx.device))
+        return {name: tuple(tensor.shape) for name, tensor in swin.state_dict().items()}
     model = GPTModel(plain(cfg), padded_rows(cfg), ctx, MoETelemetry(ctx.device))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import NamedTuple
 
 from megatron_lsh.config import Config, assumed_world_size, padded_vocab_size
@@ -18,7 +20,9 @@ _GIB = 2.0**30
 
 
 def dry_run(cfg: Config) -> str:
-    """The report as text. `cfg` is validated for the world size that ``assumed_world_size`` finds.
+    """The report as text, or with --dry-run-json its figures as JSON.
+
+    `cfg` is validated for the world size that ``assumed_world_size`` finds.
 
     Raises:
         ConfigError: for a model or a layout that cannot be.
@@ -32,6 +36,22 @@ def dry_run(cfg: Config) -> str:
     micro_batches = max(global_batch // (micro * layout.dp), 1)
     memory = estimate_memory(family, cfg, counts, layout, vocabulary.padded, micro_batches)
     flops = training_flops(family, cfg, vocabulary.padded) * global_batch
+    if cfg.training.dry_run_json:
+        return json.dumps(
+            {
+                "family": family.name,
+                "ranks": layout.world_size,
+                "layout": {name: getattr(layout, name) for name in ("tp", "dp", "ep", "edp")},
+                "global_batch": global_batch,
+                "micro_batches": micro_batches,
+                "parameters": {**dataclasses.asdict(counts), "per_rank": counts.per_rank},
+                "moe_layers": moe_layers(family.stacks(cfg)) if cfg.moe.num_experts is not None else [],
+                "flops_per_iteration": flops,
+                "memory_bytes": {**dataclasses.asdict(memory), "total": memory.total},
+                "notices": cfg.notices,
+            },
+            indent=2,
+        )
     sections = [
         _layout_lines(family, cfg, layout),
         _batch_lines(family, cfg, layout, micro, global_batch, micro_batches, flops),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import families, overhead, peers, quality, slow_network, time_to_loss
+from benchmarks import families, overhead, peers, quality, slow_network, time_to_loss, vision
 from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
 from megatron_lsh.config import BertConfig, Config, T5Config, parse_args, validate
+from megatron_lsh.config.swin import SwinConfig
 from tests.training.helpers import TINY
 
 
@@ -204,3 +206,14 @@ def test_peers(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"megatron_lsh, exact", "megatron_lsh, LSH 20%"} <= set(result["versions"])
     assert "fairscale" in {**result["versions"], **result["skipped"]}
     assert "tokens/s, full speed" in capsys.readouterr().out
+
+
+def test_accuracies_of_pictures_are_compared_by_pairs(tmp_path: Path) -> None:
+    mean, half = vision.paired([0.90, 0.91, 0.89], [0.91, 0.93, 0.92])
+    assert (mean, half) == (pytest.approx(2.0), pytest.approx(4.303 * 1.0 / 3**0.5))
+    assert vision.paired([0.9], [0.91]) == (pytest.approx(1.0), None)
+    options = argparse.Namespace(data=tmp_path, steps=7, lr=1e-3, pretrained=None)
+    for dispatcher in vision.DISPATCHERS:
+        words = [str(word) for word in vision.flags_for(dispatcher, 3, tmp_path, options)]
+        cfg = validate(parse_args(words, SwinConfig), vision.RANKS)
+        assert (cfg.training.train_iters, cfg.training.seed) == (7, 3)
