@@ -35,8 +35,8 @@ from benchmarks.variants import Bench, Variant, configure
 from megatron_lsh.families import GPT
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.pipeline import to_device
 from megatron_lsh.training.run import set_up
-from megatron_lsh.training.step import to_device
 
 MODEL = [
     "--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 256, "--vocab-size", 1023,

@@ -197,12 +197,13 @@ def load_checkpoint(
     Raises CheckpointError, the same on all ranks; a DamagedCheckpoint if an earlier checkpoint may do.
     """
     what = f"checkpoint {found.folder} could not be loaded"
-    plan = ranks.each(what, lambda: _prepare(found, state, options))
+    elsewhere = _of_other_stages(what, state, layout, ranks)
+    plan = ranks.each(what, lambda: _prepare(found, state, options, elsewhere))
     ranks.each(what, lambda: _read_tensors(plan, ranks))
     ranks.each(what, lambda: _restore(found, state, plan, options))
     rng = ranks.each(what, lambda: _read_rng(found, plan.saved.layout, layout, options, ranks.rank))
     absent = ranks.collect(what, lambda: rng is None)
-    same_layout = all(plan.saved.layout.get(key) == layout[key] for key in ("world_size", "tp", "ep"))
+    same_layout = all(plan.saved.layout.get(key, 1) == layout[key] for key in ("world_size", "tp", "ep", "pp", "cp"))
     if not same_layout and not options.weights_only:
         plan.notices.append(
             f"the checkpoint was saved by another layout ({_layout_text(plan.saved.layout)}) than this one "
@@ -229,7 +230,15 @@ def load_checkpoint(
     )
 
 
-def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
+def _of_other_stages(what: str, state: TrainingState, layout: dict[str, Any], ranks: Ranks) -> set[str]:
+    """Keys of the model's tensors that other pipeline stages have, and this rank has not. Collective if there are any."""
+    if layout["pp"] == 1:
+        return set()
+    own = set(model_tensors(state.model))
+    return set().union(*ranks.collect(what, lambda: own)) - own
+
+
+def _prepare(found: Found, state: TrainingState, options: LoadOptions, elsewhere: set[str]) -> _Plan:
     """Compare the checkpoint with the model before anything is read. No communication."""
     saved, config = read_state(found.folder, options.renamed), read_config(found.folder)
     iteration, listed = saved.progress["iteration"], found.manifest.iteration
@@ -248,11 +257,12 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions) -> _Plan:
         optimizer = allocate_optimizer(state.optimizer, parameter_names(state.model), metadata)
     fresh, unused = set[str](), set[str]()
     if options.new_function:
-        fresh, unused = fresh_keys(metadata, model, state.fresh), unused_keys(metadata, model, state.unused)
+        fresh, unused = fresh_keys(metadata, model, state.fresh), unused_keys(metadata, model, state.unused) - elsewhere
     zero = zero_if_absent(metadata.state_dict_metadata, model) - fresh
     read = {key: tensor for key, tensor in model.items() if key not in fresh | zero}
     padded = padded_keys(metadata, read | optimizer, state.padded_rows, saved.padded_rows)
-    notices = _compare(metadata, read | optimizer, padded, fresh | unused, saved, config, state, options) + changed
+    ignored = fresh | unused | elsewhere
+    notices = _compare(metadata, read | optimizer, padded, ignored, saved, config, state, options) + changed
     if zero:
         notices.append(started_at_zero(zero))
     zeros = {key: model[key] for key in zero}
@@ -269,7 +279,7 @@ def _compare(
     metadata: Metadata,
     tensors: dict[str, Tensor],
     padded: set[str],
-    heads: set[str],
+    ignored: set[str],
     saved: SavedState,
     config: dict[str, Any],
     state: TrainingState,
@@ -282,7 +292,7 @@ def _compare(
         for name, old in saved.padded_rows.items()
         if state.padded_rows.get(name, old) != old
     ]
-    problems = different_tensors(metadata, tensors, padded, heads)
+    problems = different_tensors(metadata, tensors, padded, ignored)
     forbidden = [] if options.new_function else different_function(config, state.config)
     if problems or rows or forbidden:
         details = summary(forbidden or settings), summary(rows), summary(problems)
@@ -349,11 +359,11 @@ def _read_rng(
 ) -> dict[str, Any] | None:
     """This rank's random state; None if the checkpoint has none that fits.
 
-    Ranks of one tensor parallel group draw together in a way that depends on TP and sequence parallelism, so the states
-    are of use only where both are unchanged.
+    Which ranks draw together depends on TP, sequence parallelism, PP and CP, so the states are of use only where these are
+    unchanged.
     """
     path = found.folder / rng_file(rank)
-    fits = all(saved.get(key) == layout[key] for key in ("tp", "sequence_parallel"))
+    fits = all(saved.get(key, 1) == layout[key] for key in ("tp", "sequence_parallel", "pp", "cp"))
     if not options.rng or not fits or path.name not in {entry.name for entry in found.manifest.files}:
         return None
     try:
@@ -366,4 +376,5 @@ def _read_rng(
 
 
 def _layout_text(layout: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={layout.get(key)}" for key in ("world_size", "tp", "ep", "dp"))
+    sizes = {key: layout.get(key, 1) for key in ("world_size", "tp", "ep", "dp", "pp", "cp")}
+    return ", ".join(f"{key}={size}" for key, size in sizes.items() if size != 1 or key not in ("pp", "cp"))

@@ -70,7 +70,7 @@ class LoadResult:
             layout that does not have this rank): then seed the generators, from the seed and `iteration`.
         weights_only: True with --finetune and for --pretrained-checkpoint.
         optimizer_loaded: False with --no-load-optim, or if the checkpoint was saved before the first optimizer step.
-        same_layout: whether world size, TP and EP are those of the checkpoint, the condition of a bit-equal continuation.
+        same_layout: whether world size, TP, EP, PP and CP are those of the checkpoint, as a bit-equal continuation needs.
         notices: everything unusual, already reported on rank 0.
     """
 

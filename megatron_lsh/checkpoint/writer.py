@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, ranks: Ranks, track: bool =
     """
     what = f"checkpoint of iteration {snapshot.iteration} could not be saved in {root}"
     try:
+        snapshot = _with_other_stages(what, snapshot, ranks)
         folder = ranks.coordinator(what, lambda: _start(root, snapshot.iteration))
         ranks.each(what, lambda: _write_tensors(folder, snapshot, ranks))
         entries = ranks.collect(what, lambda: _write_own_files(folder, snapshot, ranks))
@@ -124,6 +125,27 @@ def write_checkpoint(root: Path, snapshot: Snapshot, ranks: Ranks, track: bool =
         return ranks.coordinator(what, lambda: _finish(root, folder, snapshot, files, track))
     except CheckpointError as error:
         raise CheckpointError(_clean_up(root, snapshot.iteration, ranks, str(error))) from None
+
+
+def _with_other_stages(what: str, snapshot: Snapshot, ranks: Ranks) -> Snapshot:
+    """The snapshot with what all pipeline stages say in state.json: each knows its own parameters only. Collective if there
+    are several."""
+    stages, world = snapshot.layout["pp"], snapshot.layout["world_size"]
+    if stages == 1:
+        return snapshot
+    speaks = ranks.rank % (world // stages) == 0
+    first, *others = [
+        json.loads(part) for part in ranks.collect(what, lambda: snapshot.state if speaks else None) if part is not None
+    ]
+    for part in others:
+        first["padded_rows"] |= part["padded_rows"]
+        for name, value in part["extra"].items():
+            if isinstance(value, dict):
+                first["extra"][name] = {**(first["extra"][name] or {}), **value}
+        if first["optimizer"] is not None:
+            first["optimizer"]["groups"] += part["optimizer"]["groups"]
+            first["optimizer"]["scalars"] |= part["optimizer"]["scalars"]
+    return replace(snapshot, state=_to_json(first, "the state of the stages"))
 
 
 def _start(root: Path, iteration: int) -> Path:

@@ -120,6 +120,9 @@ class ClassificationConfig(Config):
     """
 
     indexed_data: ClassVar[bool] = False
+    why_no_pipeline: ClassVar[str | None] = (
+        "pipeline parallelism is not implemented for classifiers; the checkpoint of a pipeline fits one stage"
+    )
     backbone: ClassVar[str] = "gpt"
 
     finetune: ClassificationSettings = field(default_factory=ClassificationSettings)

@@ -75,9 +75,7 @@ NO_EFFECT: Mapping[str, NoEffect] = MappingProxyType(
             "which rank computes or holds a part, not what is computed",
             switches="--use-tp-pp-dp-mapping --account-for-embedding-in-pipeline-split "
             "--account-for-loss-in-pipeline-split --no-use-layer-wise-param-layout",
-            values="--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
-            "--num-virtual-stages-per-pipeline-rank --num-distributed-optimizer-instances --data-parallel-sharding-strategy "
-            "--outer-dp-sharding-strategy",
+            values="--num-distributed-optimizer-instances --data-parallel-sharding-strategy --outer-dp-sharding-strategy",
         ),
         **_because(
             "another implementation of the same formula",
@@ -156,7 +154,8 @@ REJECTED: Mapping[str, str] = MappingProxyType(
     {
         # parallelism
         **_rejected(
-            "pipeline parallelism is not implemented; use --expert-model-parallel-size and --tensor-model-parallel-size",
+            "a pipeline by a pattern is not implemented; use --decoder-first-pipeline-num-layers, "
+            "--decoder-last-pipeline-num-layers and --num-virtual-stages-per-pipeline-rank",
             "--pipeline-model-parallel-layout",
         ),
         **_rejected("start the ranks with torchrun, which sets LOCAL_RANK in the environment", "--local-rank"),

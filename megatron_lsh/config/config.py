@@ -33,6 +33,9 @@ class Config:
     why_no_sample: ClassVar[str | None] = None
     """why --sample-prompt is refused; None for a model that continues a text"""
 
+    why_no_pipeline: ClassVar[str | None] = None
+    """why --pipeline-model-parallel-size must be 1; None for a model that stages can run"""
+
     default_tokenizer: ClassVar[str | None] = "GPT2BPETokenizer"
     """--tokenizer-type where only --vocab-file is given, as in Megatron-LM's script for this model"""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.data_paths import DEFAULT_SPLIT
+from megatron_lsh.config.layout_rules import derive_pipeline, model_parallel_size
 
 
 def derive(cfg: Config, check: Checker, world_size: int) -> None:
@@ -63,8 +64,7 @@ def _derive_moe_and_parallel(cfg: Config, check: Checker) -> None:
         check.fill("expert_tensor_parallel_size", 1)
     elif parallel.expert_tensor_parallel_size is None:
         check.fill("expert_tensor_parallel_size", 1)
-    if parallel.num_layers_per_virtual_pipeline_stage is not None and parallel.pipeline_model_parallel_size == 1:
-        check.notice("no effect with one pipeline stage: --num-layers-per-virtual-pipeline-stage")
+    derive_pipeline(cfg, check)
 
 
 def _derive_router(cfg: Config, check: Checker) -> None:
@@ -94,9 +94,9 @@ def _derive_router(cfg: Config, check: Checker) -> None:
 
 def _derive_training(cfg: Config, check: Checker, world_size: int) -> None:
     training, optimizer = cfg.training, cfg.optimizer
-    tp = cfg.parallel.tensor_model_parallel_size
-    if training.global_batch_size is None and training.micro_batch_size is not None and world_size % tp == 0:
-        check.fill("global_batch_size", training.micro_batch_size * (world_size // tp))
+    ranks = model_parallel_size(cfg)
+    if training.global_batch_size is None and training.micro_batch_size is not None and world_size % ranks == 0:
+        check.fill("global_batch_size", training.micro_batch_size * (world_size // ranks))
     if training.train_samples is not None:
         if training.train_iters is None and training.global_batch_size is not None:
             check.fill("train_iters", training.train_samples // training.global_batch_size)

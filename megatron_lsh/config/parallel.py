@@ -12,10 +12,20 @@ class ParallelConfig:
     """Process groups and devices."""
 
     tensor_model_parallel_size: int = flag(1, "Ranks that share each dense layer (TP)", at_least=1)
-    pipeline_model_parallel_size: int = flag(1, "Pipeline stages; only 1 is implemented", at_least=1)
+    pipeline_model_parallel_size: int = flag(1, "Pipeline stages, each with its part of the layers (PP)", at_least=1)
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "Parsed for compatibility; needs pipeline stages", at_least=1
+        None,
+        "Interleaved schedule: layers that a rank of a pipeline runs without a step to another rank; fewer than it holds "
+        "make the pipeline's bubble smaller, and its traffic larger",
+        at_least=1,
     )
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
+        None, "The same by the number of such pieces (default: 1, the plain 1F1B schedule)", at_least=1
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None, "Layers of the first pipeline stage, where it has not as many as the others", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = flag(None, "The same of the last one", at_least=1)
     context_parallel_size: int = flag(1, "Ranks that share each sequence; only 1 is implemented", at_least=1)
     expert_model_parallel_size: int = flag(1, "Ranks over which the experts are spread (EP)", at_least=1)
     expert_tensor_parallel_size: int | None = flag(
@@ -51,10 +61,14 @@ class PrecisionConfig:
 
     bf16: bool = flag(False, "Compute in bf16 with fp32 master weights, fp32 gradient accumulation and reduction")
     fp16: bool = flag(False, "As --bf16 in fp16, whose small gradients need the loss to be scaled up")
-    loss_scale: float | None = flag(None, "Fixed loss scale of --fp16 (default: one that follows the gradients)", above=0)
+    loss_scale: float | None = flag(
+        None, "Fixed loss scale of --fp16 (default: one that follows the gradients)", above=0
+    )
     initial_loss_scale: float = flag(2.0**32, "Loss scale of --fp16 to start with", above=0)
     min_loss_scale: float = flag(1.0, "Loss scale of --fp16 below which it never falls", above=0)
-    loss_scale_window: float = flag(1000.0, "Iterations without an overflow after which the loss scale doubles", at_least=1)
+    loss_scale_window: float = flag(
+        1000.0, "Iterations without an overflow after which the loss scale doubles", at_least=1
+    )
     hysteresis: int = flag(2, "Iterations with an overflow after which the loss scale halves", at_least=1)
 
     @property

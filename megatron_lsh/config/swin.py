@@ -113,6 +113,9 @@ class SwinConfig(Config):
     tokenized: ClassVar[bool] = False
     default_tokenizer: ClassVar[str | None] = None
     why_no_sample: ClassVar[str | None] = "only a GPT continues a text"
+    why_no_pipeline: ClassVar[str | None] = (
+        "pipeline parallelism is not implemented for Swin, whose hidden states change their shape on the way"
+    )
 
     model: SwinModelConfig = field(default_factory=SwinModelConfig)
     moe: SwinMoEConfig = field(default_factory=SwinMoEConfig)

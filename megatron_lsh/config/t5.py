@@ -47,6 +47,9 @@ class T5Config(Config):
 
     default_tokenizer: ClassVar[str | None] = "BertWordPieceLowerCase"
     why_no_sample: ClassVar[str | None] = "only a GPT continues a text"
+    why_no_pipeline: ClassVar[str | None] = (
+        "pipeline parallelism is not implemented for T5, whose decoder reads the encoder's output on every stage"
+    )
 
     t5: T5Settings = field(default_factory=T5Settings)
 

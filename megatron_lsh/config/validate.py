@@ -12,6 +12,7 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
+from megatron_lsh.config.layout_rules import check_pipeline, model_parallel_size
 from megatron_lsh.config.settings import shown
 from megatron_lsh.errors import ConfigError
 
@@ -198,7 +199,9 @@ def _check_rates(cfg: Config, check: Checker) -> None:
         rates = cfg.lsh.rates()
         cfg.lsh.lsh_target_rate = str(rates.by_layer(stacks) if stacks and cfg.moe.num_experts is not None else rates)
     except ValueError as error:
-        check.problems.append(f"lsh.lsh_target_rate ({shown(cfg.lsh.lsh_target_rate)}) {error}: change --lsh-target-rate")
+        check.problems.append(
+            f"lsh.lsh_target_rate ({shown(cfg.lsh.lsh_target_rate)}) {error}: change --lsh-target-rate"
+        )
 
 
 def _check_groups(cfg: Config, check: Checker) -> None:
@@ -244,11 +247,6 @@ def _check_sinkhorn(check: Checker) -> None:
 def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:
     refused = "{%s} must be 1, because %s is not implemented"
     check.rule(
-        refused % ("pipeline_model_parallel_size", "pipeline parallelism"),
-        lambda size: size == 1,
-        "set --pipeline-model-parallel-size 1, and use --expert-model-parallel-size and --tensor-model-parallel-size",
-    )
-    check.rule(
         refused % ("context_parallel_size", "context parallelism"),
         lambda size: size == 1,
         "set --context-parallel-size 1, and use --tensor-model-parallel-size with --sequence-parallel",
@@ -265,6 +263,7 @@ def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:
             lambda n: world_size % n == 0,
             f"change {flag} or the number of ranks",
         )
+    check_pipeline(cfg, check, world_size)
     tp = "tensor_model_parallel_size"
     for name in ("num_attention_heads", "moe_shared_expert_intermediate_size"):
         check.rule(_DIVISIBLE % (name, tp), _divides)
@@ -283,12 +282,14 @@ def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:
 
 def _check_length_and_batch(cfg: Config, check: Checker, world_size: int) -> None:
     training = cfg.training
-    tp = cfg.parallel.tensor_model_parallel_size
-    if world_size % tp == 0:
+    ranks = model_parallel_size(cfg)
+    if world_size % ranks == 0:
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        divisors = " / ".join(f"{{{name}}}" for name in sizes if name == sizes[0] or getattr(cfg.parallel, name) > 1)
         check.rule(
             f"{{global_batch_size}} must be divisible by {{micro_batch_size}} times the data-parallel size "
-            f"({world_size // tp} = world size {world_size} / {{tensor_model_parallel_size}})",
-            lambda total, micro, tp: total % (micro * (world_size // tp)) == 0,
+            f"({world_size // ranks} = world size {world_size} / {divisors})",
+            lambda total, micro, *_: total % (micro * (world_size // ranks)) == 0,
             "change --global-batch-size or --micro-batch-size",
         )
     if "train_iters" not in cfg.derived:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.models.language_model import LanguageModel, positions_of
+from megatron_lsh.models.model import WHOLE, StagePass
 from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack
@@ -105,9 +106,13 @@ class BertModel(LanguageModel):
         super().__init__(cfg, vocab_size, ctx, telemetry, num_token_types=SEGMENTS if binary_head else 0)
         (stack,) = bert_stacks(cfg)
         self.encoder = TransformerBlock(stack, ctx, telemetry)
+        self.chunks = self.encoder.chunks
+        self.has_binary_head = binary_head
+        self.pooler: Pooler | None = None
+        if not self.is_last_stage:
+            return
         self.lm_head = BertLMHead(cfg.model, ctx)
         self.output_layer: BertOutputLayer = BertOutputLayer(cfg.model, vocab_size, ctx)
-        self.pooler: Pooler | None = None
         if binary_head:
             self.pooler = Pooler(cfg.model, ctx)
             self.binary_head = Dense(self.shape.hidden, 2, ctx, Init("normal", cfg.model.init_method_std))
@@ -118,7 +123,8 @@ class BertModel(LanguageModel):
         token_types_BS: Tensor | None = None,
         padding_mask_BS: Tensor | None = None,
         labels_BS: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, Tensor | None]:
+        stage: StagePass = WHOLE,
+    ) -> tuple[Tensor | None, ...]:
         """One forward pass.
 
         Args:
@@ -126,19 +132,24 @@ class BertModel(LanguageModel):
             token_types_BS: int64 number of each token's segment, by default 0; not read without sentence-order head.
             padding_mask_BS: bool, True for real tokens; by default all are. Padding is neither attended to nor routed.
             labels_BS: int64, the token to predict at every position (the caller masks the others' losses).
+            stage: what a pipeline stage runs, see ``Model``; then there must be labels.
 
         Returns:
             With labels: the cross-entropy of every position, fp32 [B, S]; the logits of the sentence-order head [B, 2],
             or None without one; and the sum of the layers' auxiliary losses (fp32 scalar; this rank's share).
             Without labels: logits [B, S, V], gathered over the group, and the sentence-order logits.
         """
-        x_sBD, aux_loss = self._encoded(tokens_BS, token_types_BS, padding_mask_BS)
+        x_sBD, aux_loss = self._encoded(tokens_BS, token_types_BS, padding_mask_BS, stage)
+        if labels_BS is not None:
+            self.telemetry.count_micro_batch(self.chunks[stage.chunk].layers)
+            if not self.chunks[stage.chunk].last:
+                loss_BS = torch.zeros_like(labels_BS, dtype=torch.float32)
+                return loss_BS, loss_BS.new_zeros(len(loss_BS), 2) if self.has_binary_head else None, aux_loss, x_sBD
         head = self.output_layer
         logits_SBv = self._logits(self.lm_head(x_sBD), head.weight, local(head.bias))
         order_B2 = None if self.pooler is None else self.binary_head(self.pooler(self._whole_sequence(x_sBD)))
         if labels_BS is None:
             return gather_vocabulary(logits_SBv, self.ctx.tp).transpose(0, 1).contiguous(), order_B2
-        self.telemetry.count_micro_batch()
         loss_SB = vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp)
         return loss_SB.t().contiguous(), order_B2, aux_loss
 
@@ -155,9 +166,13 @@ class BertModel(LanguageModel):
         return self._whole_sequence(x_sBD).transpose(0, 1), aux_loss
 
     def _encoded(
-        self, tokens_BS: Tensor, token_types_BS: Tensor | None, padding_mask_BS: Tensor | None
+        self,
+        tokens_BS: Tensor,
+        token_types_BS: Tensor | None,
+        padding_mask_BS: Tensor | None,
+        stage: StagePass = WHOLE,
     ) -> tuple[Tensor, Tensor]:
         positions = positions_of(tokens_BS)
-        x_sBD = self.embedding(tokens_BS, positions, token_types_BS)
-        encoded: tuple[Tensor, Tensor] = self.encoder(x_sBD, self._side(positions, padding_mask_BS))
+        x_sBD = self._enter(stage, tokens_BS, positions, token_types_BS)
+        encoded: tuple[Tensor, Tensor] = self.encoder(x_sBD, self._side(positions, padding_mask_BS), chunk=stage.chunk)
         return encoded

@@ -97,7 +97,7 @@ class GPTScorer(GPTModel):
         Unlike in training, padding is not routed to experts: it would share their clusters with real tokens.
         """
         positions = positions_of(tokens_BS)
-        x_sBD, _ = self.decoder(self.embedding(tokens_BS, positions), self._side(positions, padding_mask_BS))
+        x_sBD, _ = self.decoder(self._embed(tokens_BS, positions), self._side(positions, padding_mask_BS))
         logits_SBv = self._logits(x_sBD, None if self.output_layer is None else self.output_layer.weight)
         return vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp).t()
 

@@ -13,7 +13,7 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.parameters import Init, local, parameter
+from megatron_lsh.parallel.parameters import Init, local, mark_copy, parameter
 from megatron_lsh.parallel.tensor_parallel import VocabParallelEmbedding
 
 
@@ -53,6 +53,16 @@ class TokenTypeEmbedding(nn.Module):
         if sharded:
             token_types_BS = token_types_BS.chunk(self.ctx.tp.size, dim=1)[self.ctx.tp.rank]
         return F.embedding(token_types_BS.t(), local(self.weight, partial_grad=sharded))
+
+
+class TiedWordEmbedding(nn.Module):
+    """The word embeddings that a pipeline's last stage projects onto the vocabulary with: a copy of the first stage's."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int, ctx: ParallelContext) -> None:
+        super().__init__()
+        hidden, init = ModelShape.from_config(cfg).hidden, Init("normal", cfg.init_method_std)
+        self.word_embeddings = VocabParallelEmbedding(vocab_size, hidden, ctx, init=init)
+        mark_copy(self.word_embeddings.weight)
 
 
 class LanguageModelEmbedding(nn.Module):

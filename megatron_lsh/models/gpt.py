@@ -5,11 +5,13 @@ Legend: S sequence, B micro-batch, D hidden, V padded vocabulary (`v` the share 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.cache import KVCache
 from megatron_lsh.models.language_model import LanguageModel, positions_of
+from megatron_lsh.models.model import WHOLE, StagePass
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import SideInputs, TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
@@ -29,6 +31,7 @@ class GPTModel(LanguageModel):
         super().__init__(cfg, vocab_size, ctx, telemetry)
         (stack,) = gpt_stacks(cfg)
         self.decoder = TransformerBlock(stack, ctx, telemetry)
+        self.chunks = self.decoder.chunks
         self.output_layer = self._build_output_layer()
 
     def forward(
@@ -38,7 +41,8 @@ class GPTModel(LanguageModel):
         position_ids_BS: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        stage: StagePass = WHOLE,
+    ) -> Tensor | tuple[Tensor, ...]:
         """One forward pass.
 
         Args:
@@ -49,6 +53,7 @@ class GPTModel(LanguageModel):
                 (``document_attention_mask`` for ``--reset-attention-mask``).
             cache: keys and values of earlier tokens, for generation; told by ``KVCache.place`` where these ones belong. The
                 logits are those of a forward pass over all tokens of each row.
+            stage: what a pipeline stage runs, see ``Model``; then there must be labels.
 
         Returns:
             With labels: the cross-entropy of every token, fp32 [B, S], and the sum of the layers' auxiliary losses (fp32
@@ -57,11 +62,15 @@ class GPTModel(LanguageModel):
         """
         positions = positions_of(tokens_BS) if position_ids_BS is None else position_ids_BS
         side = SideInputs(rotary=self._rotary(positions), attention_mask=attention_mask)
-        x_sBD, aux_loss = self.decoder(self.embedding(tokens_BS, positions), side, cache=cache)
+        x_sBD = self._enter(stage, tokens_BS, positions)
+        x_sBD, aux_loss = self.decoder(x_sBD, side, cache=cache, chunk=stage.chunk)
+        if labels_BS is not None:
+            self.telemetry.count_micro_batch(self.chunks[stage.chunk].layers)
+            if not self.chunks[stage.chunk].last:
+                return torch.zeros_like(labels_BS, dtype=torch.float32), aux_loss, x_sBD
         logits_SBv = self._logits(x_sBD, None if self.output_layer is None else self.output_layer.weight)
         if labels_BS is None:
             return gather_vocabulary(logits_SBv, self.ctx.tp).transpose(0, 1).contiguous()
-        self.telemetry.count_micro_batch()
         loss_SB = vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp)
         return loss_SB.t().contiguous(), aux_loss
 
@@ -77,7 +86,7 @@ class GPTModel(LanguageModel):
             the sum of the layers' auxiliary losses (fp32 scalar; this rank's share).
         """
         positions = positions_of(tokens_BS)
-        x_sBD, aux_loss = self.decoder(self.embedding(tokens_BS, positions), self._side(positions, padding_mask_BS))
+        x_sBD, aux_loss = self.decoder(self._embed(tokens_BS, positions), self._side(positions, padding_mask_BS))
         return self._whole_sequence(x_sBD).transpose(0, 1), aux_loss
 
     def new_cache(self, capacity: int) -> KVCache:

@@ -6,13 +6,15 @@ Legend: S sequence (`s` its local share under sequence parallelism), B micro-bat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.attention import padding_attention_mask
-from megatron_lsh.models.embedding import LanguageModelEmbedding
-from megatron_lsh.models.model import Model
+from megatron_lsh.models.embedding import LanguageModelEmbedding, TiedWordEmbedding
+from megatron_lsh.models.model import Model, StagePass
 from megatron_lsh.models.rotary import Rotary, rotary_embedding
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.transformer import SideInputs
@@ -25,6 +27,8 @@ from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, vocab_pa
 
 class LanguageModel(Model):
     """The base of all models of language. A subclass adds its stacks of layers and its heads.
+
+    The first pipeline stage has the embedding, the last one the heads, and the word embeddings if they are tied.
 
     Args:
         cfg: the configuration; parallel settings are not read.
@@ -41,11 +45,39 @@ class LanguageModel(Model):
         self.cfg = cfg.model
         self.vocab_size = vocab_size
         self.shape = ModelShape.from_config(cfg.model)
-        self.embedding = LanguageModelEmbedding(cfg.model, vocab_size, ctx, num_token_types)
+        self.is_last_stage = ctx.pp.rank == ctx.pp.size - 1
+        self.embedding: nn.Module | None = None
+        if ctx.pp.rank == 0:
+            self.embedding = LanguageModelEmbedding(cfg.model, vocab_size, ctx, num_token_types)
+        elif self.is_last_stage and not cfg.model.untie_embeddings_and_output_weights:
+            self.embedding = TiedWordEmbedding(cfg.model, vocab_size, ctx)
+
+    def tied_parameters(self) -> list[Tensor]:
+        """The word embeddings, where another stage needs them too."""
+        if self.cfg.untie_embeddings_and_output_weights or self.embedding is None or self.ctx.pp.size == 1:
+            return []
+        return [self._word_embeddings()]
+
+    def _word_embeddings(self) -> Tensor:
+        assert isinstance(self.embedding, LanguageModelEmbedding | TiedWordEmbedding)
+        return self.embedding.word_embeddings.weight
+
+    def _embed(self, tokens_BS: Tensor, positions: Tensor, token_types_BS: Tensor | None = None) -> Tensor:
+        """[s, B, D], see ``LanguageModelEmbedding``."""
+        assert self.embedding is not None, "only the first pipeline stage embeds tokens"
+        x_sBD: Tensor = self.embedding(tokens_BS, positions, token_types_BS)
+        return x_sBD
+
+    def _enter(self, stage: StagePass, *inputs: Any) -> Tensor:
+        """What the chunk begins with: the embedding of the tokens, or what arrived."""
+        if self.chunks[stage.chunk].first:
+            return self._embed(*inputs)
+        assert stage.arrived_sBD is not None, "a chunk that is not the first one continues another one's output"
+        return stage.arrived_sBD
 
     def _build_output_layer(self) -> ColumnParallelLinear | None:
-        """The projection onto the vocabulary, unless the embedding serves (tied)."""
-        if not self.cfg.untie_embeddings_and_output_weights:
+        """The projection onto the vocabulary, on the last stage and unless the embedding serves (tied)."""
+        if not self.is_last_stage or not self.cfg.untie_embeddings_and_output_weights:
             return None
         init = Init("normal", self.cfg.init_method_std)
         return ColumnParallelLinear(self.shape.hidden, self.vocab_size, self.ctx, bias=False, init=init)
@@ -84,7 +116,7 @@ class LanguageModel(Model):
 
     def _logits(self, x_sBD: Tensor, weight: Tensor | None = None, bias_v: Tensor | None = None) -> Tensor:
         """[s, B, D] -> this rank's logits [S, B, v], by the output layer's `weight`, or else the embedding's."""
-        weight = self.embedding.word_embeddings.weight if weight is None else weight
+        weight = self._word_embeddings() if weight is None else weight
         logits_SBv = vocab_parallel_logits(x_sBD, weight, self.ctx)
         return self._without_padding(logits_SBv if bias_v is None else logits_SBv + bias_v)
 

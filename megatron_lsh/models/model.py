@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import NamedTuple
 
+from torch import Tensor, nn
+
+from megatron_lsh.config.pipeline import Chunk
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.router import update_expert_biases
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 
 
+class StagePass(NamedTuple):
+    """Which part of a model a pipeline stage runs, and on what."""
+
+    chunk: int = 0
+    """number among the chunks that this rank holds"""
+    arrived_sBD: Tensor | None = None
+    """the previous chunk's output; None for the first one"""
+
+
+WHOLE = StagePass()
+
+
 class Model(nn.Module):
     """The base of all models.
+
+    A model that pipeline stages can run takes a ``StagePass`` as keyword argument ``stage``. A chunk that is not the last
+    returns what the last one returns, with zeros in place of losses and logits, and its hidden states [s, B, D] after it.
 
     Args:
         ctx: groups and device; parameters are this rank's shards.
@@ -22,6 +40,12 @@ class Model(nn.Module):
         super().__init__()
         self.ctx = ctx
         self.telemetry = telemetry
+        self.chunks = [Chunk(range(0))]
+        """what this rank runs, in order; a subclass that pipeline stages can run sets it"""
+
+    def tied_parameters(self) -> list[Tensor]:
+        """Parameters that the first and the last pipeline stage both hold; their gradients belong together."""
+        return []
 
     def moe_layers(self) -> list[MoELayer]:
         """The mixture-of-experts layers, in order."""

@@ -69,7 +69,7 @@ class T5Encoder(LanguageModel):
         side = self._side(positions, padding_mask_BT)._replace(
             position_bias=_bias(self.encoder_relative_pos_emb, tokens_BT)
         )
-        encoded: tuple[Tensor, Tensor] = self.encoder(self.embedding(tokens_BT, positions), side)
+        encoded: tuple[Tensor, Tensor] = self.encoder(self._embed(tokens_BT, positions), side)
         return encoded
 
 
@@ -115,7 +115,7 @@ class T5Model(T5Encoder):
             memory_tBD=memory_tBD,
             memory_mask=padding_attention_mask(encoder_padding_mask_BT),
         )
-        x_sBD, aux_loss = self.decoder(self.embedding(decoder_tokens_BS, positions), side)
+        x_sBD, aux_loss = self.decoder(self._embed(decoder_tokens_BS, positions), side)
         logits_SBv = self._logits(x_sBD, None if self.output_layer is None else self.output_layer.weight)
         if labels_BS is None:
             return gather_vocabulary(logits_SBv, self.ctx.tp).transpose(0, 1).contiguous()

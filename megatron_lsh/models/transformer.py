@@ -21,6 +21,7 @@ from megatron_lsh.models.recompute import RecomputePlan, recomputed
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack
+from megatron_lsh.moe.layer import declare_gauges
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
@@ -126,7 +127,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """All layers of a stack and the norm after the last one.
+    """The layers of a stack that this pipeline stage holds, and the norm after the last one if it is among them.
 
     Args:
         stack: which stack; everything but the parallel settings of its configuration is read.
@@ -136,8 +137,10 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, stack: Stack, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__()
-        cfg, num_layers = stack.cfg, stack.num_layers
-        self.plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, num_layers)
+        cfg, moe_pattern = stack.cfg, stack.moe_pattern()
+        self.chunks = ctx.stages.of_rank(ctx.pp.rank, stack.num_layers)
+        # As in Megatron-LM, each chunk recomputes so many of its layers.
+        self.plans = [RecomputePlan.from_config(cfg.recompute, cfg.moe, len(chunk.layers)) for chunk in self.chunks]
         # By number, so that a block that holds some of the layers only has the same names for them.
         self.layers = nn.ModuleDict(
             {
@@ -145,23 +148,29 @@ class TransformerBlock(nn.Module):
                     cfg,
                     ctx,
                     stack.first_layer + layer,
-                    moe=moe,
+                    moe=moe_pattern[layer],
                     telemetry=telemetry,
-                    recompute=RecomputePlan() if layer < self.plan.full_layers else self.plan,
+                    recompute=RecomputePlan() if place < plan.full_layers else plan,
                     causal=stack.causal,
                     cross_attention=stack.memory_length > 0,
                 )
-                for layer, moe in enumerate(stack.moe_pattern())
+                for chunk, plan in zip(self.chunks, self.plans, strict=True)
+                for place, layer in enumerate(chunk.layers)
             }
         )
-        self.final_layernorm = build_norm(cfg.model, stack.shape.hidden, ctx)
+        if any(moe_pattern) and not any(moe_pattern[int(layer)] for layer in self.layers):
+            declare_gauges(cfg.model, cfg.moe, cfg.lsh, ctx, telemetry)
+        self.final_layernorm: nn.Module | None = None
+        if self.chunks[-1].last:
+            self.final_layernorm = build_norm(cfg.model, stack.shape.hidden, ctx)
 
     def forward(
-        self, x_sBD: Tensor, side: SideInputs | None = None, cache: KVCache | None = None
+        self, x_sBD: Tensor, side: SideInputs | None = None, cache: KVCache | None = None, chunk: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Returns the normalized output [s, B, D] and the sum of the layers' auxiliary losses (fp32 scalar).
+        """Returns the output [s, B, D], normalized after the last layer, and the sum of the layers' auxiliary losses (fp32
+        scalar).
 
-        The `cache` is that of all layers.
+        The `cache` is that of all layers; `chunk` says which of this rank's chunks runs.
         """
         side = side or SideInputs()
 
@@ -175,11 +184,13 @@ class TransformerBlock(nn.Module):
             return x, total
 
         total = x_sBD.new_zeros((), dtype=torch.float32)
-        for layers, full in self.plan.chunks(len(self.layers)):
+        held = self.chunks[chunk]
+        for places, full in self.plans[chunk].chunks(len(held.layers)):
+            layers = held.layers[places.start : places.stop]
             if full:
                 memos = {layer: ReplayMemo() for layer in layers}
                 x_sBD, aux_loss = recomputed(partial(run, layers=layers, memos=memos), x_sBD)
             else:
                 x_sBD, aux_loss = run(x_sBD, layers, {})
             total = total + aux_loss
-        return self.final_layernorm(x_sBD), total
+        return self.final_layernorm(x_sBD) if held.last and self.final_layernorm is not None else x_sBD, total

@@ -35,6 +35,14 @@ GAUGES = (
 )  # fmt: skip
 
 
+def declare_gauges(
+    model_cfg: ModelConfig, moe_cfg: MoEConfig, lsh_cfg: LSHConfig, ctx: ParallelContext, telemetry: MoETelemetry
+) -> None:
+    """What the MoE layers of other pipeline stages measure, for a rank that has none and reports of them all the same."""
+    dispatcher = build_dispatcher(DispatcherSpec.of(model_cfg, moe_cfg, lsh_cfg, ctx, layer=0))
+    telemetry.declare((*GAUGES, *dispatcher.gauges))
+
+
 class MoELayer(nn.Module):
     """A feed-forward layer whose E experts are spread over the expert-parallel ranks."""
 

@@ -135,6 +135,7 @@ class LayerRecord:
         spans: measured on a GPU and not yet read.
         times: milliseconds of the timed micro-batches, by name.
         load_E: fp64, this rank's rows per expert, before compression.
+        micro_batches: that passed the layer.
         enabled: False while nothing counts (evaluation, generation).
         timing: whether passes that begin now are timed: a span on a GPU is two events, too many for every micro-batch.
     """
@@ -147,6 +148,7 @@ class LayerRecord:
         self.times: dict[str, float] = {}
         self.spans: list[tuple[str, Span]] = []
         self.load_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self.micro_batches = 0
         self._known = known
 
     def add(self, **values: float | Tensor) -> None:

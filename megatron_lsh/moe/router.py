@@ -173,7 +173,7 @@ class TopKRouter(nn.Module):
         )
 
     def update_bias(self, ctx: ParallelContext) -> None:
-        """Close an optimizer step that was taken. Collective over the world; see :func:`update_expert_biases`."""
+        """Close an optimizer step that was taken. Collective over the pipeline stage; see :func:`update_expert_biases`."""
         update_expert_biases([self], ctx)
 
     @torch.no_grad()
@@ -335,12 +335,13 @@ def update_expert_biases(routers: Iterable[TopKRouter], ctx: ParallelContext) ->
     """Close an optimizer step that was taken: move the expert biases and reset the step's counters.
 
     ``bias += rate * sign(mean load - load)`` with loads counted over all micro-batches and ranks of the step, before
-    capacity drops. One collective over the world for all routers; every rank must pass the same routers in the same order.
+    capacity drops. One collective over a pipeline stage for all its routers; all its ranks must pass the same routers in the
+    same order.
     """
     routers = list(routers)
     biased = [router for router in routers if router.expert_bias is not None]
     if biased:
-        load_LE = sum_over(torch.stack([router._step_counts_E for router in biased]), ctx.world)
+        load_LE = sum_over(torch.stack([router._step_counts_E for router in biased]), ctx.stage)
         # Whole numbers: sign(mean - load) without rounding.
         direction_LE = torch.sign(load_LE.sum(-1, keepdim=True) - load_LE * load_LE.shape[-1])
         for router, direction_E in zip(biased, direction_LE, strict=True):

@@ -226,7 +226,7 @@ def trials(model: nn.Module) -> list[Trial]:
 
 
 def decide(waiting: Sequence[Trial], ctx: ParallelContext) -> str | None:
-    """Decide for all layers at once if their measurements are complete. Collective over the world when they are.
+    """Decide for all layers of a pipeline stage at once if their measurements are complete; then collective over it.
 
     Returns:
         The decision in words, or None if there was nothing to decide.
@@ -237,9 +237,9 @@ def decide(waiting: Sequence[Trial], ctx: ParallelContext) -> str | None:
     # Everyone averages the same numbers in the same order, so nobody can come to another decision.
     mine = torch.tensor([ms for trial in due for ms in trial.medians()], dtype=torch.float64, device=ctx.device)
     gathered = [mine]
-    if ctx.world.size > 1:
-        gathered = [torch.empty_like(mine) for _ in range(ctx.world.size)]
-        dist.all_gather(gathered, mine, group=ctx.world.process_group)
+    if ctx.stage.size > 1:
+        gathered = [torch.empty_like(mine) for _ in range(ctx.stage.size)]
+        dist.all_gather(gathered, mine, group=ctx.stage.process_group)
     means = iter(torch.stack(gathered).mean(0).tolist())
     for trial in due:
         ms = {name: next(means) for name in trial.names}

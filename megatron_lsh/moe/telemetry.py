@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_lsh.moe.gauges import Gauge, Reduced
 from megatron_lsh.moe.layer_pass import LayerRecord
+from megatron_lsh.parallel.agreement import exchange
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
 
@@ -44,7 +45,7 @@ class MoETelemetry:
         self._gauges: dict[str, Gauge] = {}
         self._known: set[str] = set()
         self._records: dict[int, LayerRecord] = {}
-        self._micro_batches = 0
+        self._complete = False
         self.waited_ms = 0.0
         """per iteration, what all-to-alls took of this rank alone, over the last collected interval"""
 
@@ -54,22 +55,24 @@ class MoETelemetry:
         Raises:
             ValueError: another gauge has the name of one of them.
         """
-        for gauge in gauges:
-            if self._gauges.setdefault(gauge.name, gauge) != gauge:
-                raise ValueError(f"there are two gauges named {gauge.name!r}: rename one of them")
-            self._known.update(gauge.combine.sums)
+        self.declare(gauges)
         if layer not in self._records:
             self._records[layer] = LayerRecord(num_experts, self._device, self._known)
         return self._records[layer]
 
-    def count_micro_batch(self) -> None:
-        """Note that one micro-batch passed through the layers; means per micro-batch divide by this count."""
-        records = self._records.values()
-        if all(record.enabled for record in records):
-            self._micro_batches += 1
-            # The first of a log interval was timed, and stands for all of them.
-            for record in records:
-                record.timing = False
+    def declare(self, gauges: Iterable[Gauge]) -> None:
+        """Make these gauges known, whether or not a layer here measures them. Raises as :meth:`layer`."""
+        for gauge in gauges:
+            if self._gauges.setdefault(gauge.name, gauge) != gauge:
+                raise ValueError(f"there are two gauges named {gauge.name!r}: rename one of them")
+            self._known.update(gauge.combine.sums)
+
+    def count_micro_batch(self, layers: range | None = None) -> None:
+        """Note that a micro-batch passed through these layers, by default all; means per micro-batch divide by the count."""
+        for layer, record in self._records.items():
+            if record.enabled and (layers is None or layer in layers):
+                record.micro_batches += 1
+                record.timing = False  # the first of a log interval was timed, and stands for all of them
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -85,20 +88,22 @@ class MoETelemetry:
 
     @torch.no_grad()
     def collect(self, ctx: ParallelContext, iterations: int) -> list[LayerReport]:
-        """Reduce over all ranks, reset, and report per layer, in order. Collective over the world.
+        """Reduce over all ranks, reset, and report per layer of the whole model, in order. Collective over the world.
 
         Args:
             iterations: optimizer steps since the last report; sums become means per iteration.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        records = [self._records[layer] for layer in sorted(self._records)]
+        self._meet_other_stages(ctx)
+        numbers = sorted(self._records)
+        records = [self._records[layer] for layer in numbers]
         for record in records:
             spans, record.spans = record.spans, []
             for name, span in spans:
                 record.add_time(name, span.milliseconds())
             times, record.times = record.times, {}
-            record.add(**{name: ms * max(self._micro_batches, 1) for name, ms in times.items()})
+            record.add(**{name: ms * max(record.micro_batches, 1) for name, ms in times.items()})
         waited = sum(float(record.sums.get("alltoall_time_ms", 0.0)) for record in records)
         self.waited_ms = waited / max(iterations, 1)
         names = sorted(self._known)
@@ -113,21 +118,25 @@ class MoETelemetry:
             name for name in names if any(g.combine.needs_largest and name in g.combine.sums for g in self._all())
         ]
         largest_LM = packed_L2S[:, 0, [names.index(name) for name in largest]]
+        passed_L = packed_L2S.new_tensor([record.micro_batches for record in records])
         load = torch.cat([record.load_E for record in records]) if records else packed_L2S.new_zeros(0)
-        for tensor, op in ((packed_L2S, dist.ReduceOp.SUM), (load, dist.ReduceOp.SUM), (largest_LM, dist.ReduceOp.MAX)):
-            all_reduce_(tensor, ctx.world, op)
+        # What a layer of another stage did is zero here, and counts nothing.
+        for tensor in (packed_L2S, load):
+            all_reduce_(tensor, ctx.world)
+        for tensor in (largest_LM, passed_L):
+            all_reduce_(tensor, ctx.world, dist.ReduceOp.MAX)
         load_of = load.cpu().split([record.load_E.shape[0] for record in records])
         reports = []
-        for number, load_E, (sums, added), most in zip(
-            sorted(self._records), load_of, packed_L2S.tolist(), largest_LM.tolist(), strict=True
+        for number, load_E, (sums, added), most, passed in zip(
+            numbers, load_of, packed_L2S.tolist(), largest_LM.tolist(), passed_L.tolist(), strict=True
         ):
             found = Reduced(
                 sums={name: value for name, value, ranks in zip(names, sums, added, strict=True) if ranks},
                 largest=dict(zip(largest, most, strict=True)),
                 load_E=load_E,
                 iterations=max(iterations, 1),
-                ranks=ctx.world.size,
-                micro_batches=max(self._micro_batches, 1) * ctx.layout.dp,
+                ranks=ctx.stage.size,
+                micro_batches=max(int(passed), 1) * ctx.layout.dp,
             )
             figures = {name: gauge.figure(found) for name, gauge in self._gauges.items()}
             reports.append(LayerReport(number, self._gauges, figures))
@@ -135,8 +144,18 @@ class MoETelemetry:
             record.sums.clear()
             record.load_E.zero_()
             record.timing = True
-        self._micro_batches = 0
+            record.micro_batches = 0
         return reports
+
+    def _meet_other_stages(self, ctx: ParallelContext) -> None:
+        """Add empty records for the MoE layers of other pipeline stages, to report of them here. Collective once."""
+        if ctx.pp.size == 1 or self._complete:
+            return
+        held = {layer: record.load_E.shape[0] for layer, record in self._records.items()}
+        for others in exchange(held, ctx.pp.process_group):
+            for layer, num_experts in others.items():
+                self.layer(layer, num_experts, ())
+        self._complete = True
 
     def _all(self) -> Iterable[Gauge]:
         return self._gauges.values()

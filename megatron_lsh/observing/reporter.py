@@ -103,6 +103,11 @@ class Reporter:
         if self.writes:
             print(text, flush=True)
 
+    def print_of_stage(self, text: str) -> None:
+        """For what each pipeline stage has to say of its own layers: its last rank prints."""
+        if self.ctx.rank == self.ctx.stage.ranks[-1]:
+            print(text, flush=True)
+
     def step(self, state: TrainState, result: StepResult, learning_rate: float) -> None:
         """After every iteration: the points that cost nothing to know."""
         if not self._writers or state.iteration % self.cfg.tensorboard_log_interval:

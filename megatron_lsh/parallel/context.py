@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.parallel.layout import ParallelLayout
 
 TP = "tp"
@@ -24,6 +26,18 @@ class Group:
     size: int
     rank: int
     ranks: tuple[int, ...]
+
+
+class Links(NamedTuple):
+    """Pairs of ranks between which a rank of a pipeline moves activations and gradients, one communicator for each.
+
+    The last stage is linked to the first for interleaving only.
+    """
+
+    activations_in: Group | None = None
+    activations_out: Group | None = None
+    gradients_in: Group | None = None
+    gradients_out: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,9 @@ class ParallelContext:
             node. See ``ParallelLayout.on_nodes`` for nodes that do not fit.
         tokens: ranks that share the tokens of one micro-batch, each holding others of them. What is counted or averaged
             over a micro-batch (loads of experts, their losses) is summed over this group.
+        stage: ranks of the same pipeline stage, which hold the same layers; the world without pipeline parallelism.
+        ends: on the first and the last stage the two ranks of this pipeline that are there; elsewhere this rank alone.
+        stages: which layers each stage holds.
     """
 
     layout: ParallelLayout
@@ -62,6 +79,10 @@ class ParallelContext:
     ep_node: Group
     ep_local: Group
     tokens: Group
+    stage: Group
+    ends: Group
+    links: Links = field(default_factory=Links)
+    stages: Stages = field(default_factory=Stages)
     dense_mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     sequence_parallel: bool = False
@@ -75,7 +96,13 @@ def group_dimensions(sequence_parallel: bool) -> dict[str, tuple[str, ...]]:
     """
     single = ("pp", "dp", "cp", "tp", "edp", "ep", "ep_node", "ep_local")
     tokens = ("cp", "tp") if sequence_parallel else ("cp",)
-    return {name: (name,) for name in single} | {"dp_cp": ("dp", "cp"), "tokens": tokens}
+    return {name: (name,) for name in single} | {"dp_cp": ("dp", "cp"), "tokens": tokens, "stage": ("dp", "cp", "tp")}
+
+
+def ends_of(pipeline: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """First and last rank of a pipeline, as one of them sees it; the others are alone."""
+    ends = tuple(dict.fromkeys((pipeline[0], pipeline[-1])))
+    return ends if rank in ends else (rank,)
 
 
 def offline_context(
@@ -86,6 +113,7 @@ def offline_context(
     sequence_parallel: bool = False,
     shard_optimizer: bool = False,
     ranks_per_node: int | None = None,
+    stages: Stages | None = None,
 ) -> ParallelContext:
     """A context without torch.distributed: for --dry-run (any layout, no communication possible) and for modules
     used on one rank (the default layout). Parameters made with it are plain tensors of this rank's shape.
@@ -99,6 +127,7 @@ def offline_context(
     sequence_parallel = sequence_parallel and layout.tp > 1
     dimensions = group_dimensions(sequence_parallel).items()
     groups = {name: offline_group(layout.group_of(rank, *names), rank) for name, names in dimensions}
+    groups["ends"] = offline_group(ends_of(groups["pp"].ranks, rank), rank)
     return ParallelContext(
         layout=layout,
         rank=rank,
@@ -106,10 +135,12 @@ def offline_context(
         device=torch.device(device),
         node_of_rank=node_of_rank,
         world=offline_group(tuple(range(layout.world_size)), rank),
+        stages=stages or Stages(layout.pp),
         dense_mesh=None,
         expert_mesh=None,
         sequence_parallel=sequence_parallel,
         shard_optimizer=shard_optimizer,
+        links=Links(),
         **groups,
     )
 

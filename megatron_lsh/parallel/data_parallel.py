@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from megatron_lsh.config.parallel import PrecisionConfig
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import DENSE_DATA, EXPERT_DATA, ParallelContext
-from megatron_lsh.parallel.parameters import NOTES, is_expert
+from megatron_lsh.parallel.parameters import NOTES, is_copy, is_expert
 
 
 def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConfig) -> nn.Module:
@@ -145,11 +145,11 @@ def global_norm(tensors: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
     """L2 norm, fp32 and identical on all ranks, of tensors spread over any meshes. One all-reduce.
 
     A tensor that n ranks hold alike contributes on each of them with weight 1/n. A plain tensor counts as held by all
-    ranks. Raises ValueError for a DTensor with pending partial sums.
+    ranks of the pipeline stage. Raises ValueError for a DTensor with pending partial sums.
     """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        by_copies[_copies(tensor, ctx.world.size)].append(_local(tensor))
+        by_copies[_copies(tensor, ctx.stage.size)].append(_local(tensor))
     total = torch.zeros((), dtype=torch.float32, device=ctx.device)
     for copies, parts in sorted(by_copies.items()):
         total += torch.nn.utils.get_total_norm(parts).float().square() / copies
@@ -162,18 +162,32 @@ def clip_grad_norm(model: nn.Module, max_norm: float, ctx: ParallelContext) -> T
 
     The norm is an fp32 scalar, identical on all ranks; it is not finite if any gradient on any rank is not.
     """
-    grads = [param.grad for param in model.parameters() if param.grad is not None]
-    norm = global_norm(grads, ctx)
+    params = [param for param in model.parameters() if param.grad is not None]
+    norm = global_norm([param.grad for param in params if not is_copy(param)], ctx)  # type: ignore[misc]
     if max_norm > 0:
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            _local(grad).mul_(coefficient)
+        for param in params:
+            _local(param.grad).mul_(coefficient)  # type: ignore[arg-type]
     return norm
 
 
+def counted_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of this pipeline stage that no other stage counts."""
+    return [param for param in model.parameters() if not is_copy(param)]
+
+
+@torch.no_grad()
+def sum_tied_gradients(tied: Iterable[Tensor], ctx: ParallelContext) -> None:
+    """Give parameters that the first and the last pipeline stage both hold the sum of both gradients. Collective over the
+    two; call it before ``finalize_gradients``."""
+    for param in tied:
+        if param.grad is not None:
+            all_reduce_(_local(param.grad), ctx.ends)
+
+
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, each counted once, whatever the layout."""
-    return sum(math.prod(getattr(param, "global_shape", param.shape)) for param in model.parameters())
+    """Parameters of this pipeline stage, each counted once, whatever the rest of the layout."""
+    return sum(math.prod(getattr(param, "global_shape", param.shape)) for param in counted_parameters(model))
 
 
 def num_local_parameters(model: nn.Module) -> int:
@@ -185,11 +199,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _copies(tensor: Tensor, world_size: int) -> int:
-    """How many ranks hold the same elements."""
+def _copies(tensor: Tensor, stage_size: int) -> int:
+    """How many ranks of a pipeline stage hold the same elements."""
     if not isinstance(tensor, DTensor):
-        return world_size
-    mesh, copies = tensor.device_mesh, world_size // tensor.device_mesh.size()
+        return stage_size
+    mesh, copies = tensor.device_mesh, stage_size // tensor.device_mesh.size()
     for dim, placement in enumerate(tensor.placements):
         if placement.is_partial():
             raise ValueError(f"a gradient has pending sums ({tensor.placements}): shard_model was not called")

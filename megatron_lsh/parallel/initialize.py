@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lsh.config.parallel import ParallelConfig
+from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.parallel.context import (
     DENSE_DATA,
@@ -20,7 +22,9 @@ from megatron_lsh.parallel.context import (
     EXPERT_DATA,
     TP,
     Group,
+    Links,
     ParallelContext,
+    ends_of,
     group_dimensions,
     offline_group,
 )
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 PURPOSES = MappingProxyType(
     {
         "pp": "stages",
+        "stage": "gradients",
         "cp": "sequences",
         "tp": "activations",
         "tokens": "activations",
@@ -144,8 +149,22 @@ def make_context(
     sequence_parallel = _sequence_parallel(config, layout, place.rank, moe)
     dimensions = group_dimensions(sequence_parallel).items()
     ranks_of = {name: layout.group_of(place.rank, *names) for name, names in dimensions}
-    groups = _make_groups(ranks_of, place.rank, _backend(config, device), _timeout(config))
+
+    def make(ranks: tuple[int, ...]) -> Group:
+        timeout, backend = _timeout(config), _backend(config, device)
+        process_group = dist.new_group(sorted(ranks), timeout, backend, use_local_synchronization=True)
+        return replace(offline_group(ranks, place.rank), process_group=process_group)
+
+    world = replace(offline_group(tuple(range(layout.world_size)), place.rank), process_group=dist.group.WORLD)
+    if layout.pp == 1:
+        del ranks_of["stage"]  # the world, which is there
+    groups = _make_groups(ranks_of, place.rank, make)
+    groups.setdefault("stage", world)
+    stages = Stages.from_config(config)
     alone, shard = groups.pop("alone"), config.use_distributed_optimizer
+    links, groups["ends"] = Links(), alone
+    if layout.pp > 1:
+        links, groups["ends"] = _make_links(groups["pp"].ranks, place.rank, stages.chunks > 1, make)
 
     def mesh(data: str, model: str, *dimensions: str) -> DeviceMesh:
         """Over the ranks of this pipeline stage. The data parallel group is the shard or the replicate dimension."""
@@ -162,7 +181,9 @@ def make_context(
         local_rank=place.local_rank,
         device=device,
         node_of_rank=node_of_rank,
-        world=replace(offline_group(tuple(range(layout.world_size)), place.rank), process_group=dist.group.WORLD),
+        world=world,
+        links=links,
+        stages=stages,
         dense_mesh=mesh("dp_cp", TP, "dp", "cp", "tp"),
         expert_mesh=mesh("edp", EP, "edp", "ep"),
         sequence_parallel=sequence_parallel,
@@ -180,7 +201,9 @@ def _node_of_rank(place: Place, ranks_per_node: int | None) -> tuple[int, ...]:
     return tuple(numbers[node] for node in nodes)
 
 
-def _make_groups(ranks_of: dict[str, tuple[int, ...]], rank: int, backend: str, timeout: timedelta) -> dict[str, Group]:
+def _make_groups(
+    ranks_of: dict[str, tuple[int, ...]], rank: int, make: Callable[[tuple[int, ...]], Group]
+) -> dict[str, Group]:
     """A group for each name, and one of this rank alone, "alone", which is what every group of one rank is.
 
     Each rank makes only its own group of each kind. All ranks do so in the same order, hence no deadlock and a number
@@ -191,10 +214,33 @@ def _make_groups(ranks_of: dict[str, tuple[int, ...]], rank: int, backend: str, 
     for name, ranks in ({"alone": (rank,)} | ranks_of).items():
         key = (PURPOSES[name] if len(ranks) > 1 else "alone", ranks)
         if key not in made:
-            process_group = dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)
-            made[key] = replace(offline_group(ranks, rank), process_group=process_group)
+            made[key] = make(ranks)
         groups[name] = made[key]
     return groups
+
+
+def _make_links(
+    pipeline: tuple[int, ...], rank: int, ring: bool, make: Callable[[tuple[int, ...]], Group]
+) -> tuple[Links, Group]:
+    """Links of a rank to its neighbours in the pipeline, and the group of the pipeline's ends.
+
+    torch names a group after its ranks and the number of groups that were made before. So every rank makes one of each
+    kind in each round, if need be of itself alone; in a round no rank has two neighbours.
+    """
+    ends, links = make(ends_of(pipeline, rank)), {}
+    size, place = len(pipeline), pipeline.index(rank)
+    for turn in range(3 if ring and size % 2 else 2):
+        # Link i leads from place i to the next one; of a ring of odd length, the last one has a round of its own.
+        mine = [i for i in ((place - 1) % size, place) if (2 if size % 2 and i == size - 1 else i % 2) == turn]
+        link = next((i for i in mine if ring or i < size - 1), None)
+        for kind in ("activations", "gradients"):
+            if link is None:
+                make((rank,))
+                continue
+            pair = (pipeline[link], pipeline[(link + 1) % size])
+            sends = rank == pair[0 if kind == "activations" else 1]
+            links[f"{kind}_{'out' if sends else 'in'}"] = make(pair)
+    return Links(**links), ends
 
 
 def _sequence_parallel(config: ParallelConfig, layout: ParallelLayout, rank: int, moe: bool) -> bool:

@@ -72,12 +72,17 @@ class ParallelLayout:
     @classmethod
     def from_config(cls, config: ParallelConfig, world_size: int) -> ParallelLayout:
         """Layout for the user's flags on `world_size` ranks. Raises ConfigError for sizes that do not fit."""
-        for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_tensor_parallel_size"):
+        for name in ("context_parallel_size", "expert_tensor_parallel_size"):
             size = getattr(config, name)
             if size not in (1, None):
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"parallel.{name} ({size}) must be 1, nothing else is implemented: set {flag} 1")
-        return cls(world_size, config.tensor_model_parallel_size, config.expert_model_parallel_size)
+        return cls(
+            world_size,
+            config.tensor_model_parallel_size,
+            config.expert_model_parallel_size,
+            config.pipeline_model_parallel_size,
+        )
 
     @property
     def dp(self) -> int:

@@ -21,7 +21,7 @@ from megatron_lsh.parallel.context import EP, TP, ParallelContext
 from megatron_lsh.parallel.random import derive_seed
 
 # What ``parameter`` notes on a parameter besides its value; fully_shard makes new objects and these are copied over.
-NOTES = ("init_spec", "cut", "global_shape", "shard_index", "matrices", "decays")
+NOTES = ("init_spec", "cut", "global_shape", "shard_index", "matrices", "decays", "is_copy")
 UNCUT: Mapping[str, int] = MappingProxyType({})
 
 
@@ -129,6 +129,16 @@ def local(param: Tensor, partial_grad: bool = False) -> Tensor:
 def is_expert(param: Tensor) -> bool:
     """Whether `param` is cut over expert parallel ranks, so that each of them holds the values of other experts."""
     return EP in getattr(param, "cut", UNCUT)
+
+
+def mark_copy(param: Tensor) -> None:
+    """Say that another pipeline stage holds this parameter as well, and counts it."""
+    param.is_copy = True  # type: ignore[attr-defined]
+
+
+def is_copy(param: Tensor) -> bool:
+    """Whether `param` is counted elsewhere: a tied embedding on the last pipeline stage."""
+    return getattr(param, "is_copy", False)
 
 
 @torch.no_grad()

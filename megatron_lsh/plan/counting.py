@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.families import Family
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
@@ -18,14 +19,16 @@ class ParameterCounts:
 
     total: of the whole model.
     active: used by one token: all of the dense part, and K of the E routed experts of each MoE layer.
-    dense_per_rank, expert_per_rank: held by one rank before any sharding over data-parallel ranks
-        (``--use-distributed-optimizer`` divides the former by DP and the latter by expert-DP).
+    dense_per_rank, expert_per_rank: held by one rank of the fullest pipeline stage, before any sharding over data-parallel
+        ranks (``--use-distributed-optimizer`` divides the former by DP and the latter by expert-DP).
+    stages: (dense, expert) of a rank of each stage.
     """
 
     total: int
     active: int
     dense_per_rank: int
     expert_per_rank: int
+    stages: tuple[tuple[int, int], ...]
 
     @property
     def per_rank(self) -> int:
@@ -42,17 +45,21 @@ def parameter_counts(family: Family, cfg: Config, vocab_size: int, layout: Paral
     Raises:
         ConfigError: for sizes that are missing or do not fit together or the layout.
     """
-    dense, expert = _count(family, cfg, vocab_size, ParallelLayout(1))
+    dense, expert = _count(family, cfg, vocab_size, ParallelLayout(1), Stages(), 0)
     active = dense
     if expert and cfg.moe.num_experts:
         active += expert * cfg.moe.moe_router_topk // cfg.moe.num_experts
-    dense_per_rank, expert_per_rank = _count(family, cfg, vocab_size, layout)
-    return ParameterCounts(dense + expert, active, dense_per_rank, expert_per_rank)
+    stages = Stages.from_config(cfg.parallel) if layout.pp > 1 else Stages()
+    firsts = range(0, layout.world_size, layout.world_size // layout.pp)
+    per_stage = tuple(_count(family, cfg, vocab_size, layout, stages, rank) for rank in firsts)
+    return ParameterCounts(dense + expert, active, *max(per_stage, key=sum), per_stage)
 
 
-def _count(family: Family, cfg: Config, vocab_size: int, layout: ParallelLayout) -> tuple[int, int]:
-    """Dense and expert parameters of rank 0."""
-    ctx = offline_context(layout)
+def _count(
+    family: Family, cfg: Config, vocab_size: int, layout: ParallelLayout, stages: Stages, rank: int
+) -> tuple[int, int]:
+    """Dense and expert parameters of a rank."""
+    ctx = offline_context(layout, rank, stages=stages)
     telemetry = MoETelemetry(ctx.device)  # nothing runs
     parameters = list(family.model(cfg, vocab_size, ctx, telemetry).parameters())
     expert = sum(p.numel() for p in parameters if is_expert(p))

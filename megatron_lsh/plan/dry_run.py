@@ -14,6 +14,7 @@ from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.plan.counting import ParameterCounts, parameter_counts
 from megatron_lsh.plan.flops import training_flops
 from megatron_lsh.plan.memory import MemoryEstimate, estimate_memory
+from megatron_lsh.plan.stages import crossing_lines, stage_lines
 
 ASSUMED_VOCABULARY = 32000
 _GIB = 2.0**30
@@ -56,7 +57,9 @@ def dry_run(cfg: Config) -> str:
         _layout_lines(family, cfg, layout),
         _batch_lines(family, cfg, layout, micro, global_batch, micro_batches, flops),
         _parameter_lines(cfg, layout, counts, vocabulary),
+        stage_lines(family, cfg, layout, counts, vocabulary.padded, micro_batches),
         _memory_lines(cfg, memory),
+        crossing_lines(family, cfg, layout),
         [f"note: {notice}" for notice in cfg.notices],
         ["Nothing was started and no data was read."],
     ]
@@ -87,9 +90,11 @@ def _vocabulary(family: Family, cfg: Config, layout: ParallelLayout) -> _Vocabul
 
 def _layout_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[str]:
     lines = [
-        f"Layout of {layout.world_size} ranks (rank = dp * {layout.tp} + tp = edp * {layout.ep} + ep)",
+        f"Layout of {layout.world_size} ranks ({_digits(layout)})",
         _group_line("tensor parallel", layout.groups("tp")),
+        *([_group_line("context parallel", layout.groups("cp"))] if layout.cp > 1 else []),
         _group_line("data parallel", layout.groups("dp")),
+        *([_group_line("pipeline parallel", layout.groups("pp"))] if layout.pp > 1 else []),
     ]
     if cfg.moe.num_experts is not None:
         per_rank, stacks = cfg.moe.num_experts // layout.ep, family.stacks(cfg)
@@ -101,6 +106,13 @@ def _layout_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[s
             f"  token dispatcher: {cfg.moe.moe_token_dispatcher_type}",
         ]
     return lines
+
+
+def _digits(layout: ParallelLayout) -> str:
+    """What a rank's number is made of, in both cuts of the world."""
+    stage = f"pp * {layout.world_size // layout.pp} + " if layout.pp > 1 else ""
+    dense = f"dp * {layout.cp * layout.tp} + " + (f"cp * {layout.tp} + " if layout.cp > 1 else "") + "tp"
+    return f"rank = {stage}{dense} = {stage}edp * {layout.ep} + ep"
 
 
 def _num_layers(stacks: tuple[Stack, ...]) -> str:
@@ -145,7 +157,7 @@ def _parameter_lines(
         f"  per rank  {counts.per_rank:>18,}   dense {counts.dense_per_rank:,} + experts {counts.expert_per_rank:,}",
     ]
     if cfg.parallel.use_distributed_optimizer:
-        owned = -(-counts.dense_per_rank // layout.dp) + -(-counts.expert_per_rank // layout.edp)
+        owned = -(-counts.dense_per_rank // (layout.dp * layout.cp)) + -(-counts.expert_per_rank // layout.edp)
         lines.append(f"  sharded   {owned:>18,}   per rank with --use-distributed-optimizer")
     return lines
 

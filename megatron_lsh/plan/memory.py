@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
+from megatron_lsh.config.pipeline import Chunk, Stages
 from megatron_lsh.families import Family
 from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.parallel.layout import ParallelLayout
+from megatron_lsh.parallel.pipeline import passes_at_once
 from megatron_lsh.plan.counting import ParameterCounts
 
 
@@ -37,13 +39,30 @@ class MemoryEstimate:
 def estimate_memory(
     family: Family, cfg: Config, counts: ParameterCounts, layout: ParallelLayout, vocab_size: int, micro_batches: int
 ) -> MemoryEstimate:
-    """For the fullest rank, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2 GB).
+    """For the fullest rank, see ``stage_memory``."""
+    stages = range(len(counts.stages))
+    each = [stage_memory(family, cfg, counts, layout, vocab_size, micro_batches, stage) for stage in stages]
+    return max(each, key=lambda estimate: estimate.total)
+
+
+def stage_memory(
+    family: Family,
+    cfg: Config,
+    counts: ParameterCounts,
+    layout: ParallelLayout,
+    vocab_size: int,
+    micro_batches: int,
+    stage: int,
+) -> MemoryEstimate:
+    """For a rank of one pipeline stage, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2
+    GB).
 
     `vocab_size`: padded.
     """
-    held = float(counts.per_rank)
+    dense, expert = counts.stages[stage]
+    held = float(dense + expert)
     sharded = cfg.parallel.use_distributed_optimizer
-    owned = counts.dense_per_rank / layout.dp + counts.expert_per_rank / layout.edp if sharded else held
+    owned = dense / (layout.dp * layout.cp) + expert / layout.edp if sharded else held
     # Without a copy in 16 bits and without shards to gather, forward uses the parameters themselves.
     compute_bytes = 2.0 if cfg.precision.half else 4.0
     gathered = compute_bytes * held if cfg.precision.half or owned < held else 0.0
@@ -52,42 +71,50 @@ def estimate_memory(
     moments = 2.0 if cfg.optimizer.optimizer == "adam" else 1.0
     second = 0.0
     if cfg.optimizer.optimizer == "muon":  # the vocabulary's weights are AdamW's; what else is, is small
-        matrices = 2 if cfg.model.untie_embeddings_and_output_weights else 1
+        last = stage == layout.pp - 1 and (layout.pp > 1 or cfg.model.untie_embeddings_and_output_weights)
+        matrices = int(stage == 0) + int(last)
         second = matrices * vocab_size * (cfg.model.hidden_size or 0) / layout.tp / (layout.dp if sharded else 1)
     return MemoryEstimate(
         weights=4.0 * owned,
         gathered_weights=gathered,
         gradients=gradients,
         optimizer=4.0 * (moments * owned + second),
-        activations=activation_bytes(family, cfg, layout, vocab_size),
+        activations=activation_bytes(family, cfg, layout, vocab_size, stage, micro_batches),
     )
 
 
-def activation_bytes(family: Family, cfg: Config, layout: ParallelLayout, vocab_size: int) -> float:
-    """What one micro-batch keeps for its backward pass on one rank."""
+def activation_bytes(
+    family: Family, cfg: Config, layout: ParallelLayout, vocab_size: int, stage: int = 0, micro_batches: int = 1
+) -> float:
+    """What micro-batches keep for their backward passes on one rank of a pipeline stage, as many as are there at once."""
+    stages = Stages.from_config(cfg.parallel)
+    at_once = passes_at_once(stages, stage, micro_batches) / stages.chunks
     layers = 0.0
     largest = 0.0
     embeddings_and_norms = 0.0
     for stack in family.stacks(cfg):
         sizes = _Sizes.of(stack, layout)
-        kept, peak = _stack_bytes(stack, sizes, layout.tp)
-        layers += kept
-        largest = max(largest, peak)
-        embeddings_and_norms += 2.0 * sizes.residual
+        for chunk in stages.of_rank(stage, stack.num_layers):
+            kept, peak = _chunk_bytes(stack, chunk, sizes, layout.tp)
+            layers += kept * at_once
+            largest = max(largest, peak)
+            embeddings_and_norms += (chunk.first + chunk.last) * sizes.residual * at_once
+    if stage < stages.ranks - 1:
+        return layers + largest + embeddings_and_norms
     element = 2.0 if cfg.precision.half else 4.0
     outputs = family.head(cfg, vocab_size).outputs * (cfg.training.micro_batch_size or 1)
-    logits = outputs / layout.tp * (element + 4.0)  # and their softmax in fp32
+    logits = outputs / layout.tp / layout.cp * (element + 4.0)  # and their softmax in fp32
     return layers + largest + logits + embeddings_and_norms
 
 
-def _stack_bytes(stack: Stack, sizes: _Sizes, tp: int) -> tuple[float, float]:
-    """What a stack keeps until its backward pass, and what the recomputation of one chunk of its layers adds."""
-    cfg, shape = stack.cfg, stack.shape
-    plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, shape.num_layers)
+def _chunk_bytes(stack: Stack, chunk: Chunk, sizes: _Sizes, tp: int) -> tuple[float, float]:
+    """What layers keep until their backward pass, and what the recomputation of one group of them adds."""
+    cfg, shape, moe_pattern = stack.cfg, stack.shape, stack.moe_pattern()
+    plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, len(chunk.layers))
     layers = 0.0
     largest = 0.0
-    for layer, is_moe in enumerate(stack.moe_pattern()):
-        recomputed = layer < plan.full_layers
+    for place, is_moe in enumerate(moe_pattern[chunk.layers.start : chunk.layers.stop]):
+        recomputed = place < plan.full_layers
         modules: frozenset[str] = frozenset() if recomputed else plan.modules
         whole = _layer_bytes(cfg, sizes, shape, tp, is_moe=is_moe, modules=modules)
         if stack.memory_length:
@@ -116,7 +143,7 @@ class _Sizes:
     def of(cls, stack: Stack, layout: ParallelLayout) -> _Sizes:
         cfg, shape = stack.cfg, stack.shape
         sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
-        full = float(stack.seq_length * (cfg.training.micro_batch_size or 1))
+        full = float(stack.seq_length * (cfg.training.micro_batch_size or 1)) / layout.cp
         tokens = full / layout.tp if sequence_parallel else full
         element = 2.0 if cfg.precision.half else 4.0
         return cls(tokens, full, element, tokens * shape.hidden * element, full * shape.hidden * element)

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
 
 from megatron_lsh.families import Batch, Judge
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import reshard
-from megatron_lsh.training.step import to_device
+from megatron_lsh.training.pipeline import Pipeline
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    pipeline: Pipeline,
     judge: Judge,
     batches: Iterable[Batch],
-    ctx: ParallelContext,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The judge's figures over all batches of all ranks, the same on every rank. Collective over the world.
@@ -30,19 +28,25 @@ def evaluate(
     Args:
         batches: micro-batches of this rank; at least one, and on every rank equally many.
     """
+    model, ctx, stopped = pipeline.model, pipeline.ctx, False
+
+    def go_on() -> bool:
+        nonlocal stopped
+        stopped = _anyone(stop_requested(), ctx)
+        return not stopped
+
     was_training = model.training
     model.eval()
-    total: Tensor | None = None
     try:
-        for batch in batches:
-            if _anyone(stop_requested(), ctx):
-                return None
-            found = judge.count(model, to_device(batch, ctx.device))
-            total = found if total is None else total + found
+        found = pipeline.evaluate(batches, judge.count, go_on)
     finally:
         model.train(was_training)
         reshard(model)
-    assert total is not None, "nothing to evaluate on"
+    if stopped:
+        return None
+    assert found, "nothing to evaluate on"
+    total = sum(found[1:], found[0]) if model.chunks[-1].last else torch.zeros_like(found[0])
+    all_reduce_(total, ctx.pp)
     return judge.figures(all_reduce_(total, ctx.dp).cpu())  # the ranks of a tensor-parallel group saw the same samples
 
 

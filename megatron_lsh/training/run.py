@@ -31,6 +31,7 @@ from megatron_lsh.plan.flops import experts_share, peak_flops, training_flops
 from megatron_lsh.training.early_stopping import BestWeights, EarlyStopping
 from megatron_lsh.training.loss_scale import LossScale
 from megatron_lsh.training.optimizer import build_optimizer
+from megatron_lsh.training.pipeline import HiddenStates, Pipeline
 from megatron_lsh.training.schedule import Schedule, schedule_shape
 from megatron_lsh.training.startup import describe_dispatch, describe_model, save_config, take_save_folder
 from megatron_lsh.training.step import Step
@@ -223,6 +224,7 @@ def _step(cfg: Config, family: Family, model: Model, reporter: Reporter) -> Step
         optimizer=optimizer,
         schedule=schedule,
         forward_step=partial(family.losses, cfg),
+        pipeline=Pipeline(model, ctx, HiddenStates.of(cfg, ctx) if ctx.pp.size > 1 else None),
         ctx=ctx,
         micro_batches=batch // (required(cfg.training.micro_batch_size) * ctx.dp.size),
         global_batch_size=batch,
@@ -230,7 +232,7 @@ def _step(cfg: Config, family: Family, model: Model, reporter: Reporter) -> Step
         total_iterations=required(cfg.training.train_iters),
         loss_tokens=family.loss_tokens if cfg.training.calculate_per_token_loss else None,
         loss_scale=LossScale.of(cfg.precision),
-        tell=reporter.print,
+        tell=reporter.print_of_stage,
     )
 
 
@@ -311,7 +313,7 @@ def _restore_dispatchers(run: Run, result: LoadResult) -> None:
     if taken is None and saved and trials(run.model):
         taken = "auto dispatcher: the parallel layout is not that of the checkpoint, so it measures again"
     if taken is not None:
-        run.reporter.print(f"> {taken}")
+        run.reporter.print_of_stage(f"> {taken}")
 
 
 def _compare_data(run: Run, result: LoadResult) -> None:

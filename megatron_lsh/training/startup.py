@@ -22,6 +22,7 @@ from megatron_lsh.config.serialize import describe, to_saved
 from megatron_lsh.errors import CheckpointError, ConfigError
 from megatron_lsh.moe.registry import DispatcherSpec, describe_restoration
 from megatron_lsh.moe.registry import describe as describe_dispatcher
+from megatron_lsh.parallel.agreement import exchange
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import num_local_parameters, num_parameters
 
@@ -104,8 +105,11 @@ def introduce(cfg: Config, ctx: ParallelContext) -> None:
     device = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else _cpu()
     print(
         f"megatron_lsh {megatron_lsh.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}\n"
-        f"ranks {layout.world_size}: tensor parallel {layout.tp} x data parallel {layout.dp}; experts: expert parallel "
-        f"{layout.ep} x expert data parallel {layout.edp}"
+        f"ranks {layout.world_size}: "
+        + (f"pipeline parallel {layout.pp} x " if layout.pp > 1 else "")
+        + (f"context parallel {layout.cp} x " if layout.cp > 1 else "")
+        + f"tensor parallel {layout.tp} x data parallel {layout.dp}; experts: expert parallel {layout.ep} x expert data "
+        f"parallel {layout.edp}"
         + (", sequence parallel" if ctx.sequence_parallel else "")
         + (", sharded optimizer" if ctx.shard_optimizer else ""),
         *([ops.describe(ctx.device.type)] if cfg.moe.num_experts else []),
@@ -133,8 +137,8 @@ def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
 
 
 def describe_model(model: nn.Module, vocab_size: int | None, padded_vocab_size: int, ctx: ParallelContext) -> None:
-    """Print, on rank 0, the number of parameters and the size of the vocabulary, if there is one."""
-    total, local = num_parameters(model), num_local_parameters(model)
+    """Print, on rank 0, the number of parameters and the size of the vocabulary, if there is one. Collective."""
+    total, local = sum(exchange(num_parameters(model), ctx.pp.process_group)), num_local_parameters(model)
     vocabulary = f"; vocabulary {vocab_size:,}, padded to {padded_vocab_size:,}" if padded_vocab_size else ""
     if ctx.rank == 0:
         print(f"parameters: {total:,} in all, {local:,} on rank 0{vocabulary}", flush=True)

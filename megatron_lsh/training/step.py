@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,10 @@ from megatron_lsh.moe.schedule import decide, trials
 from megatron_lsh.observing.state import StepResult
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import ParallelContext
-from megatron_lsh.parallel.data_parallel import accumulate, clip_grad_norm, finalize_gradients
+from megatron_lsh.parallel.data_parallel import clip_grad_norm, finalize_gradients, sum_tied_gradients
 from megatron_lsh.training.loss_scale import LossScale
+from megatron_lsh.training.pipeline import ForwardStep, Pipeline
 from megatron_lsh.training.schedule import Schedule
-
-#: (model, batch on this rank's device) -> losses of the micro-batch
-ForwardStep = Callable[[Any, Batch], Losses]
 
 
 def _say_nothing(line: str) -> None:
@@ -37,6 +34,7 @@ class Step:
     optimizer: Optimizer
     schedule: Schedule
     forward_step: ForwardStep
+    pipeline: Pipeline
     ctx: ParallelContext
     micro_batches: int
     global_batch_size: int
@@ -64,6 +62,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._accumulate(batches)
         scale = self.loss_scale.value
+        sum_tied_gradients(self.model.tied_parameters(), self.ctx)
         finalize_gradients(self.model, self.ctx, scale)
         grad_norm = clip_grad_norm(self.model, self.clip_grad, self.ctx)
         means, bad_loss, bad_gradient, stop = self._agree(sums, grad_norm, stop)
@@ -91,15 +90,12 @@ class Step:
         if self.loss_tokens is not None:
             ahead = [next(batches) for _ in range(self.micro_batches)]
             weight, batches = self._token_weight(sum(map(self.loss_tokens, ahead))), iter(ahead)
-        totals: dict[str, Tensor] = {}
-        for index in range(self.micro_batches):
-            accumulate(self.model, last=index == self.micro_batches - 1)
-            losses = self.forward_step(self.model, to_device(next(batches), self.ctx.device))
-            objective = losses.objective(self.micro_batches, weight)
-            (objective if self.loss_scale.value == 1.0 else objective * self.loss_scale.value).backward()
-            for name, sums in losses.sums_and_counts().items():
-                totals[name] = totals[name] + sums if name in totals else sums
-        return totals
+
+        def objective(losses: Losses) -> Tensor:
+            value = losses.objective(self.micro_batches, weight)
+            return value if self.loss_scale.value == 1.0 else value * self.loss_scale.value
+
+        return self.pipeline.train(batches, self.micro_batches, self.forward_step, objective)
 
     def _token_weight(self, tokens: int) -> float:
         """Data-parallel ranks per loss token of the global batch, of which this rank has `tokens`. Collective over DP."""
@@ -119,13 +115,3 @@ class Step:
         *pairs, bad_losses, bad_gradients, stop_ranks = all_reduce_(values, self.ctx.world).tolist()
         means = {name: mean_of(pairs[2 * place : 2 * place + 2]) for place, name in enumerate(sums)}
         return means, bad_losses > 0, bad_gradients > 0, stop_ranks > 0
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; other entries pass."""
-    if device.type == "cpu":
-        return batch
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }

@@ -14,7 +14,7 @@ from megatron_lsh.families import Family
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.observing.state import StepResult, TrainState
 from megatron_lsh.parallel.agreement import together
-from megatron_lsh.parallel.data_parallel import global_norm
+from megatron_lsh.parallel.data_parallel import counted_parameters, global_norm
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.evaluate import evaluate
 from megatron_lsh.training.faults import StopRequest
@@ -42,7 +42,8 @@ def train(cfg: Config, family: Family) -> TrainState:
     arm_flight_recorder(cfg.logging, os.environ)
     ctx = initialize(cfg.parallel, moe=cfg.moe.num_experts is not None)
     introduce(cfg, ctx)
-    place, timeout = Place(), timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
+    place = Place(stage=ctx.pp.rank if ctx.pp.size > 1 else None)
+    timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
     record = partial(dump_flight_recorder, cfg.logging, ctx.rank)
     with Watch(ctx, stop, timeout, place, record=record), MemoryHistory(cfg.logging, ctx):
         run = set_up(cfg, family, ctx, place)
@@ -149,9 +150,11 @@ def _why_complete(run: Run) -> str:
 
 def _report(run: Run, result: StepResult, iterations: int) -> None:
     """Gather the figures of a log interval from all ranks and write them."""
-    layers = run.telemetry.collect(run.ctx, iterations) if run.model.moe_layers() else []
-    norm = float(global_norm(run.model.parameters(), run.ctx)) if run.cfg.logging.log_params_norm else None
-    waited = run.telemetry.waited_ms if layers and run.ctx.ep.size > 1 else None
+    cfg, ctx = run.cfg, run.ctx
+    layers = run.telemetry.collect(ctx, iterations) if cfg.moe.num_experts is not None else []
+    norm = float(global_norm(counted_parameters(run.model), ctx)) if cfg.logging.log_params_norm else None
+    alone = ctx.ep.size == 1 or ctx.pp.size > 1  # stages wait for one another elsewhere, too
+    waited = None if alone or not layers else run.telemetry.waited_ms
     run.reporter.interval(run.state, result, run.step.schedule.learning_rate, iterations, layers, norm, waited)
     run.state.start_interval()
 
@@ -193,7 +196,7 @@ def _figures(run: Run, split: str, stop: StopRequest, whole: bool) -> dict[str, 
     """What an evaluation on the `whole` set, or on --eval-iters global batches of it, finds; None if told to stop."""
     some = None if whole else run.cfg.training.eval_iters * run.step.micro_batches
     with run.batches(split) as batches:
-        return evaluate(run.model, run.judge, islice(batches, some), run.ctx, lambda: stop.requested)
+        return evaluate(run.step.pipeline, run.judge, islice(batches, some), lambda: stop.requested)
 
 
 def _watch(run: Run, figures: dict[str, float]) -> None:
@@ -226,7 +229,7 @@ def _dispatches(run: Run) -> list[str]:
     """--lsh-eval: how rows travel in each evaluation to make, "as trained" or "exact"."""
     cfg = run.cfg
     lossless = cfg.moe.moe_token_dispatcher_type in ("alltoall", "allgather") and cfg.lsh.lsh_wire_dtype is None
-    if lossless or not run.model.moe_layers():
+    if lossless or cfg.moe.num_experts is None:
         return ["as trained"]
     return {"on": ["as trained"], "off": ["exact"], "both": ["as trained", "exact"]}[cfg.lsh.lsh_eval]
 

@@ -34,6 +34,8 @@ class Place:
 
     phase: str = "set-up"
     iteration: int = 0
+    stage: int | None = None
+    """of a pipeline"""
     since: float = field(default_factory=time.monotonic)
 
     def enter(self, phase: str, iteration: int) -> None:
@@ -45,7 +47,8 @@ class Place:
         return time.monotonic() - self.since
 
     def __str__(self) -> str:
-        return f"iteration {self.iteration}, {self.phase}" if self.iteration else self.phase
+        where = self.phase if self.stage is None else f"{self.phase} of pipeline stage {self.stage}"
+        return f"iteration {self.iteration}, {where}" if self.iteration else where
 
 
 class Watch:

@@ -123,9 +123,7 @@ def test_advice_names_only_flags_that_exist() -> None:
             assert as_key(flag) in OURS or flag == "--config", f"{flag} in {advice!r}"
 
 
-@pytest.mark.parametrize(
-    "flag", ["--pipeline-model-parallel-size", "--context-parallel-size", "--expert-tensor-parallel-size"]
-)
+@pytest.mark.parametrize("flag", ["--context-parallel-size", "--expert-tensor-parallel-size"])
 def test_parallel_sizes_that_are_not_implemented_parse_and_are_then_refused(flag: str) -> None:
     cfg = parse_args([*SMALL, flag, "2"])
     with pytest.raises(ConfigError) as error:

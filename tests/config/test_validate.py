@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lsh.config import Config, assumed_world_size, from_dict, parse_args, to_json, validate
+from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import DENSE, MIXTRAL, SMALL, lines_for, small, without
 
 # --- the Mixtral command line --------------------------------------------------------------------------------------
 
 
-def test_mixtral_is_refused_only_for_its_pipeline() -> None:
-    assert lines_for("", 32, MIXTRAL) == [
-        "parallel.pipeline_model_parallel_size (4) must be 1, because pipeline parallelism is not implemented: set "
-        "--pipeline-model-parallel-size 1, and use --expert-model-parallel-size and --tensor-model-parallel-size"
-    ]
+@pytest.mark.parametrize("world", [32, 64])
+def test_mixtral_is_valid_as_it_stands(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = validate(parse_args(MIXTRAL), world)
+    # 8 of 32 layers on each of 4 ranks, and 8 at a time: one chunk, plain 1F1B, as in Megatron-LM.
+    assert Stages.from_config(cfg.parallel) == Stages(4, 1)
 
 
 @pytest.mark.parametrize("keep_virtual_stages", [False, True])

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_lsh.config import T5Config, parse_args, validate
-from megatron_lsh.errors import ConfigError
 from megatron_lsh.plan.dry_run import dry_run
 
 MIXTRAL = (
@@ -47,9 +46,46 @@ def test_mixtral_on_32_ranks() -> None:
     assert lines[-1] == "Nothing was started and no data was read."
 
 
-def test_mixtral_with_pipeline_stages_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"pipeline_model_parallel_size \(4\) must be 1"):
-        report(MIXTRAL)
+@pytest.mark.parametrize(("world", "micro_batches", "bubble"), [(32, 32, "8.6%"), (64, 16, "15.8%")])
+def test_mixtral_as_it_stands_has_four_stages_of_eight_layers(world: int, micro_batches: int, bubble: str) -> None:
+    lines = report(MIXTRAL, world)
+    at = next(number for number, line in enumerate(lines) if line.startswith("Pipeline of 4 stages, 1F1B: "))
+    assert f"ranks wait {bubble} of a step of {micro_batches} micro-batches" in lines[at]  # 3 / (m + 3)
+    first, *middle, last = lines[at + 1 : at + 5]
+    assert first.startswith(
+        "  stage 0: layers 0-7; 1,876,230,144 parameters per rank; activations of 4 micro-batches at"
+    )
+    assert [line.split("; ")[0] for line in middle] == ["  stage 1: layers 8-15", "  stage 2: layers 16-23"]
+    assert last.startswith("  stage 3: layers 24-31; 1,876,234,240")  # with the output layer and the final norm
+    held = sum(int(line.split("; ")[1].split()[0].replace(",", "")) for line in (first, *middle, last))
+    experts = 7 * (32 * 3 * 4096 * 14336)  # each of 8 expert-parallel ranks has one of the 8 of each layer
+    assert f"  total     {held + experts:>18,}" in lines
+    worst = max(line.split("; ")[-1] for line in (first, *middle, last))
+    assert ["sum", *worst.split()] in [line.split() for line in lines]
+    # 3 borders of stages, forward and backward; the experts of a stage are on one node.
+    assert any(line.endswith(": 0.0 to experts and back; 6.0 between pipeline stages") for line in lines)
+
+
+def test_virtual_stages_make_the_bubble_smaller_and_send_more_rows() -> None:
+    lines = report(MIXTRAL.replace("pipeline-stage 8", "pipeline-stage 2") + " --moe-node-size 4")
+    assert any("interleaved 1F1B, 4 virtual stages per rank: ranks wait 2.3% of" in line for line in lines)
+    # 0.75 / (32 + 0.75)
+    assert any(line.startswith("  stage 1: layers 2-3, 10-11, 18-19, 26-27; ") for line in lines)
+    # 32 layers, 2 experts, there and back, forward and backward, half of them on the other node; 15 steps between stages.
+    assert any(": 128.0 to experts and back; 30.0 between pipeline stages" in line for line in lines)
+
+
+def test_a_pipeline_across_two_nodes_sends_two_rows_per_token() -> None:
+    flags = (
+        "--num-layers 24 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 --vocab-size 100 "
+        "--mock-data --dry-run --num-experts 4 --moe-token-dispatcher-type lsh --lsh-target-rate 0.2 --moe-node-size 2 "
+    )
+    across = report(flags + "--expert-model-parallel-size 4", 4)
+    assert any(
+        "96.0 to experts and back if all travel, 19.2 under LSH at --lsh-target-rate 0.2" in row for row in across
+    )
+    inside = report(flags + "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 4)
+    assert any(": 0.0 to experts and back" in row and "; 2.0 between pipeline stages" in row for row in inside)
 
 
 def test_memory_shrinks_as_expected() -> None:

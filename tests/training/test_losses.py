@@ -67,7 +67,7 @@ def one_rank_at_a_time() -> Any:
 
 def validation_loss(run: Run) -> float:
     with run.batches("valid") as batches:
-        figures = evaluate(run.model, run.judge, batches, run.ctx)
+        figures = evaluate(run.step.pipeline, run.judge, batches)
     assert figures is not None
     return figures["loss"]
 

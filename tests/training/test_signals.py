@@ -198,8 +198,9 @@ def lost_rank(folder: str, how: str) -> None:
     log = Path(folder) / f"rank{rank}.log"
     sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     timeout = 0.1 if how == "frozen" else 1.0
+    stages = "--pipeline-model-parallel-size 2 --micro-batch-size 4" if how == "killed" else ""
     try:
-        status = run(f"--distributed-timeout-minutes {timeout} --save {folder}/s", During(3, 1, lose), 2)
+        status = run(f"--distributed-timeout-minutes {timeout} --save {folder}/s {stages}", During(3, 1, lose), 2)
         assert status == 1
     except ZeroDivisionError:
         assert rank == 1
@@ -212,7 +213,8 @@ def lost_rank(folder: str, how: str) -> None:
     [
         (
             "killed",
-            "last heard of in iteration 3, training step, is gone; a process that the system kills says nothing",
+            "last heard of in iteration 3, training step of pipeline stage 1, is gone; a process that the system kills says "
+            "nothing",
         ),
         ("failed", "failed in iteration 3, training step: ZeroDivisionError: a bug"),
         (
@@ -228,7 +230,8 @@ def test_a_lost_rank_is_named(how: str, said: str, tmp_path: Path) -> None:
     except DistributedTestError as error:
         assert how != "failed", error  # rank 1 left no report
     text = (tmp_path / "rank0.log").read_text()
-    assert "error: [rank 0] lost contact with another rank in iteration 3, training step: rank 1 (process " in text
+    where = "training step of pipeline stage 0" if how == "killed" else "training step"
+    assert f"error: [rank 0] lost contact with another rank in iteration 3, {where}: rank 1 (process " in text
     assert said in text and "Resume from the last checkpoint (" in text and "Traceback" not in text
 
 

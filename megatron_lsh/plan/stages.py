@@ -1,0 +1,90 @@
+"""What the dry run says of pipeline stages, and of what crosses the borders of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from megatron_lsh.config.config import Config
+from megatron_lsh.config.pipeline import Stages
+from megatron_lsh.families import Family
+from megatron_lsh.models.stacks import moe_layers
+from megatron_lsh.parallel.layout import ParallelLayout
+from megatron_lsh.parallel.pipeline import bubble_share, passes_at_once
+from megatron_lsh.plan.counting import ParameterCounts
+from megatron_lsh.plan.memory import stage_memory
+
+USUAL_NODE = 8
+_GIB = 2.0**30
+
+
+def stage_lines(
+    family: Family, cfg: Config, layout: ParallelLayout, counts: ParameterCounts, vocab_size: int, micro_batches: int
+) -> list[str]:
+    """Schedule, bubble, and what each stage holds; nothing without pipeline parallelism. `vocab_size`: padded."""
+    if layout.pp == 1:
+        return []
+    stages, (stack,) = Stages.from_config(cfg.parallel), family.stacks(cfg)
+    schedule = "1F1B" if stages.chunks == 1 else f"interleaved 1F1B, {stages.chunks} virtual stages per rank"
+    lines = [
+        f"Pipeline of {stages.ranks} stages, {schedule}: ranks wait {bubble_share(stages, micro_batches):.1%} of a step of "
+        f"{micro_batches} micro-batches (the bubble)"
+    ]
+    for stage, (dense, expert) in enumerate(counts.stages):
+        layers = ", ".join(_span(chunk.layers) for chunk in stages.of_rank(stage, stack.num_layers))
+        memory = stage_memory(family, cfg, counts, layout, vocab_size, micro_batches, stage)
+        passes = passes_at_once(stages, stage, micro_batches)
+        at_once = f"{passes} micro-batches" if stages.chunks == 1 else f"{passes} passes of virtual stages"
+        lines.append(
+            f"  stage {stage}: layers {layers}; {dense + expert:,} parameters per rank; activations of {at_once} at once; "
+            f"{memory.total / _GIB:.2f} GiB"
+        )
+    return lines
+
+
+def _span(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)
+
+
+def crossing_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[str]:
+    """Rows per token that leave a node. `cfg.parallel.moe_node_size` or the usual number of ranks are on a node."""
+    size = cfg.parallel.moe_node_size or USUAL_NODE
+    node_of_rank = [rank // size for rank in range(layout.world_size)]
+    if node_of_rank[-1] == 0:
+        return []
+    layers = moe_layers(family.stacks(cfg))
+    experts = rows_to_experts(len(layers), cfg.moe.moe_router_topk, layout, node_of_rank)
+    stages = rows_to_stages(layout, Stages.from_config(cfg.parallel), node_of_rank)
+    whose = "" if cfg.parallel.moe_node_size else " (assumed: --moe-node-size sets it)"
+    parts = [f"{experts:.1f} to experts and back"] if layers else []
+    if layers and cfg.moe.moe_token_dispatcher_type == "lsh":
+        rates = cfg.lsh.rates()
+        sent = experts * mean(rates.at(layer, 0) for layer in layers)
+        parts[0] += f" if all travel, {sent:.1f} under LSH at --lsh-target-rate {rates}"
+    parts += [f"{stages:.1f} between pipeline stages"] if layout.pp > 1 else []
+    return [
+        f"Rows per token that leave a node of {size} ranks{whose}, forward and backward: {'; '.join(parts)}"
+    ] if parts else []  # fmt: skip
+
+
+def rows_to_experts(layers: int, topk: int, layout: ParallelLayout, node_of_rank: Sequence[int]) -> float:
+    """Of even routing: a row goes to its expert and back, and its gradient as well."""
+    shares = [
+        sum(node_of_rank[other] != node_of_rank[rank] for other in group) / len(group)
+        for group in layout.groups("ep")
+        for rank in group
+    ]
+    return 4.0 * layers * topk * mean(shares)
+
+
+def rows_to_stages(layout: ParallelLayout, stages: Stages, node_of_rank: Sequence[int]) -> float:
+    """A token's hidden states go from one virtual stage to the next, and their gradient comes back."""
+    steps = stages.ranks * stages.chunks - 1
+    crossings = [
+        sum(
+            node_of_rank[pipeline[step % stages.ranks]] != node_of_rank[pipeline[(step + 1) % stages.ranks]]
+            for step in range(steps)
+        )
+        for pipeline in layout.groups("pp")
+    ]
+    return 2.0 * mean(crossings)
