@@ -10,6 +10,7 @@ Model and tokenizer are those of the checkpoint's config.json. Runs on a GPU if 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,11 +87,16 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     args = parse(arguments)
     folder, cfg, tokenizer = settings_and_tokenizer(args)
     prompts = [prompt_ids(tokenizer, text) for text in read_prompts(args.prompt, args.prompt_file)]
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
-        raise ConfigError(
-            "--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1: "
-            f"change {args.max_new_tokens}, {args.temperature}, {args.top_k} or {args.top_p}"
-        )
+    for value, allowed, rule in (
+        ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= args.temperature < math.inf, "at least 0 and finite"),
+        ("top_k", args.top_k >= 0, "at least 0"),
+        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", -(2**63) <= args.seed < 2**63, "of 64 bits"),
+    ):
+        if not allowed:
+            flag = "--" + value.replace("_", "-")
+            raise ConfigError(f"{flag} ({getattr(args, value)}) must be {rule}: change it")
     return Job(args, folder, cfg, tokenizer, prompts)
 
 
