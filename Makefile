@@ -12,7 +12,7 @@ ifeq ($(filter gpt bert t5 swin,$(MODEL)),)
 $(error MODEL=$(MODEL) must be gpt, bert, t5 or swin)
 endif
 NPROC   ?=
-ITERS   ?= 300
+ITERS   ?=
 RUN_DIR ?= runs/$(MODEL)-moe-lsh
 RESUME  ?=
 RESTART ?=
@@ -27,7 +27,7 @@ help:
 	@echo "make pretrain    install, prepare the corpus, pretrain a small MoE with the LSH-compressed all-to-all"
 	@echo "                   MODEL=gpt     gpt, bert, t5 or swin"
 	@echo "                   NPROC=n       ranks (default: every GPU, else 2 CPU processes)"
-	@echo "                   ITERS=300     iterations"
+	@echo "                   ITERS=300     iterations (500 with MODEL=swin)"
 	@echo "                   RUN_DIR=...   where checkpoints, metrics and the plot go (default: runs/MODEL-moe-lsh)"
 	@echo "                   RESUME=1      continue the run in RUN_DIR;  RESTART=1  move it aside and start afresh"
 	@echo "                   ARGS='...'    further flags, e.g. ARGS='--moe-token-dispatcher-type alltoall'"

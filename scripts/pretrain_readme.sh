@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${VENV:-.venv}
 MODEL=${MODEL:-gpt}
-ITERS=${ITERS:-300}
+ITERS=${ITERS:-$([ "$MODEL" = swin ] && echo 500 || echo 300)}
 RUN_DIR=${RUN_DIR:-runs/$MODEL-moe-lsh}
 DATA_DIR=${DATA_DIR:-$([ "$MODEL" = swin ] && echo data/digits || echo data/stdlib)}
 NPROC=${NPROC:-}

@@ -209,7 +209,7 @@ class SwinConfig(Config):
         check.rule(
             "{swin_pretrained_window_size} must not be given with {swin_position_bias}",
             lambda _, kind: kind == "mlp",
-            "drop it: a table is interpolated when it is loaded",
+            "drop it: a table holds one bias per distance, and has no window that it was scaled by",
         )
         check_images(self, check)
 
