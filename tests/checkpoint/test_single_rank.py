@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import resource
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +368,39 @@ def test_file_size_limit(tmp_path: Path) -> None:
     assert saved_names(tmp_path) == ["iter_0000001", TRACKER]
     checkpoints.save(run.state())
     assert [info.valid for info in inspect(tmp_path, hashes=True)] == [True, True]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("how", ["read-only", "deleted", "replaced by a file"])
+def test_a_save_folder_that_goes_away(tmp_path: Path, how: str, async_save: bool) -> None:
+    """What can be saved is saved; what cannot is one error that names the folder, and nothing that was there is lost."""
+    root = tmp_path / "disk"
+    with tmpfs(root, 4000) as mounted:
+        if not mounted:
+            pytest.skip("no tmpfs can be mounted here")
+        save = root / "run"
+        run = trainer()
+        checkpoints = manager(CTX, save, async_save=async_save)
+        run.train(1)
+        checkpoints.save(run.state())
+        checkpoints.wait()
+        run.train(2)
+        if how == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+        else:
+            shutil.rmtree(save)
+        if how == "replaced by a file":
+            save.write_text("not a folder")
+        if how == "deleted":  # whoever moved it away goes on with a new one
+            checkpoints.save(run.state())
+            checkpoints.wait()
+            assert [(info.iteration, info.valid) for info in inspect(save, hashes=True)] == [(2, True)]
+            return
+        with pytest.raises(CheckpointError, match=re.escape(str(save))):
+            checkpoints.save(run.state())
+            checkpoints.wait()
+        if how == "read-only":
+            subprocess.run(["mount", "-o", "remount,rw", str(root)], check=True)
+            assert [(info.iteration, info.valid) for info in inspect(save, hashes=True)] == [(1, True)]
+        else:
+            assert save.read_text() == "not a folder"
