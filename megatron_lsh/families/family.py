@@ -93,7 +93,7 @@ class Family:
     group exists"""
     closing: Callable[[Any, Any, Datasets, ParallelContext], Mapping[str, str]] | None = None
     """(cfg, model, datasets, context) -> what a complete run leaves besides: name -> place. Collective"""
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict, hash=False)
     """small files that every checkpoint holds: name -> content; such as the names of the classes"""
     samples_per_epoch: Callable[[int], int] | None = None
     """global batch size -> samples from one end of an epoch to the next; None where a run is not counted in epochs"""
