@@ -24,6 +24,10 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-$(signals_to_hand_on)}
 # --distributed-timeout-minutes (10); this is for one that cannot even do that.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 
+# A store of its own for every start of the ranks. torchrun's default is one for all, where ranks that --max-restarts starts again find
+# the addresses of those that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+
 # newest_checkpoint FOLDER: what its tracker file names: an iteration in decimal, or "release" (converted, not yet trained). Nothing
 # without a tracker file, and "damaged" for one that holds anything else: its text is never handed to the shell's arithmetic, which
 # would run commands in it.

@@ -44,7 +44,7 @@ def dump_flight_recorder(cfg: LoggingConfig, rank: int) -> str | None:
         path.write_bytes(c10d._dump_fr_trace())  # type: ignore[attr-defined]
     except (AttributeError, OSError, RuntimeError) as error:
         return f"WARNING: the flight recorder could not be written to {path} ({error})"
-    return f"> the last collectives of rank {rank}: {path}"
+    return f"the last collectives of rank {rank}: {path}"
 
 
 class MemoryHistory:
