@@ -19,7 +19,8 @@ from tests.training.helpers import tiny_config
 
 STEPS = 20
 BASE = f"--train-iters {STEPS} --moe-layer-freq 2 --num-layers 4 --eval-iters 0"
-DEEP = BASE.replace("--num-layers 4", "--num-layers 8 --untie-embeddings-and-output-weights")
+# Interleaved stages take as many micro-batches at a time as there are of them.
+DEEP = BASE.replace("--num-layers 4", "--num-layers 8 --untie-embeddings-and-output-weights --global-batch-size 16")
 
 FLAGS = {
     "PP 2": "--pipeline-model-parallel-size 2",
@@ -59,7 +60,7 @@ SLOW = (
     Layout(4, ("PP 2", "interleaved", "TP 2", "EP 2", "sharded")),
     Layout(8, ("PP 4", "interleaved", "DP 2", "EP 2", "sharded", "recomputed"), DEEP),
     Layout(8, ("PP 4", "TP 2", "EP 2", "recomputed")),
-    Layout(8, ("PP 2", "interleaved", "DP 2", "EP 4")),
+    Layout(8, ("PP 2", "interleaved", "DP 2", "EP 4"), DEEP),
     Layout(4, ("DP 2", "TP 2", "EP 4", "sharded", "recomputed")),
 )
 

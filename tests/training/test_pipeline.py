@@ -28,6 +28,7 @@ from tests.training.helpers import TINY, copy_state, tiny_config
 BASE = "--num-layers 4 --moe-layer-freq [0,0,1,1] --train-iters 6 --global-batch-size 8 --eval-iters 1"
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
 PP2 = "--pipeline-model-parallel-size 2"
+PP4 = "--pipeline-model-parallel-size 4"
 PP2_EP2 = f"{PP2} --expert-model-parallel-size 2 --use-distributed-optimizer"
 
 
@@ -71,9 +72,13 @@ def whole_run(folder: str, flags: str, world_size: int, length: int) -> tuple[st
     return out.getvalue(), state.iteration
 
 
-def loaded(folder: str, flags: str, world_size: int, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Weights and moments of a checkpoint under a layout, and its schedule."""
-    run = connect(f"{BIAS} {flags} --load {folder}/c --ckpt-step {step}", world_size)
+def loaded_several(checkpoints: list[tuple[str, str]]) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    return [loaded(folder, flags, 4) for folder, flags in checkpoints]
+
+
+def loaded(folder: str, flags: str, world_size: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Weights and moments of the last checkpoint under a layout, and its schedule."""
+    run = connect(f"{BIAS} {flags} --load {folder}/c --ckpt-step 6", world_size)
     names = {param: name for name, param in run.model.named_parameters()}
     moments = {
         f"{names[param]}.{key}": whole(value)
@@ -121,21 +126,19 @@ def test_a_run_on_stages_logs_and_saves_what_one_rank_does_and_goes_on_to_the_bi
     # Killed after the fourth iteration, as far as the checkpoint knows, and resumed.
     run_distributed_test(whole_run, 4, cut, PP2_EP2, 4, 4)
     assert run_distributed_test(whole_run, 4, cut, PP2_EP2, 4, 6)[0][1] == 6
-    ranks = {name: run_distributed_test(loaded, 4, name, PP2_EP2, 4, 6) for name in (four, cut)}
-    states = {name: together([state for state, _ in results]) for name, results in ranks.items()}
-    assert states[four].keys() == states[cut].keys() and ranks[four][0][1] == ranks[cut][0][1]
-    for name, value in states[four].items():
-        np.testing.assert_array_equal(value, states[cut][name], err_msg=name)
-
-    # On one stage, and on four; and what one rank saved on two.
-    pp4 = run_distributed_test(loaded, 4, four, "--pipeline-model-parallel-size 4", 4, 6)
-    for state in (loaded(four, "", 1, 6)[0], together([state for state, _ in pp4])):
-        assert state.keys() == states[four].keys()
-        for name, value in state.items():
-            np.testing.assert_array_equal(value, states[four][name], err_msg=name)
-    back = together([state for state, _ in run_distributed_test(loaded, 2, one, PP2, 2, 6)])
-    for name, value in loaded(one, "", 1, 6)[0].items():
-        np.testing.assert_array_equal(value, back[name], err_msg=name)
+    ranks = run_distributed_test(loaded_several, 4, [(four, PP2_EP2), (cut, PP2_EP2), (four, PP4), (one, PP2)])
+    uninterrupted, resumed, on_four, of_one = (together([rank[n][0] for rank in ranks]) for n in range(4))
+    assert ranks[0][0][1] == ranks[0][1][1], "the schedules differ"
+    # What two stages saved, on one and on four; and what one rank saved, on two.
+    for expected, state in (
+        (uninterrupted, resumed),
+        (uninterrupted, on_four),
+        (uninterrupted, loaded(four, "", 1)[0]),
+        (loaded(one, "", 1)[0], of_one),
+    ):
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
 # What is skipped, cast, compressed and decided
