@@ -1,0 +1,90 @@
+"""Does training with LSH find a way to the future? With controls that do find it, or else the answer means nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.leakage import (
+    CONTROLS,
+    MARGIN,
+    RESTORATIONS,
+    SIZES,
+    Size,
+    below,
+    build,
+    channel,
+    losses,
+    once,
+    run,
+)
+from megatron_lsh.config.parallel import ParallelConfig
+from megatron_lsh.models.gpt import GPTModel
+from megatron_lsh.parallel.initialize import initialize
+from megatron_lsh.parallel.parameters import local
+from megatron_lsh.parallel.testing import run_distributed_test
+
+SMALL = Size(length=16, batch=32, hidden=32, steps=48, lr=1e-2)
+CHOICE = replace(SMALL, batch=64, steps=48, lr=5e-3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("control", "size"), [("planted", SMALL), ("expert choice", CHOICE)])
+def test_what_shows_the_future_is_found_out(control: str, size: Size) -> None:
+    assert control in CONTROLS
+    assert run(control, "once", size, seed=1)["below_log_v"] > 2 * MARGIN
+
+
+@pytest.mark.parametrize("variant", ["exact", "interpolate 20%", "none 50%"])
+def test_training_with_lsh_stays_at_the_entropy_of_the_text(variant: str) -> None:
+    assert run(variant, "once", SMALL, seed=1)["below_log_v"] < MARGIN
+
+
+def test_the_channel_is_there_and_closes_when_every_row_is_sent() -> None:
+    """Early logits do depend on later tokens, through shared clusters; docs/lsh.md says so."""
+    for variant in ("interpolate 20%", "none 50%", "paper"):
+        assert 1e-4 < channel(build(variant, SMALL, 1), SMALL, 1) < 1.0
+    assert channel(build("exact", SMALL, 1), SMALL, 1) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["once", "twins"])
+@pytest.mark.parametrize("variant", [f"{name} 50%" for name in RESTORATIONS if name != "paper"] + ["paper"])
+def test_no_restoration_lets_training_see_the_future(variant: str, task: str) -> None:
+    size = SMALL if task == "once" else replace(SIZES["twins"], hidden=32, length=128, steps=100, lr=5e-3)
+    assert run(variant, task, size, seed=1)["below_log_v"] < MARGIN
+
+
+@pytest.mark.slow
+def test_the_control_of_the_twins_is_found_out() -> None:
+    size = replace(SIZES["twins"], hidden=32, length=128, steps=100, lr=5e-3)
+    assert run("planted", "twins", size, seed=1)["below_log_v"] > 2 * MARGIN
+
+
+def on_a_rank(variant: str) -> float:
+    ctx = initialize(ParallelConfig(expert_model_parallel_size=4, moe_node_size=2))
+    model = build(variant, SMALL, 1, ctx)
+
+    def average(model: GPTModel) -> None:
+        for name, parameter in model.named_parameters():
+            gradient = local(parameter.grad)
+            if ".experts." not in name:
+                dist.all_reduce(gradient)
+            gradient.div_(ctx.world.size)
+
+    return below(list(losses(model, once, SMALL, seed=ctx.rank, settle=average)), SMALL.vocab)
+
+
+@pytest.mark.slow
+def test_node_scope_does_not_let_training_see_the_future() -> None:
+    """On 2 nodes of 2 ranks, clusters join rows of two ranks."""
+    for variant in ("none 50%", "interpolate 20%"):
+        assert max(run_distributed_test(on_a_rank, 4, variant, timeout_s=300.0)) < MARGIN
+    assert min(run_distributed_test(on_a_rank, 4, "planted", timeout_s=300.0)) > 2 * MARGIN
