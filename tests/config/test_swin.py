@@ -34,7 +34,8 @@ def test_presets_have_the_published_numbers_of_parameters(size: str) -> None:
 
 def test_what_is_given_wins_over_a_preset() -> None:
     cfg = parse_args(
-        ["--preset", "swin-moe-b32", "--moe-router-topk", "2", "--num-classes", "10", "--moe-router-gate-noise", "0.5"], SwinConfig  # noqa: E501
+        ["--preset", "swin-moe-b32", "--moe-router-topk", "2", "--num-classes", "10", "--moe-router-gate-noise", "0.5"],
+        SwinConfig,
     )
     assert (cfg.moe.num_experts, cfg.model.hidden_size, cfg.swin.swin_depths) == (32, 128, [2, 2, 18, 2])
     assert (cfg.moe.moe_router_topk, cfg.swin.num_classes, cfg.moe.moe_router_gate_noise) == (2, 10, 0.5)
@@ -93,8 +94,8 @@ def test_what_follows_from_what() -> None:
         ),
         (
             "--swin-position-bias table --swin-pretrained-window-size 7",
-            "swin.swin_pretrained_window_size ([7]) must not be given with swin.swin_position_bias (table): drop it: a table is "  # noqa: E501
-            "interpolated when it is loaded",
+            "swin.swin_pretrained_window_size ([7]) must not be given with swin.swin_position_bias (table): drop it: a table "  # noqa: E501
+            "holds one bias per distance, and has no window that it was scaled by",
         ),
         ("--data-path a b", "data.data_path (['a', 'b']) must be one folder, or hf:NAME: change --data-path"),
         (

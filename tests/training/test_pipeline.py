@@ -110,6 +110,7 @@ def assert_close(value: Any, expected: Any, name: str) -> None:
         assert value == pytest.approx(expected, rel=2e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_run_on_stages_logs_and_saves_what_one_rank_does_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     one, four, cut = (str(tmp_path / name) for name in ("one", "four", "cut"))
     whole_run(one, "", 1, 6)
