@@ -64,6 +64,7 @@ class AppendedFile:
         if self._file is None:
             return False
         try:
+            self._follow_name()
             end = self._file.seek(0, os.SEEK_END) if self._file.seekable() else None
             try:
                 self._write(record)
@@ -81,6 +82,16 @@ class AppendedFile:
                 )
             return False
         return True
+
+    def _follow_name(self) -> None:
+        """Begin the file anew where somebody moved or deleted it: what goes to a file without a name, nobody reads."""
+        assert self._file is not None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                return
+        begun = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._file.close()
+        self._file = begun
 
     def _write(self, record: bytes) -> None:
         view = memoryview(record)

@@ -124,6 +124,23 @@ def test_a_lost_stream_is_told_once() -> None:
     assert stream.fileno() == writer
 
 
+def test_a_file_that_is_moved_or_deleted_begins_anew(tmp_path: Path) -> None:
+    """As logrotate does it: records go to the name that was given, or nobody finds them."""
+    told: list[str] = []
+    path = tmp_path / "folder" / "m.jsonl"
+    path.parent.mkdir()
+    file = AppendedFile(path, "--metrics-jsonl", told.append)
+    assert file.append(b"1\n")
+    path.rename(tmp_path / "m.jsonl.1")
+    assert file.append(b"2\n") and file.append(b"3\n")
+    assert ((tmp_path / "m.jsonl.1").read_bytes(), path.read_bytes()) == (b"1\n", b"2\n3\n")
+    path.unlink()
+    path.parent.rmdir()
+    assert [file.append(b"4\n") for _ in range(2)] == [False, False] and len(told) == 1
+    path.parent.mkdir()
+    assert file.append(b"5\n") and path.read_bytes() == b"5\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_what_was_not_written_is_told_once_and_cut_off(tmp_path: Path) -> None:
     told: list[str] = []
