@@ -25,10 +25,16 @@ class Judged(NamedTuple):
 
 
 def chosen(judged: Sequence[Judged]) -> list[Judged]:
-    """What fits on a sheet: wrong ones for at most half of it, then right ones."""
-    wrong = [one for one in judged if one.label != one.predicted][: COLUMNS * ROWS // 2]
+    """What fits on a sheet: wrong ones for at most half of it, then right ones, of both as many of each part of the set."""
+    wrong = _spread([one for one in judged if one.label != one.predicted], COLUMNS * ROWS // 2)
     right = [one for one in judged if one.label == one.predicted]
-    return [*wrong, *right[: COLUMNS * ROWS - len(wrong)]]
+    return [*wrong, *_spread(right, COLUMNS * ROWS - len(wrong))]
+
+
+def _spread(judged: Sequence[Judged], number: int) -> list[Judged]:
+    """At most `number` of them, evenly spaced: sets stand in the order of their classes."""
+    number = min(number, len(judged))
+    return [judged[index * len(judged) // number] for index in range(number)]
 
 
 def draw_sheet(path: Path, judged: Sequence[Judged], title: str) -> None:
