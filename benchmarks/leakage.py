@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import ROOT, progress, table, write_result
+from benchmarks.quality import BUCKET, IDENTITY, INTERPOLATE, LSH, NONE
 from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.families import GPT
 from megatron_lsh.models.gpt import GPTModel
@@ -62,15 +63,15 @@ class Size:
     """of the position embeddings, untrained: large ones make rows of one position alike"""
 
 
-LSH = ["--moe-token-dispatcher-type", "lsh"]
+EXPERTS = 8
 RESTORATIONS: dict[str, list[Any]] = {
-    "interpolate": ["--lsh-residual", "interpolate"],
-    "interpolate means": ["--lsh-residual", "interpolate", "--lsh-representative", "mean"],
-    "none": ["--lsh-residual", "none"],
-    "identity": ["--lsh-residual", "identity"],
-    "lowrank": ["--lsh-residual", "lowrank"],
-    "straight-through": ["--lsh-residual", "none", "--lsh-gradient", "straight-through"],
-    "paper": ["--lsh-residual", "identity", "--lsh-clustering", "bucket"],
+    "interpolate": INTERPOLATE,
+    "interpolate means": [*INTERPOLATE, "--lsh-representative", "mean"],
+    "none": NONE,
+    "identity": IDENTITY,
+    "lowrank": [*LSH, "--lsh-residual", "lowrank"],
+    "straight-through": [*NONE, "--lsh-gradient", "straight-through"],
+    "paper": BUCKET,
 }
 RATES = (5, 20, 50)
 VARIANTS: dict[str, list[Any]] = {
@@ -78,26 +79,36 @@ VARIANTS: dict[str, list[Any]] = {
     "expert choice": [],
     "planted": [],
     **{
-        f"{name} {rate}%": [*LSH, *flags, "--lsh-target-rate", rate / 100]
+        f"{name} {rate}%": [*flags, "--lsh-target-rate", rate / 100]
         for name, flags in RESTORATIONS.items()
         if name != "paper"
         for rate in RATES
     },
-    "paper": [*LSH, *RESTORATIONS["paper"]],
+    "paper": BUCKET,
 }
 
 
-class ExpertChoice(nn.Module):
+class Control(nn.Module):
+    """In the place of a layer's dispatcher, on the way to it."""
+
+    def __init__(self, exact: Dispatcher, size: Size) -> None:
+        super().__init__()
+        self.exact, self.batch = exact, size.batch
+
+    def set_iteration(self, iteration: int, total: int | None = None) -> None:
+        """Nothing changes in the course of a run."""
+
+
+class ExpertChoice(Control):
     """Every expert takes one of each two neighbouring positions of a sequence, in place of the router's choices.
 
     Zhou et al. 2022 (arXiv:2202.09368) with a group of two tokens: to be left out tells a token that the other one's logit
     is larger.
     """
 
-    def __init__(self, exact: Dispatcher, size: Size, num_experts: int) -> None:
-        super().__init__()
-        self.exact, self.batch = exact, size.batch
-        self.gate = nn.Linear(size.hidden, num_experts, bias=False)
+    def __init__(self, exact: Dispatcher, size: Size) -> None:
+        super().__init__(exact, size)
+        self.gate = nn.Linear(size.hidden, EXPERTS, bias=False)
 
     def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
         logits_TE = self.gate(x_TD)
@@ -112,29 +123,16 @@ class ExpertChoice(nn.Module):
         )
         return self.exact(x_TD, chosen, experts, p)
 
-    def set_iteration(self, iteration: int, total: int | None = None) -> None:
-        """Nothing changes in the course of a run."""
 
-
-class Planted(nn.Module):
+class Planted(Control):
     """Every token shares a cluster with the next one of its sequence, and the mean is sent."""
-
-    def __init__(self, exact: Dispatcher, size: Size, share: float = 0.5) -> None:
-        super().__init__()
-        self.exact, self.batch, self.share = exact, size.batch, share
 
     def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
         next_TD = torch.cat([x_TD[self.batch :], x_TD[-self.batch :]])
-        return self.exact(torch.lerp(x_TD, next_TD, self.share), routing, experts, p)
-
-    def set_iteration(self, iteration: int, total: int | None = None) -> None:
-        """Nothing changes in the course of a run."""
+        return self.exact(torch.lerp(x_TD, next_TD, 0.5), routing, experts, p)
 
 
-CONTROLS: dict[str, Callable[[Dispatcher, Size], nn.Module]] = {
-    "expert choice": lambda exact, size: ExpertChoice(exact, size, num_experts=8),
-    "planted": Planted,
-}
+CONTROLS = {"expert choice": ExpertChoice, "planted": Planted}
 
 
 def configure(flags: Sequence[Any], size: Size, seed: int) -> Config:
@@ -142,7 +140,7 @@ def configure(flags: Sequence[Any], size: Size, seed: int) -> Config:
     arguments = [
         "--num-layers", size.layers, "--hidden-size", size.hidden, "--num-attention-heads", 4,
         "--seq-length", size.length, "--max-position-embeddings", size.length, "--normalization", "RMSNorm", "--swiglu",
-        "--disable-bias-linear", "--attention-dropout", 0, "--hidden-dropout", 0, "--num-experts", 8,
+        "--disable-bias-linear", "--attention-dropout", 0, "--hidden-dropout", 0, "--num-experts", EXPERTS,
         "--moe-ffn-hidden-size", size.hidden, "--moe-router-topk", 2, "--moe-aux-loss-coeff", 1e-2,
         "--micro-batch-size", size.batch, "--global-batch-size", size.batch, "--lr", size.lr, "--seed", seed,
         "--train-iters", size.steps, "--device", "cpu", "--mock-data", "--tokenizer-type", "NullTokenizer",
