@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from megatron_lsh.config.parallel import PrecisionConfig
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import DENSE_DATA, EXPERT_DATA, ParallelContext
-from megatron_lsh.parallel.parameters import NOTES, is_copy, is_expert
+from megatron_lsh.parallel.parameters import NOTES, is_copy, is_expert, local
 
 
 def shard_model(model: nn.Module, ctx: ParallelContext, precision: PrecisionConfig) -> nn.Module:
@@ -137,7 +137,7 @@ def finalize_gradients(model: nn.Module, ctx: ParallelContext, loss_scale: float
     for param in model.parameters():
         scale = (of_experts if is_expert(param) else 1.0) / loss_scale
         if scale != 1.0 and param.grad is not None:
-            _local(param.grad).mul_(scale)
+            local(param.grad).mul_(scale)
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def global_norm(tensors: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
     """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        by_copies[_copies(tensor, ctx.stage.size)].append(_local(tensor))
+        by_copies[_copies(tensor, ctx.stage.size)].append(local(tensor))
     total = torch.zeros((), dtype=torch.float32, device=ctx.device)
     for copies, parts in sorted(by_copies.items()):
         total += torch.nn.utils.get_total_norm(parts).float().square() / copies
@@ -167,7 +167,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, ctx: ParallelContext) -> T
     if max_norm > 0:
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for param in params:
-            _local(param.grad).mul_(coefficient)  # type: ignore[arg-type]
+            local(param.grad).mul_(coefficient)  # type: ignore[arg-type]
     return norm
 
 
@@ -182,7 +182,7 @@ def sum_tied_gradients(tied: Iterable[Tensor], ctx: ParallelContext) -> None:
     two; call it before ``finalize_gradients``."""
     for param in tied:
         if param.grad is not None:
-            all_reduce_(_local(param.grad), ctx.ends)
+            all_reduce_(local(param.grad), ctx.ends)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -192,11 +192,7 @@ def num_parameters(model: nn.Module) -> int:
 
 def num_local_parameters(model: nn.Module) -> int:
     """Parameters of which this rank holds the values (with a sharded optimizer: its shards)."""
-    return sum(_local(param).numel() for param in model.parameters())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum(local(param).numel() for param in model.parameters())
 
 
 def _copies(tensor: Tensor, stage_size: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from megatron_lsh.parallel.parameters import Matrices
+from megatron_lsh.parallel.parameters import Matrices, local
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """coefficients of x, x³ and x⁵: the steepest at 0 that keep singular values near 1 (Jordan et al.)"""
@@ -93,19 +93,19 @@ class Muon(torch.optim.AdamW):
             if group["muon"]:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        self._update(parameter, group["lr"], group["weight_decay"])
+                        self._update(parameter, local(parameter.grad), group["lr"], group["weight_decay"])
 
-    def _update(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
-        state, gradient = self.state[parameter], _local(parameter.grad)
+    def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)  # AdamW asks for it when a checkpoint is loaded
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
-        momentum = _local(state["momentum_buffer"])
+        momentum = local(state["momentum_buffer"])
         momentum.lerp_(gradient, 1.0 - self.rule.momentum)
         smooth = gradient.lerp(momentum, self.rule.momentum) if self.rule.nesterov else momentum
         update = self._of_whole_matrices(parameter, smooth)
-        _local(parameter).mul_(1.0 - lr * weight_decay).add_(update, alpha=-lr)
+        local(parameter).mul_(1.0 - lr * weight_decay).add_(update, alpha=-lr)
 
     def _of_whole_matrices(self, parameter: Tensor, mine: Tensor) -> Tensor:
         """This rank's part of the update, from its part of the momentum."""
@@ -123,9 +123,3 @@ class Muon(torch.optim.AdamW):
 
         update = self.rule.update(spread(mine, cut).redistribute(placements=whole).to_local(), matrices)
         return spread(update, whole).redistribute(placements=cut).to_local()
-
-
-def _local(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise ValueError("a parameter without a gradient")
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
