@@ -80,7 +80,7 @@ class LanguageModel(Model):
         if not self.is_last_stage or not self.cfg.untie_embeddings_and_output_weights:
             return None
         init = Init("normal", self.cfg.init_method_std)
-        return ColumnParallelLinear(self.shape.hidden, self.vocab_size, self.ctx, bias=False, init=init)
+        return ColumnParallelLinear(self.shape.hidden, self.vocab_size, self.ctx, bias=False, init=init, matrices=None)
 
     def _side(self, positions: Tensor, padding_mask_BS: Tensor | None) -> SideInputs:
         """What the layers of a stack get: rotation by position, and masks that hide padding from queries and experts."""

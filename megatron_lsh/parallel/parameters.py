@@ -73,7 +73,7 @@ def parameter(
 
     `cut` names the dimension that each kind of parallelism splits: ``{"tp": d}`` for a dense parameter split along
     dimension d, ``{}`` for one that tensor parallel ranks hold alike, ``{"ep": 0}`` for an expert parameter, whose
-    dimension 0 counts the experts. `matrices`: of a weight that multiplies hidden states, what it is made of. `decays` is
+    dimension 0 counts the experts. `matrices`: of a weight of a hidden layer, what it is made of. `decays` is
     False for a matrix that weight decay leaves alone, as it does all vectors. Data parallelism and pipeline stages are not
     its business. Raises ConfigError if the dimension does not divide, ValueError for another cut. Fill it with
     ``initialize_parameters``.

@@ -46,7 +46,8 @@ class ColumnParallelLinear(nn.Module):
     """x_SBD -> [S, B, F/tp] with the output features split; ``gated=True`` gives [S, B, 2, F/tp].
 
     weight is [F, D], or [2, F, D] (gate, up) when gated, so that a slice along F holds matching halves; bias [F] or
-    [2, F]. Raises ConfigError if F is not divisible by the tensor parallel size.
+    [2, F]. `matrices`: see ``parameter``; None if this is no hidden layer. Raises ConfigError if F is not divisible by the
+    tensor parallel size.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ColumnParallelLinear(nn.Module):
         init: Init,
         bias: bool = True,
         gated: bool = False,
-        matrices: Matrices = ONE_MATRIX,
+        matrices: Matrices | None = ONE_MATRIX,
     ) -> None:
         super().__init__()
         self.ctx = ctx

@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, decoupled: bool = False, muon: bool = Fal
         decay = parameter.ndim > 1 and not name.endswith(".bias") and getattr(parameter, "decays", True)
         vocabulary = decoupled and name.endswith(VOCABULARY)
         mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else ""
-        hidden = muon and getattr(parameter, "matrices", None) is not None and not name.endswith(VOCABULARY)
+        hidden = muon and getattr(parameter, "matrices", None) is not None
         kind = {"decay": decay, "vocabulary": vocabulary} | ({"muon": hidden} if muon else {})
         group = groups.setdefault((decay, vocabulary, hidden, mesh), {"params": [], **kind})
         group["params"].append(parameter)
