@@ -49,7 +49,7 @@ def parameter_counts(family: Family, cfg: Config, vocab_size: int, layout: Paral
     active = dense
     if expert and cfg.moe.num_experts:
         active += expert * cfg.moe.moe_router_topk // cfg.moe.num_experts
-    stages = Stages.from_config(cfg.parallel) if layout.pp > 1 else Stages()
+    stages = Stages.from_config(cfg.parallel)
     firsts = range(0, layout.world_size, layout.world_size // layout.pp)
     per_stage = tuple(_count(family, cfg, vocab_size, layout, stages, rank) for rank in firsts)
     return ParameterCounts(dense + expert, active, *max(per_stage, key=sum), per_stage)

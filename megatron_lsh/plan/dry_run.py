@@ -13,11 +13,10 @@ from megatron_lsh.models.stacks import Stack, moe_layers
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.plan.counting import ParameterCounts, parameter_counts
 from megatron_lsh.plan.flops import training_flops
-from megatron_lsh.plan.memory import MemoryEstimate, estimate_memory
+from megatron_lsh.plan.memory import GIB, MemoryEstimate, estimate_memory
 from megatron_lsh.plan.stages import crossing_lines, stage_lines
 
 ASSUMED_VOCABULARY = 32000
-_GIB = 2.0**30
 
 
 def dry_run(cfg: Config) -> str:
@@ -35,7 +34,8 @@ def dry_run(cfg: Config) -> str:
     micro = cfg.training.micro_batch_size or 1
     global_batch = cfg.training.global_batch_size or micro * layout.dp
     micro_batches = max(global_batch // (micro * layout.dp), 1)
-    memory = estimate_memory(family, cfg, counts, layout, vocabulary.padded, micro_batches)
+    memory_of_stages = estimate_memory(family, cfg, counts, layout, vocabulary.padded, micro_batches)
+    memory = max(memory_of_stages, key=lambda estimate: estimate.total)
     flops = training_flops(family, cfg, vocabulary.padded) * global_batch
     if cfg.training.dry_run_json:
         return json.dumps(
@@ -57,7 +57,7 @@ def dry_run(cfg: Config) -> str:
         _layout_lines(family, cfg, layout),
         _batch_lines(family, cfg, layout, micro, global_batch, micro_batches, flops),
         _parameter_lines(cfg, layout, counts, vocabulary),
-        stage_lines(family, cfg, layout, counts, vocabulary.padded, micro_batches),
+        stage_lines(family, cfg, counts, memory_of_stages, micro_batches),
         _memory_lines(cfg, memory),
         crossing_lines(family, cfg, layout),
         [f"note: {notice}" for notice in cfg.notices],
@@ -173,5 +173,5 @@ def _memory_lines(cfg: Config, memory: MemoryEstimate) -> list[str]:
         ("sum", memory.total),
     ]
     return ["Memory per rank, without the buffers of CUDA and NCCL (1-2 GiB)"] + [
-        f"  {name:<28}{size / _GIB:>10.2f} GiB" for name, size in rows
+        f"  {name:<28}{size / GIB:>10.2f} GiB" for name, size in rows
     ]

@@ -18,6 +18,8 @@ from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.pipeline import passes_at_once
 from megatron_lsh.plan.counting import ParameterCounts
 
+GIB = 2.0**30
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -38,14 +40,17 @@ class MemoryEstimate:
 
 def estimate_memory(
     family: Family, cfg: Config, counts: ParameterCounts, layout: ParallelLayout, vocab_size: int, micro_batches: int
-) -> MemoryEstimate:
-    """For the fullest rank, see ``stage_memory``."""
+) -> list[MemoryEstimate]:
+    """For a rank of each pipeline stage, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2
+    GB).
+
+    `vocab_size`: padded.
+    """
     stages = range(len(counts.stages))
-    each = [stage_memory(family, cfg, counts, layout, vocab_size, micro_batches, stage) for stage in stages]
-    return max(each, key=lambda estimate: estimate.total)
+    return [_stage_memory(family, cfg, counts, layout, vocab_size, micro_batches, stage) for stage in stages]
 
 
-def stage_memory(
+def _stage_memory(
     family: Family,
     cfg: Config,
     counts: ParameterCounts,
@@ -54,11 +59,6 @@ def stage_memory(
     micro_batches: int,
     stage: int,
 ) -> MemoryEstimate:
-    """For a rank of one pipeline stage, with even routing and without the framework's own buffers (CUDA context, NCCL: 1-2
-    GB).
-
-    `vocab_size`: padded.
-    """
     dense, expert = counts.stages[stage]
     held = float(dense + expert)
     sharded = cfg.parallel.use_distributed_optimizer

@@ -12,19 +12,19 @@ from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.pipeline import bubble_share, passes_at_once
 from megatron_lsh.plan.counting import ParameterCounts
-from megatron_lsh.plan.memory import stage_memory
+from megatron_lsh.plan.memory import GIB, MemoryEstimate
 
 USUAL_NODE = 8
-_GIB = 2.0**30
 
 
 def stage_lines(
-    family: Family, cfg: Config, layout: ParallelLayout, counts: ParameterCounts, vocab_size: int, micro_batches: int
+    family: Family, cfg: Config, counts: ParameterCounts, memory: Sequence[MemoryEstimate], micro_batches: int
 ) -> list[str]:
-    """Schedule, bubble, and what each stage holds; nothing without pipeline parallelism. `vocab_size`: padded."""
-    if layout.pp == 1:
+    """Schedule, bubble, and what each stage holds; nothing without pipeline parallelism."""
+    stages = Stages.from_config(cfg.parallel)
+    if stages.ranks == 1:
         return []
-    stages, (stack,) = Stages.from_config(cfg.parallel), family.stacks(cfg)
+    (stack,) = family.stacks(cfg)
     schedule = "1F1B" if stages.chunks == 1 else f"interleaved 1F1B, {stages.chunks} virtual stages per rank"
     lines = [
         f"Pipeline of {stages.ranks} stages, {schedule}: ranks wait {bubble_share(stages, micro_batches):.1%} of a step of "
@@ -32,12 +32,11 @@ def stage_lines(
     ]
     for stage, (dense, expert) in enumerate(counts.stages):
         layers = ", ".join(_span(chunk.layers) for chunk in stages.of_rank(stage, stack.num_layers))
-        memory = stage_memory(family, cfg, counts, layout, vocab_size, micro_batches, stage)
         passes = passes_at_once(stages, stage, micro_batches)
         at_once = f"{passes} micro-batches" if stages.chunks == 1 else f"{passes} passes of virtual stages"
         lines.append(
             f"  stage {stage}: layers {layers}; {dense + expert:,} parameters per rank; activations of {at_once} at once; "
-            f"{memory.total / _GIB:.2f} GiB"
+            f"{memory[stage].total / GIB:.2f} GiB"
         )
     return lines
 
