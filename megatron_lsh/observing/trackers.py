@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,13 +118,18 @@ def refuse_missing_writers(cfg: LoggingConfig) -> None:
         raise ConfigError(
             f"--wandb-project ({cfg.wandb_project}) needs the package wandb: pip install 'megatron-lsh[wandb]', or drop it"
         )
-    known = sorted({point.name for point in entry_points(group=GROUP)})
+    known = _plugins(cfg)
     for name in cfg.metrics_writers:
         if name not in known:
             raise ConfigError(
                 f"--metrics-writers ({name}) must be among the entry points {GROUP} of installed packages "
-                f"({', '.join(known) or 'none is there'}): install the package, or drop the name"
+                f"({', '.join(sorted(known)) or 'none is there'}): install the package, or drop the name"
             )
+
+
+def _plugins(cfg: LoggingConfig) -> dict[str, EntryPoint]:
+    """Writers of other packages by name; none where none is asked for: looking reads a file of every installed package."""
+    return {point.name: point for point in entry_points(group=GROUP)} if cfg.metrics_writers else {}
 
 
 def open_writers(facts: RunFacts) -> list[Writer]:
@@ -140,9 +145,9 @@ def open_writers(facts: RunFacts) -> list[Writer]:
     factories: dict[str, Callable[[], Callable[[RunFacts], Writer]]] = {}
     if cfg.wandb_project is not None:
         factories["--wandb-project"] = lambda: WandbRun
-    for point in entry_points(group=GROUP):
-        if point.name in cfg.metrics_writers:
-            factories[f"--metrics-writers {point.name}"] = point.load
+    for name, point in _plugins(cfg).items():
+        if name in cfg.metrics_writers:
+            factories[f"--metrics-writers {name}"] = point.load
     for name, load in factories.items():
         try:
             writers.append(Steady(name, load()(facts), facts.warn))
