@@ -194,10 +194,10 @@ class Reporter:
         if self._jsonl is not None:
             keys = {f"{name}_loss{suffix.replace(' ', '_')}": finite(value) for suffix, value in named.items()}
             self._jsonl.write({"iteration": iteration, **keys})
-        for suffix, value in named.items():
-            self._points(iteration, {f"lm loss {name}{suffix}": value})
-            if self.cfg.log_validation_ppl_to_tensorboard:
-                self._points(iteration, {f"lm loss {name}{suffix} ppl": perplexity(value)})
+        points = {f"lm loss {name}{suffix}": value for suffix, value in named.items()}
+        if self.cfg.log_validation_ppl_to_tensorboard:
+            points |= {f"{tag} ppl": perplexity(value) for tag, value in points.items()}
+        self._points(iteration, points)
 
     def figures_of(
         self,
@@ -233,11 +233,13 @@ class Reporter:
                 self.print(accuracy)
         named = {"": first} | ({" exact": outcomes["exact"]} if "exact" in outcomes else {})
         record: dict[str, Any] = {"iteration": iteration} | ({} if epoch is None else {"epoch": epoch})
+        points = {}
         for suffix, figures in named.items():
             for figure, value in figures.items():
                 record[f"{name}_{figure}{suffix.replace(' ', '_')}"] = finite(value)
                 label = "lm loss" if figure == "loss" else figure.replace("_", " ")
-                self._points(iteration, {f"{label} {name}{suffix}": value})
+                points[f"{label} {name}{suffix}"] = value
+        self._points(iteration, points)
         if self._jsonl is not None:
             self._jsonl.write(record)
 
@@ -260,9 +262,9 @@ class Reporter:
         Ranks wait for one another in the all-to-alls, so an iteration takes all of them as long; what is left without these
         is a rank's own: reading data, attention, experts, clustering. None where nobody waits in any.
         """
-        mine = torch.tensor([_peak_memory_gb(self.ctx.device), iteration_ms - (waited_ms or 0.0)], dtype=torch.float64)
+        mine = [_peak_memory_gb(self.ctx.device), iteration_ms - (waited_ms or 0.0)]
         ranks_W2 = torch.zeros(self.ctx.world.size, 2, dtype=torch.float64, device=self.ctx.device)
-        ranks_W2[self.ctx.rank] = mine.to(self.ctx.device)
+        ranks_W2[self.ctx.rank] = torch.tensor(mine, dtype=torch.float64)
         memory, own = all_reduce_(ranks_W2, self.ctx.world).T.tolist()
         if waited_ms is None:
             return memory, None, None
