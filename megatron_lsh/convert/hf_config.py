@@ -11,11 +11,12 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_lsh.config import Config, check_model
+from megatron_lsh.config import Config
 from megatron_lsh.convert.architecture import architecture, differences, moe_pattern
 from megatron_lsh.convert.hf_keys import WITHOUT_EFFECT, Keys
+from megatron_lsh.convert.source import refuse_untrainable
 from megatron_lsh.convert.tables import FAMILIES, MULTIPLIERS, Family
-from megatron_lsh.errors import CheckpointError, ConfigError
+from megatron_lsh.errors import CheckpointError
 
 # Of every family: keys that may be there, with the values under which they ask for nothing.
 _NEUTRAL: tuple[tuple[str, Any], ...] = (
@@ -80,15 +81,12 @@ def read_hf_config(
         model.ffn_hidden_size = keys.whole("intermediate_size")
     if traits.multipliers:
         for name in MULTIPLIERS:  # see `folded_multipliers`
-            if _is_null(keys, name) or keys.number(name) is None:
+            if keys.number(name) is None:
                 raise keys.error(name, "a positive number", "give transformers' default, 1.0, or remove the key")
     if traits.multipliers and any(factor != 1.0 for factor in _output_factors(keys)):
         model.untie_embeddings_and_output_weights = True  # each is scaled by itself
     notices += keys.refuse_unknown(ignored)
-    try:
-        check_model(cfg)
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: this model cannot be trained here: {error}") from None
+    refuse_untrainable(cfg, f"{where}: this model")
     return family, cfg, notices
 
 
@@ -221,7 +219,9 @@ def _read_rotary(cfg: Config, keys: Keys, family: Family) -> None:
             raise keys.error(key, f"equal to that of {name} ({value})", "remove one of them")
     theta = theta or keys.number("rope_theta") or 1e4
     if theta != int(theta):
-        raise (both if "rope_theta" in inner else keys).error("rope_theta", "a whole number", "--rotary-base takes integers")
+        raise (both if "rope_theta" in inner else keys).error(
+            "rope_theta", "a whole number", "--rotary-base takes integers"
+        )
     cfg.model.rotary_base = int(theta)
     if family.traits.partial_rotary and keys.value("rotary_dim") is not None:  # MiniMax' own spelling
         factor = factor or keys.whole("rotary_dim") / (cfg.model.kv_channels or 1)

@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_lsh.config import Config, check_model
+from megatron_lsh.config import Config
 from megatron_lsh.config.settings import named, settings_of, shown
 from megatron_lsh.convert.megatron_settings import CUTS, READ, READ_TOO, REQUIRED, WITHOUT_EFFECT
-from megatron_lsh.convert.source import fail
+from megatron_lsh.convert.source import fail, refuse_untrainable
 from megatron_lsh.convert.torch_file import Inert
-from megatron_lsh.errors import CheckpointError, ConfigError
 
 
 def config_of(args: argparse.Namespace, what: str, ignored: Collection[str] = ()) -> tuple[Config, list[str]]:
@@ -37,16 +36,16 @@ def config_of(args: argparse.Namespace, what: str, ignored: Collection[str] = ()
         for name in unknown
         if name not in ignored
     ]
+    encoder = given.get("encoder_num_layers")  # a decoder alone has the number of its layers there as well
+    if encoder not in (None, given.get("num_layers")):
+        problems.append(f"{_named('encoder_num_layers', encoder)} must be num_layers or absent")
     cfg = Config()
-    problems += _read(cfg, _renamed(given, problems))
+    problems += _read(cfg, _renamed(given))
     problems += _read(Config(), {name: given.get(name) for name in CUTS})  # the files' cuts, not those of a run here
     fail(f"args in {what}", problems, "this model is not supported here")
     if not cfg.model.group_query_attention:
         cfg.model.num_query_groups = cfg.model.num_attention_heads or 1
-    try:
-        check_model(cfg)
-    except ConfigError as error:
-        raise CheckpointError(f"args in {what}: this model cannot be trained here: {error}") from None
+    refuse_untrainable(cfg, f"args in {what}: this model")
     return cfg, [f"args in {what}: {_named(name, given[name])} is ignored, as you asked" for name in unknown]
 
 
@@ -67,7 +66,7 @@ def _rule(allowed: tuple[Any, ...]) -> str:
     return " or ".join(str(value) for value in allowed if value != "") or "absent"
 
 
-def _renamed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+def _renamed(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are read, under our names; other versions of Megatron-LM have others for some of them."""
     values = {name: given[name] for name in READ if name in given}
     values.setdefault("norm_epsilon", given.get("layernorm_epsilon"))  # since core 0.16
@@ -75,9 +74,6 @@ def _renamed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         values["add_bias_linear"] = False
     if given.get("use_rotary_position_embeddings"):
         values["position_embedding_type"] = "rope"
-    encoder = given.get("encoder_num_layers")  # a decoder alone has the number of its layers there as well
-    if encoder not in (None, given.get("num_layers")):
-        problems.append(f"{_named('encoder_num_layers', encoder)} must be num_layers or absent")
     balancing = values.get("moe_router_load_balancing_type")
     if isinstance(balancing, list | tuple):  # one loss beside another, where no transport plan chooses the experts
         values["moe_router_load_balancing_type"] = (

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_lsh.config import Config, padded_vocab_size
+from megatron_lsh.config import Config, check_model, padded_vocab_size
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.data.tokenizers import Tokenizer
-from megatron_lsh.errors import CheckpointError, MegatronLSHError
+from megatron_lsh.errors import CheckpointError, ConfigError, MegatronLSHError
 from megatron_lsh.inference.load import keep_all_tokens
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.models.swin import SwinModel
@@ -195,6 +195,14 @@ def check_shapes(source: str, found: Mapping[str, tuple[int, ...]], expected: Ma
         if name in found and found[name] != expected[name]
     ]
     fail(source, problems, "the settings and the tensors are not of one model")
+
+
+def refuse_untrainable(cfg: Config, what: str) -> None:
+    """Raise CheckpointError for a model that breaks a rule of training; `what` it is begins the message."""
+    try:
+        check_model(cfg)
+    except ConfigError as error:
+        raise CheckpointError(f"{what} cannot be trained here: {error}") from None
 
 
 def fail(source: str, problems: list[str], remedy: str, limit: int = 5) -> None:

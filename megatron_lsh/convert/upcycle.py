@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_lsh.config import Config, check_model
+from megatron_lsh.config import Config
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.convert.architecture import moe_pattern
-from megatron_lsh.convert.source import Origin, Rows, Source, TensorSpec, model_shapes, row_by_row
-from megatron_lsh.errors import CheckpointError, ConfigError
+from megatron_lsh.convert.source import Origin, Rows, Source, TensorSpec, model_shapes, refuse_untrainable, row_by_row
+from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.parallel.random import derive_seed
 
@@ -141,10 +141,7 @@ def _configure(dense: Source, moe: MoEConfig, granularity: int) -> Config:
     cfg.moe.moe_ffn_hidden_size = width // granularity
     if not any(moe_pattern(cfg)):
         raise CheckpointError(f"--moe-layer-freq ({moe.moe_layer_freq}) makes no layer a mixture of experts: change it")
-    try:
-        check_model(cfg)
-    except ConfigError as error:
-        raise CheckpointError(f"{dense.what}, upcycled, cannot be trained here: {error}") from None
+    refuse_untrainable(cfg, f"{dense.what}, upcycled,")
     return cfg
 
 
