@@ -138,7 +138,7 @@ def run(job: Job) -> None:
         job.prompts,
         ctx,
         vocab_size=job.tokenizer.vocab_size,
-        context_length=job.cfg.model.max_position_embeddings or job.cfg.model.seq_length or 1024,
+        context_length=context_length(job.cfg),
         eod=end_tokens(job.folder, job.tokenizer),
         sampling=Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed),
         on_token=None if printer is None else printer.token,
@@ -146,6 +146,11 @@ def run(job: Job) -> None:
     if printer is not None:
         printer.finish()
     shutdown(ctx)
+
+
+def context_length(cfg: Config) -> int:
+    """Positions that the model has: those of its table, else those that it was trained with, where that is known."""
+    return cfg.model.max_position_embeddings or cfg.model.seq_length or 1024
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:

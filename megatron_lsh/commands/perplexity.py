@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_lsh.commands.generate import add_model_flags, load, settings_and_tokenizer
+from megatron_lsh.commands.generate import add_model_flags, context_length, load, settings_and_tokenizer
 from megatron_lsh.config import Config
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import ConfigError, DataError
@@ -54,7 +54,7 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a line")
     args = parser.parse_args(arguments)
     _, cfg, tokenizer = settings_and_tokenizer(args)
-    context = cfg.model.max_position_embeddings or cfg.model.seq_length or 1024
+    context = context_length(cfg)
     args.stride = max(context // 2, 1) if args.stride is None else args.stride
     if not 0 < args.stride <= context:
         raise ConfigError(
