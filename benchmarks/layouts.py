@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, progress, table, write_result
-from benchmarks.slow_link import SlowLinks, set_rate, wait, why_not
+from benchmarks.slow_link import run_ranks, set_rate, why_not
 from benchmarks.slow_network import MODEL
 from benchmarks.variants import Bench, Variant, configure
 from megatron_lsh.families import GPT
@@ -122,28 +120,13 @@ def main(words: list[str] | None = None) -> None:
         return work(arguments)
     if reason := why_not():
         raise SystemExit(f"layouts cannot run here: {reason}")
-    with tempfile.TemporaryDirectory() as folder:
-        measured = measure(arguments, Path(folder))
+    own = ["--batch", arguments.batch, "--repeats", arguments.repeats, "--mbit", *arguments.mbit]
+    own += ["--hidden", *arguments.hidden, "--flags", *arguments.flags]
+    measured = run_ranks("benchmarks.layouts", own, PORT, NODES * RANKS_PER_NODE, RANKS_PER_NODE)
     print(f"\n{report(measured)}\n", flush=True)
     settings = {"model": MODEL, "global_batch": arguments.batch, "flags": arguments.flags, "repeats": arguments.repeats}
     path = write_result(arguments.name, settings | {"measurements": measured})
     print(f"wrote {path.relative_to(ROOT)}")
-
-
-def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Start the ranks, wait for them, return rank 0's figures."""
-    out, ranks = folder / "layouts.json", NODES * RANKS_PER_NODE
-    own = ["--worker", "--out", out, "--batch", arguments.batch, "--repeats", arguments.repeats]
-    own += ["--mbit", *arguments.mbit, "--hidden", *arguments.hidden, "--flags", *arguments.flags]
-    command = [sys.executable, "-m", "benchmarks.layouts", *map(str, own)]
-    logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
-    with SlowLinks(ranks, RANKS_PER_NODE) as links:
-        wait([links.start(rank, command, PORT, logs[rank]) for rank in range(ranks)])
-    if not out.exists():
-        tails = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log is not None)
-        raise SystemExit(f"a rank failed\n{tails}")
-    found: list[dict[str, Any]] = json.loads(out.read_text())
-    return found
 
 
 if __name__ == "__main__":

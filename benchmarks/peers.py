@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import ROOT, progress, table, write_result
-from benchmarks.slow_link import SlowLinks, sent_bytes, set_rate, wait, why_not
+from benchmarks.slow_link import run_ranks, sent_bytes, set_rate, why_not
 from megatron_lsh.config import LSHConfig, ModelConfig, MoEConfig, ParallelConfig
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.telemetry import MoETelemetry
@@ -327,17 +327,7 @@ def main(words: list[str] | None = None) -> None:
         return work(arguments)
     if reason := why_not():
         raise SystemExit(f"peers cannot run here: {reason}")
-    with tempfile.TemporaryDirectory() as folder, SlowLinks(arguments.ranks) as links:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.peers", *(sys.argv[1:] if words is None else words)]
-        logs = [Path(folder) / f"rank{rank}.log" if rank else None for rank in range(arguments.ranks)]
-        worker = [*command, "--worker", "--out", str(out)]
-        wait([links.start(rank, worker, PORT, logs[rank]) for rank in range(arguments.ranks)])
-        if not out.exists():
-            raise SystemExit(
-                "\n".join(["a rank failed", *(log.read_text()[-2000:] for log in logs if log is not None)])
-            )
-        result = json.loads(out.read_text())
+    result = run_ranks("benchmarks.peers", sys.argv[1:] if words is None else words, PORT, arguments.ranks)
     print(f"\n{report(result)}\n")
     print(f"wrote {write_result(arguments.name, result).relative_to(ROOT)}")
 

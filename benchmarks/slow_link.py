@@ -9,11 +9,13 @@ inside, and is removed afterwards; the machine's own network is not touched.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +118,27 @@ def wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def run_ranks(module: str, words: Sequence[object], port: int, ranks: int, ranks_per_node: int = 1) -> Any:
+    """Run ``python -m MODULE --worker --out FILE WORDS`` as every rank behind slow links; rank 0's output comes here.
+
+    Returns:
+        The JSON that rank 0 wrote to FILE.
+
+    Raises:
+        SystemExit: it wrote nothing; with the last words of the other ranks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        logs = [None, *(Path(folder) / f"rank{rank}.log" for rank in range(1, ranks))]
+        command = [sys.executable, "-m", module, "--worker", "--out", str(out), *map(str, words)]
+        with SlowLinks(ranks, ranks_per_node) as links:
+            wait([links.start(rank, command, port, log) for rank, log in enumerate(logs)])
+        if not out.exists():
+            tails = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log is not None)
+            raise SystemExit(f"a rank failed\n{tails}")
+        return json.loads(out.read_text())
 
 
 def first_of_node() -> bool:

@@ -20,8 +20,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import progress, table, write_result
-from benchmarks.slow_link import SlowLinks, sent_bytes, set_rate, wait, why_not
+from benchmarks.slow_link import run_ranks, sent_bytes, set_rate, why_not
 from benchmarks.variants import Bench, Variant, configure
 from megatron_lsh.families import GPT
 from megatron_lsh.parallel.data_parallel import accumulate
@@ -184,35 +182,12 @@ def ceiling(exact: dict[str, float], variant: dict[str, float], *, overlapped: b
 # Around the ranks
 
 
-def measure(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str, Any]:
-    """Start the ranks of one measurement, wait for them, return rank 0's figures."""
-    out = folder / f"{ranks}.json"
-    own = ["--worker", "--out", str(out), "--ranks", str(ranks), "--repeats", str(arguments.repeats)]
-    own += [
-        "--micro-batches",
-        str(arguments.micro_batches),
-        "--shares",
-        *map(str, arguments.shares),
-        "--wires",
-        *(w or "model" for w in arguments.wires),
-    ]
-    own += [
-        "--ranks-per-node",
-        str(arguments.ranks_per_node),
-        "--shape",
-        arguments.shape,
-        "--chunks",
-        *map(str, arguments.chunks),
-    ]
-    own += ["--rates", *arguments.rates]
-    command = [sys.executable, "-m", "benchmarks.slow_network", *own, "--flags", *arguments.flags]
-    logs = [None, *(folder / f"rank{rank}.log" for rank in range(1, ranks))]
-    with SlowLinks(ranks, arguments.ranks_per_node) as links:
-        wait([links.start(rank, command, PORT, logs[rank]) for rank in range(ranks)])
-    if not out.exists():
-        tails = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log is not None)
-        raise SystemExit(f"a rank failed\n{tails}")
-    return json.loads(out.read_text())
+def words_for(arguments: argparse.Namespace, ranks: int) -> list[object]:
+    """What the ranks of one measurement are told."""
+    words = ["--ranks", ranks, "--ranks-per-node", arguments.ranks_per_node, "--shape", arguments.shape]
+    words += ["--repeats", arguments.repeats, "--micro-batches", arguments.micro_batches, "--shares", *arguments.shares]
+    words += ["--wires", *(wire or "model" for wire in arguments.wires), "--chunks", *arguments.chunks]
+    return [*words, "--rates", *arguments.rates, "--flags", *arguments.flags]
 
 
 def report(result: dict[str, Any]) -> str:
@@ -341,10 +316,10 @@ def main(words: list[str] | None = None) -> None:
     if "exact" not in arguments.rates or None not in arguments.wires or 1 not in arguments.chunks:
         parser.error("--rates needs exact, --wires model and --chunks 1: everything is compared with them")
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in arguments.ranks:
-            results.append(measure(arguments, ranks, Path(folder)))
-            print(f"\n{report(results[-1])}\n", flush=True)
+    for ranks in arguments.ranks:
+        own = words_for(arguments, ranks)
+        results.append(run_ranks("benchmarks.slow_network", own, PORT, ranks, arguments.ranks_per_node))
+        print(f"\n{report(results[-1])}\n", flush=True)
     settings = {
         "model": [*MODEL, *SHAPES[arguments.shape]],
         "micro_batches": arguments.micro_batches,

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,18 +22,18 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.common import ROOT, write_result
-from benchmarks.slow_link import SlowLinks, set_rate, wait, why_not
+from benchmarks.slow_link import run_ranks, set_rate, why_not
 from benchmarks.slow_network import MODEL
 from benchmarks.variants import Bench, Variant, configure
 from megatron_lsh.families import GPT
 from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.layer_pass import LayerPass, Span, measure
 from megatron_lsh.parallel.initialize import initialize, shutdown
+from megatron_lsh.training.pipeline import to_device
 from megatron_lsh.training.run import set_up
-from megatron_lsh.training.step import to_device
 
 VARIANTS = (Variant(), Variant(chunks=4), Variant(0.2), Variant(0.2, chunks=4))
-PORT = 29643
+RANKS, PORT = 2, 29643
 LANES = {"all-to-all": "#c8621b", "experts": "#1f5fa8", "LSH": "#4d8c3f"}
 
 Interval = tuple[str, float, float]
@@ -94,8 +92,8 @@ def trace(bench: Bench, variant: Variant) -> list[Interval]:
 
 def work(arguments: argparse.Namespace) -> None:
     """One rank."""
-    flags = ["--num-layers", 1, "--global-batch-size", 16, "--expert-model-parallel-size", 2]
-    cfg = configure([*MODEL, *flags], 2)
+    flags = ["--num-layers", 1, "--global-batch-size", 16, "--expert-model-parallel-size", RANKS]
+    cfg = configure([*MODEL, *flags], RANKS)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, GPT, ctx)
     with run.batches("train") as batches:
@@ -140,23 +138,7 @@ def main() -> None:
         return work(arguments)
     if reason := why_not():
         raise SystemExit(f"timeline cannot run here: {reason}")
-    with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "timeline.json", Path(folder) / "rank1.log"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.timeline",
-            "--worker",
-            "--out",
-            str(out),
-            "--mbit",
-            str(arguments.mbit),
-        ]
-        with SlowLinks(2) as links:
-            wait([links.start(rank, command, PORT, log if rank else None) for rank in range(2)])
-        if not out.exists():
-            raise SystemExit(f"a rank failed\n{log.read_text(errors='replace')[-2000:]}")
-        found = json.loads(out.read_text())
+    found = run_ranks("benchmarks.timeline", ["--mbit", arguments.mbit], PORT, RANKS)
     path = ROOT / "docs" / "figures" / "timeline.png"
     draw(found, arguments.mbit, path)
     print(
