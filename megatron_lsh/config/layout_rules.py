@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.pipeline import Stages
@@ -84,10 +86,11 @@ def _check_layers(cfg: Config, check: Checker) -> None:
             "give --num-virtual-stages-per-pipeline-rank instead",
         )
     stages = Stages.from_config(cfg.parallel)
+    uncut = replace(stages, chunks=1)
 
     def shared_out(layers: int, *_: int) -> bool:
         try:
-            return min(Stages(stages.ranks, 1, stages.first_layers, stages.last_layers).layers_per_rank(layers)) > 0
+            return min(uncut.layers_per_rank(layers)) > 0
         except ValueError:
             return False
 
@@ -102,7 +105,7 @@ def _check_layers(cfg: Config, check: Checker) -> None:
     )
     if len(check.problems) > before or check.broken.intersection(ends) or cfg.model.num_layers is None:
         return
-    sizes = Stages(stages.ranks, 1, stages.first_layers, stages.last_layers).layers_per_rank(cfg.model.num_layers)
+    sizes = uncut.layers_per_rank(cfg.model.num_layers)
     shown = sizes[0] if len(set(sizes)) == 1 else sizes
     check.rule(
         f"layers of a stage ({shown}) must be divisible by {{num_layers_per_virtual_pipeline_stage}}",
@@ -113,7 +116,7 @@ def _check_layers(cfg: Config, check: Checker) -> None:
             f"layers of a stage ({shown}) must be divisible by {{num_virtual_stages_per_pipeline_rank}}",
             lambda chunks: all(size % chunks == 0 for size in sizes),
         )
-    least = min(sizes) // max(stages.chunks, 1)
+    least = min(sizes) // stages.chunks
     check.rule(
         f"{{recompute_num_layers}} must be at most {least}, the layers that a stage runs at a time",
         lambda layers: layers <= least,
