@@ -168,12 +168,11 @@ class Pipeline:
         return result, part.left_sBD, arrived_sBD
 
     def _backward(self, action: Action, done: _Pass) -> None:
-        ends, gradients = [done.objective], [None]
+        starts: list[tuple[Tensor, Tensor | None]] = [(done.objective, None)]
         if done.left_sBD is not None:
             assert self._gradients_in is not None
-            ends.append(done.left_sBD)
-            gradients.append(self._gradients_in.receive())  # type: ignore[arg-type]
-        starts = [(end, gradient) for end, gradient in zip(ends, gradients, strict=True) if end.requires_grad]
+            starts.append((done.left_sBD, self._gradients_in.receive()))
+        starts = [(end, gradient) for end, gradient in starts if end.requires_grad]
         torch.autograd.backward([end for end, _ in starts], [gradient for _, gradient in starts])  # type: ignore[misc]
         if done.arrived_sBD is not None:
             assert self._gradients_out is not None and done.arrived_sBD.grad is not None
