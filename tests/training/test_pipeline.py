@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from megatron_lsh.config import BertConfig, parse_args, validate
 from megatron_lsh.families import BERT, GPT
 from megatron_lsh.observing.writers import read_jsonl
+from megatron_lsh.parallel.data_parallel import counted_parameters, global_norm
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.parameters import is_copy
 from megatron_lsh.parallel.testing import run_distributed_test
@@ -29,7 +31,17 @@ BASE = "--num-layers 4 --moe-layer-freq [0,0,1,1] --train-iters 6 --global-batch
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
 PP2 = "--pipeline-model-parallel-size 2"
 PP4 = "--pipeline-model-parallel-size 4"
-PP2_EP2 = f"{PP2} --expert-model-parallel-size 2 --use-distributed-optimizer"
+EP2 = "--expert-model-parallel-size 2 --use-distributed-optimizer"
+PP2_EP2 = f"{PP2} {EP2}"
+LSH = "--moe-token-dispatcher-type lsh --lsh-target-rate 0.4"
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    """The one rank's."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def connect(flags: str, world_size: int) -> Run:
@@ -85,10 +97,7 @@ def loaded(folder: str, flags: str, world_size: int) -> tuple[dict[str, np.ndarr
         for param, state in run.step.optimizer.state.items()
         for key, value in state.items()
     }
-    result = weights(run) | moments, run.step.schedule.state_dict()
-    if world_size == 1:
-        dist.destroy_process_group()
-    return result
+    return weights(run) | moments, run.step.schedule.state_dict()
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
@@ -152,7 +161,7 @@ def several_things(world_size: int) -> dict[str, Any]:
         "fp16": losses_of(f"{PP2} --fp16 --initial-loss-scale 1024", world_size),
         "tokens": losses_of(f"{PP2} --calculate-per-token-loss --eod-mask-loss", world_size),
         "bert": bert(f"{PP2_EP2} --num-virtual-stages-per-pipeline-rank 2", world_size),
-        "lsh": forward_loss(f"{PP2_EP2} --moe-token-dispatcher-type lsh --lsh-target-rate 0.4", world_size),
+        "lsh": forward_loss(f"{PP2_EP2} {LSH}", world_size),
         "tied": tied(world_size),
     }
 
@@ -162,8 +171,6 @@ def losses_of(flags: str, world_size: int) -> list[float]:
     batches = run.batches("train")
     results = [run.step(batches, iteration, False) for iteration in range(3)]
     assert not any(result.skipped for result in results)
-    if world_size == 1:
-        dist.destroy_process_group()
     return [result.loss for result in results]
 
 
@@ -174,18 +181,14 @@ def bert(flags: str, world_size: int) -> list[tuple[float, ...]]:
     run = set_up(cfg, BERT, initialize(cfg.parallel))
     batches = run.batches("train")
     results = [run.step(batches, iteration, False) for iteration in range(3)]
-    if world_size == 1:
-        dist.destroy_process_group()
     return [(result.loss, result.further["sop loss"], result.grad_norm) for result in results]
 
 
 def forward_loss(flags: str, world_size: int) -> float:
     """Of one evaluation, with the dispatcher that trains."""
     run = connect(flags, world_size)
-    found = evaluate(run.step.pipeline, run.judge, [next(run.batches("train")) for _ in range(1)])
+    found = evaluate(run.step.pipeline, run.judge, [next(run.batches("train"))])
     assert found is not None
-    if world_size == 1:
-        dist.destroy_process_group()
     return found["loss"]
 
 
@@ -211,8 +214,6 @@ def skips(world_size: int) -> list[bool]:
 
 def tied(world_size: int) -> tuple[float, list[str]]:
     """Norm of all parameters, and names of the copies that this rank does not count."""
-    from megatron_lsh.parallel.data_parallel import counted_parameters, global_norm
-
     run = connect(PP2, world_size)
     norm = float(global_norm(counted_parameters(run.model), run.ctx))
     return norm, [name for name, param in run.model.named_parameters() if is_copy(param)]
@@ -231,16 +232,10 @@ def test_stages_skip_cast_and_compress_as_one_rank_does() -> None:
     for stages, alone in zip(ranks[0]["bert"], bert("", 1), strict=True):
         assert stages == pytest.approx(alone, rel=1e-5)
     # The same tokens share a rank, so the same rows form clusters.
-    (without,) = set(run_distributed_test(forward_loss, 2, LSH_EP2, 2))
+    (without,) = set(run_distributed_test(forward_loss, 2, f"{EP2} {LSH}", 2))
     assert {rank["lsh"] for rank in ranks} == {without}
     norm, copies = zip(*(rank["tied"] for rank in ranks), strict=True)
     assert copies == ([], [], ["embedding.word_embeddings.weight"], ["embedding.word_embeddings.weight"])
     run = connect("", 1)
     alone = np.sqrt(sum(np.square(whole(param)).sum() for param in run.model.parameters()))
-    dist.destroy_process_group()
     assert norm == pytest.approx([float(alone)] * 4, rel=1e-6)
-
-
-LSH_EP2 = (
-    "--expert-model-parallel-size 2 --use-distributed-optimizer --moe-token-dispatcher-type lsh --lsh-target-rate 0.4"
-)
