@@ -5,8 +5,9 @@ Chen et al., arXiv:1604.06174; selective recomputation: Korthikanti et al., arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,9 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.config.parallel import RecomputeConfig
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.moe.layer_pass import ReplayMemo
 
 MODULES = ("core_attn", "moe", "mlp", "layernorm")
 T = TypeVar("T")
+RunLayer = Callable[[int, Tensor, ReplayMemo | None], tuple[Tensor, Tensor]]
+"""(number of a layer, activation, memo if it is recomputed as a whole) -> activation, auxiliary loss (fp32 scalar)"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,26 @@ class RecomputePlan:
             for first in range(0, self.full_layers, self.chunk)
         ]
         return full + [(range(layer, layer + 1), False) for layer in range(self.full_layers, num_layers)]
+
+    def run(self, layers: Sequence[int], run_layer: RunLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Layers of these numbers, one after the other: the last one's activation, and the sum of the auxiliary losses."""
+
+        def run_some(x: Tensor, some: Sequence[int], memos: dict[int, ReplayMemo]) -> tuple[Tensor, Tensor]:
+            total = x.new_zeros((), dtype=torch.float32)
+            for layer in some:
+                x, aux_loss = run_layer(layer, x, memos.get(layer))
+                total = total + aux_loss
+            return x, total
+
+        total = x.new_zeros((), dtype=torch.float32)
+        for places, full in self.chunks(len(layers)):
+            some = layers[places.start : places.stop]
+            if full:
+                x, aux_loss = recomputed(partial(run_some, some=some, memos={layer: ReplayMemo() for layer in some}), x)
+            else:
+                x, aux_loss = run_some(x, some, {})
+            total = total + aux_loss
+        return x, total
 
 
 def recomputed(function: Callable[..., T], *inputs: Tensor) -> T:

@@ -10,13 +10,13 @@ Legend: B pictures, C channels, S patches of a picture in a stage, D width of th
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
+from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.models.attention import SelfAttention
 from megatron_lsh.models.bert import Dense
@@ -24,7 +24,7 @@ from megatron_lsh.models.feed_forward import DenseFeedForward, MoEFeedForward
 from megatron_lsh.models.model import Model
 from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.position_bias import BiasTable, PositionBias, PositionNetwork
-from megatron_lsh.models.recompute import RecomputePlan, recomputed
+from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.windows import Windows
 from megatron_lsh.moe.layer_pass import ReplayMemo
@@ -117,12 +117,11 @@ class PatchEmbedding(nn.Module):
 class PatchMerging(nn.Module):
     """Four neighbouring patches become one of twice the width: norm, then ``weight`` [2 D, 4 D], no bias."""
 
-    def __init__(self, cfg: SwinConfig, grid: tuple[int, int], ctx: ParallelContext) -> None:
+    def __init__(self, cfg: ModelConfig, hidden: int, grid: tuple[int, int], ctx: ParallelContext) -> None:
         super().__init__()
-        hidden = cfg.model.hidden_size or 1
         self.grid = grid
-        self.norm = build_norm(cfg.model, 4 * hidden, ctx)
-        self.weight = parameter((2 * hidden, 4 * hidden), ctx, init=Init("normal", cfg.model.init_method_std))
+        self.norm = build_norm(cfg, 4 * hidden, ctx)
+        self.weight = parameter((2 * hidden, 4 * hidden), ctx, init=Init("normal", cfg.init_method_std))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] -> [ceil(height / 2) ceil(width / 2), B, 2 D]"""
@@ -225,8 +224,7 @@ class SwinStage(nn.Module):
         self.plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, stack.num_layers)
         self.merging: PatchMerging | None = None
         if before is not None:
-            narrow = dataclasses.replace(cfg.model, hidden_size=stack.shape.hidden // 2)
-            self.merging = PatchMerging(dataclasses.replace(cfg, model=narrow), before, ctx)
+            self.merging = PatchMerging(cfg.model, stack.shape.hidden // 2, before, ctx)
         self.layers = nn.ModuleDict(
             {
                 str(block): SwinBlock(
@@ -250,22 +248,11 @@ class SwinStage(nn.Module):
             x_SBD = self.merging(x_SBD)
         token_mask_SB = None if real_B is None else real_B.expand(x_SBD.shape[:2]).contiguous()
 
-        def run(x: Tensor, blocks: range, memos: dict[int, ReplayMemo]) -> tuple[Tensor, Tensor]:
-            total = x.new_zeros((), dtype=torch.float32)
-            for block in blocks:
-                x, aux_loss = self.layers[str(block)](x, token_mask_SB, memos.get(block))
-                total = total + aux_loss
-            return x, total
+        def run_block(block: int, x: Tensor, memo: ReplayMemo | None) -> tuple[Tensor, Tensor]:
+            output: tuple[Tensor, Tensor] = self.layers[str(block)](x, token_mask_SB, memo)
+            return output
 
-        total = x_SBD.new_zeros((), dtype=torch.float32)
-        for blocks, full in self.plan.chunks(len(self.layers)):
-            if full:
-                memos = {block: ReplayMemo() for block in blocks}
-                x_SBD, aux_loss = recomputed(partial(run, blocks=blocks, memos=memos), x_SBD)
-            else:
-                x_SBD, aux_loss = run(x_SBD, blocks, {})
-            total = total + aux_loss
-        return x_SBD, total
+        return self.plan.run(range(len(self.layers)), run_block, x_SBD)
 
 
 class SwinModel(Model):
@@ -279,7 +266,6 @@ class SwinModel(Model):
     def __init__(self, cfg: SwinConfig, vocab_size: int, ctx: ParallelContext, telemetry: MoETelemetry) -> None:
         super().__init__(ctx, telemetry)
         stacks, grids = swin_stacks(cfg), stage_grids(cfg)
-        sides = cfg.swin.swin_pretrained_window_size
         self.patch_embedding = PatchEmbedding(cfg, ctx)
         self.dropout = nn.Dropout(cfg.model.hidden_dropout)
         rates = torch.linspace(0, cfg.swin.drop_path_rate, sum(cfg.swin.swin_depths), device="cpu").tolist()
@@ -291,7 +277,7 @@ class SwinModel(Model):
                     grids[stage - 1] if stage else None,
                     ctx,
                     rates[stack.first_layer : stack.first_layer + stack.num_layers],
-                    None if sides is None else sides[stage % len(sides)],
+                    cfg.pretrained_window_side(stage),
                     telemetry,
                 )
                 for stage, stack in enumerate(stacks)

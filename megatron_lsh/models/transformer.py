@@ -6,10 +6,8 @@ a decoder reads (`t` its local share), H heads of this tensor-parallel rank.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from megatron_lsh.config.config import Config
@@ -17,7 +15,7 @@ from megatron_lsh.models.attention import CrossAttention, SelfAttention
 from megatron_lsh.models.cache import KVCache, LayerCache
 from megatron_lsh.models.feed_forward import DenseFeedForward, MoEFeedForward
 from megatron_lsh.models.norms import Normalize, build_norm
-from megatron_lsh.models.recompute import RecomputePlan, recomputed
+from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack
@@ -174,23 +172,11 @@ class TransformerBlock(nn.Module):
         """
         side = side or SideInputs()
 
-        def run(x: Tensor, layers: range, memos: dict[int, ReplayMemo]) -> tuple[Tensor, Tensor]:
-            total = x.new_zeros((), dtype=torch.float32)
-            for layer in layers:
-                x, aux_loss = self.layers[str(layer)](
-                    x, side, memo=memos.get(layer), cache=None if cache is None else cache.layers[layer]
-                )
-                total = total + aux_loss
-            return x, total
+        def run_layer(layer: int, x: Tensor, memo: ReplayMemo | None) -> tuple[Tensor, Tensor]:
+            kept = None if cache is None else cache.layers[layer]
+            output: tuple[Tensor, Tensor] = self.layers[str(layer)](x, side, memo=memo, cache=kept)
+            return output
 
-        total = x_sBD.new_zeros((), dtype=torch.float32)
         held = self.chunks[chunk]
-        for places, full in self.plans[chunk].chunks(len(held.layers)):
-            layers = held.layers[places.start : places.stop]
-            if full:
-                memos = {layer: ReplayMemo() for layer in layers}
-                x_sBD, aux_loss = recomputed(partial(run, layers=layers, memos=memos), x_sBD)
-            else:
-                x_sBD, aux_loss = run(x_sBD, layers, {})
-            total = total + aux_loss
+        x_sBD, total = self.plans[chunk].run(held.layers, run_layer, x_sBD)
         return self.final_layernorm(x_sBD) if held.last and self.final_layernorm is not None else x_sBD, total
