@@ -137,6 +137,11 @@ class SwinConfig(Config):
         first = self.model.num_attention_heads or 1
         return self.swin.swin_num_heads or [first << stage for stage in range(len(self.swin.swin_depths))]
 
+    def pretrained_window_side(self, stage: int) -> int | None:
+        """See --swin-pretrained-window-size; None where that is the side of this run's windows."""
+        sides = self.swin.swin_pretrained_window_size
+        return None if sides is None else sides[stage % len(sides)]
+
     def layers_of_stacks(self) -> list[int]:
         return list(self.swin.swin_depths)
 
@@ -150,8 +155,7 @@ class SwinConfig(Config):
         if model.num_attention_heads is None and model.hidden_size is not None:
             check.fill("num_attention_heads", (swin.swin_num_heads or [max(model.hidden_size // 32, 1)])[0])
         if model.seq_length is None:
-            height, width = self.image_size
-            check.fill("seq_length", -(-height // swin.patch_dim) * -(-width // swin.patch_dim))
+            check.fill("seq_length", self._patches())
         if self.moe.moe_router_topk == 1 and self.moe.moe_router_score_function == "softmax":
             check.fill("moe_router_pre_softmax", True)
         if self.moe.moe_layer_freq == ODD:
@@ -190,12 +194,11 @@ class SwinConfig(Config):
             lambda sides, depths: len(sides) in (1, len(depths)),
         )
         check.rule("{num_channels} must be 1 or 3", lambda channels: channels != 2)
-        for name in ("tensor_model_parallel_size",):
-            check.rule(
-                f"{{{name}}} must be 1 with Swin, whose first stages have few heads",
-                lambda size: size == 1,
-                "use --expert-model-parallel-size",
-            )
+        check.rule(
+            "{tensor_model_parallel_size} must be 1 with Swin, whose first stages have few heads",
+            lambda size: size == 1,
+            "use --expert-model-parallel-size",
+        )
         check.rule("{kv_channels} must not be given", lambda _: "kv_channels" in self.derived, "drop --kv-channels")
         check.rule("{group_query_attention} must be off with Swin", lambda on: not on, "drop --group-query-attention")
         check.rule(

@@ -184,10 +184,9 @@ def _with_tables(theirs: Tensors, cfg: SwinConfig) -> Tensors:
     found = {name: value for name, value in theirs.items() if ".cpb_mlp." not in name}
     for name in [name for name in theirs if name.endswith("cpb_mlp.0.weight")]:
         block = name.removesuffix("cpb_mlp.0.weight")
-        stage, trained = int(name.split(".")[1]), cfg.swin.swin_pretrained_window_size
+        stage = int(name.split(".")[1])
         windows = Windows.of(*stage_grids(cfg)[stage], cfg.swin.swin_window_size, shifted=False)
-        side = None if trained is None else trained[stage % len(trained)]
-        distances = windows.distances(torch.device("cpu"), side)
+        distances = windows.distances(torch.device("cpu"), cfg.pretrained_window_side(stage))
         first, bias, second = (
             theirs[block + part].float() for part in ("cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight")
         )
