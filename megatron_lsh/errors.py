@@ -1,4 +1,4 @@
-"""Exceptions for mistakes a user can make, and how a command line tool ends with one.
+"""Exceptions for mistakes a user can make, what they quote, and how a command line tool ends with one.
 
 Each message gives the value, the rule and the fix.
 """
@@ -29,6 +29,11 @@ class CheckpointError(MegatronLSHError, RuntimeError):
 
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint of which something cannot be read as it was written; an earlier one may do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another package's error says, to be quoted in one of the above: its first line, or else its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def exit_status(work: Callable[[], None], interrupted: str = "nothing was written") -> int:

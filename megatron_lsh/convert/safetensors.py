@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_lsh.convert.source import TensorSpec, bytes_of
-from megatron_lsh.errors import CheckpointError
+from megatron_lsh.errors import CheckpointError, first_line
 
 # Types of weights: others (integers, eight bits) are parts of quantized models.
 FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
@@ -77,8 +77,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as content:
             yield content
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read as safetensors ({text}): {_AGAIN}") from None
+        raise CheckpointError(f"{file} cannot be read as safetensors ({first_line(error)}): {_AGAIN}") from None
 
 
 class SafetensorsWriter:

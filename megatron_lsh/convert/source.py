@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_lsh.config import Config, check_model, padded_vocab_size
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.data.tokenizers import Tokenizer
-from megatron_lsh.errors import CheckpointError, ConfigError, MegatronLSHError
+from megatron_lsh.errors import CheckpointError, ConfigError, MegatronLSHError, first_line
 from megatron_lsh.inference.load import keep_all_tokens
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.models.swin import SwinModel
@@ -172,8 +172,7 @@ def model_shapes(cfg: Config, tensors: int | None = None) -> dict[str, tuple[int
     except (RuntimeError, OverflowError, MemoryError) as error:
         if isinstance(error, MegatronLSHError):
             raise
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"no model can have these sizes ({reason}): correct the settings") from None
+        raise CheckpointError(f"no model can have these sizes ({first_line(error)}): correct the settings") from None
 
 
 def _model_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_lsh.convert.source import TensorSpec, bytes_of
-from megatron_lsh.errors import CheckpointError
+from megatron_lsh.errors import CheckpointError, first_line
 
 # Classes that Megatron-LM's files name beside tensors: settings, random states, bookkeeping. None of it is used, so what is
 # made of them is an object that ignores its contents.
@@ -113,8 +113,9 @@ def open_torch_file(file: Path) -> dict[str, Any]:
     except (
         Exception
     ) as error:  # torch's unpickler indexes its memo and its stack as the file says: whatever comes of it
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read ({text}): it is damaged, or not a file of torch.save") from None
+        raise CheckpointError(
+            f"{file} cannot be read ({first_line(error)}): it is damaged, or not a file of torch.save"
+        ) from None
     if foreign:
         raise CheckpointError(
             f"{file} holds objects of {', '.join(sorted(foreign)[:3])}, which are not made from a file for safety: save it "

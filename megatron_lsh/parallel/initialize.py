@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.config.pipeline import Stages
-from megatron_lsh.errors import ConfigError
+from megatron_lsh.errors import ConfigError, first_line
 from megatron_lsh.parallel.context import (
     DENSE_DATA,
     EP,
@@ -126,7 +126,7 @@ def _init_process_group(backend: str, place: Place, timeout: timedelta, device: 
         except dist.DistError as error:
             raise ConfigError(
                 f"rank {place.rank} did not meet the other ranks of {place.world_size} at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}): see that all were "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({first_line(error)}): see that all were "
                 "started, and that MASTER_ADDR names the machine of rank 0 and MASTER_PORT a free port of it"
             ) from error
     else:

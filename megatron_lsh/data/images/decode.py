@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_lsh.errors import DataError
+from megatron_lsh.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,8 +57,9 @@ def decode(content: Path | bytes | Any, what: str, channels: int, most_pixels: i
     except DataError:
         raise
     except Exception as error:  # of a damaged file Pillow raises about anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{what} cannot be read ({reason}): replace it, or give --skip-broken-images") from error
+        raise DataError(
+            f"{what} cannot be read ({first_line(error)}): replace it, or give --skip-broken-images"
+        ) from error
 
 
 def _refuse(picture: Any, what: str, most_pixels: int) -> None:

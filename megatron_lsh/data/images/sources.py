@@ -23,7 +23,7 @@ from megatron_lsh.config.data_paths import SPLITS, parse_split
 from megatron_lsh.data.images.decode import ENDINGS, pillow
 from megatron_lsh.data.images.idx import read_idx
 from megatron_lsh.data.preparation.sources import load_split, require_datasets
-from megatron_lsh.errors import DataError
+from megatron_lsh.errors import DataError, first_line
 
 HUB = "hf:"
 DEFAULT_SPLIT = "90,10"
@@ -294,8 +294,7 @@ def _hub_parts(name: str, image_key: str, label_key: str) -> dict[str, Pictures]
         else:
             there = datasets.get_dataset_split_names(name)
     except Exception as error:  # the package raises its own, requests', and plain ones
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{what} cannot be loaded ({reason}): check the name in --data-path") from error
+        raise DataError(f"{what} cannot be loaded ({first_line(error)}): check the name in --data-path") from error
     return {
         part: HubPictures(name, split, image_key, label_key)
         for part, names in _NAMES.items()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megatron_lsh.data.preparation.input_files import FORMATS, HUB_PREFIX, format_of, input_files
 from megatron_lsh.data.preparation.text_lines import FileLines, parse_json_line, utf8_lines
-from megatron_lsh.errors import DataError
+from megatron_lsh.errors import DataError, first_line
 
 TEXT_UNITS = ("file", "paragraph", "line")
 CHUNK_BYTES, CHUNK_RECORDS = 1 << 18, 512
@@ -134,7 +134,7 @@ class Parquet:
             names = self._file.schema_arrow.names
         except Exception as error:  # of a damaged file the package raises about anything
             raise DataError(
-                f"{path} is not a Parquet file ({_first_line(error)}): copy it again or give its --input-format"
+                f"{path} is not a Parquet file ({first_line(error)}): copy it again or give its --input-format"
             ) from error
         _require_columns(self.name, names, keys)
         self.size = path.stat().st_size
@@ -159,15 +159,11 @@ def _until_damage(batches: Iterator[tuple[list[Record], int]], name: str) -> Ite
         try:
             batch = next(batches, None)
         except Exception as error:
-            raise DataError(f"{name} cannot be read after row {row} ({_first_line(error)}): copy it again") from error
+            raise DataError(f"{name} cannot be read after row {row} ({first_line(error)}): copy it again") from error
         if batch is None:
             return
         row += len(batch[0])
         yield batch
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require_datasets(what: str) -> Any:
@@ -191,7 +187,7 @@ def load_split(datasets: Any, name: str, config: str | None, split: str, what: s
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the package raises its own, requests', and plain ones
-        raise DataError(f"{what} cannot be loaded ({_first_line(error)}): {advice}") from error
+        raise DataError(f"{what} cannot be loaded ({first_line(error)}): {advice}") from error
 
 
 class HubDataset:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from megatron_lsh.data.tokenizers.huggingface_files import FilesBeside
 from megatron_lsh.data.tokenizers.special_tokens import SpecialTokens, digest
-from megatron_lsh.errors import DataError
+from megatron_lsh.errors import DataError, first_line
 
 # End-of-text tokens of well-known models, for a tokenizer.json that comes without the file that names its own.
 USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -135,7 +135,7 @@ class _TransformersBackend:
             self._backend = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except Exception as error:
             raise DataError(
-                f"--tokenizer-model {model} cannot be loaded by transformers ({str(error).splitlines()[0]}): give a "
+                f"--tokenizer-model {model} cannot be loaded by transformers ({first_line(error)}): give a "
                 "folder with a tokenizer.json, or the name of a tokenizer that can be downloaded or is in the cache"
             ) from error
         self.vocab_size = 1 + max(self._backend.get_vocab().values())  # ids may have gaps
