@@ -40,15 +40,14 @@ def predict(model: GPTModel, ids: list[int], context: int, stride: int) -> Predi
     """
     if len(ids) < 2 or not 0 < stride <= context:
         raise ValueError(f"{len(ids)} tokens, context {context}, stride {stride}")
-    device, multiple = model.ctx.device, model.ctx.tp.size
+    ctx = model.ctx
+    multiple = ctx.tp.size if ctx.sequence_parallel else 1  # a sequence is cut over tensor-parallel ranks
     total, counted, begin = 0.0, 0, 0
     with exact_dispatch(model):
         while counted < len(ids) - 1:
             window = ids[begin : begin + context + 1]
-            padding = (
-                -(len(window) - 1) % multiple
-            )  # tensor-parallel ranks share the sequence; what follows changes nothing
-            padded = torch.tensor([window + window[-1:] * padding], device=device)
+            padding = -(len(window) - 1) % multiple  # what follows a token changes nothing
+            padded = torch.tensor([window + window[-1:] * padding], device=ctx.device)
             loss_BS, _ = model(padded[:, :-1], padded[:, 1:])
             new = begin + len(window) - 1 - counted
             total += float(loss_BS[0, len(window) - 1 - new : len(window) - 1].double().sum())

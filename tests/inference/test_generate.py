@@ -43,11 +43,15 @@ def random_model(cfg: Config) -> GPTModel:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    cfg = configure()
+    return save(tmp_path_factory.mktemp("run"), configure())
+
+
+def save(folder: Path, cfg: Config) -> Path:
+    """Two checkpoints of one random model."""
     model = random_model(cfg)
     manager = CheckpointManager(CheckpointConfig(save=str(folder)), CTX, notify=lambda text: None)
-    rows = dict.fromkeys(("embedding.word_embeddings.weight", "output_layer.weight"), 257)
+    tables = ("embedding.word_embeddings.weight", "output_layer.weight")
+    rows = {name: 257 for name, _ in model.named_parameters() if name in tables}
     for iteration in (1, 2):
         state = TrainingState(model, config=to_dict(cfg)["config"], progress={"iteration": iteration}, padded_rows=rows)
         manager.save(state)
@@ -238,3 +242,21 @@ def test_perplexity_is_that_of_each_token_from_the_tokens_in_its_window(
         (["--file", "/no"], "UTF-8"),
     ):
         assert perplexity.main([*flags, *wrong]) == 1 and message in capsys.readouterr().err
+
+
+def perplexity_of(flags: list[str]) -> dict[str, float]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert perplexity.main([*flags, "--device", "cpu", "--json"]) == 0
+    return json.loads(out.getvalue() or "{}")
+
+
+def test_perplexity_over_ranks_that_each_have_the_whole_of_an_odd_context(tmp_path: Path) -> None:
+    """Dense layers alone do not cut the sequence, so nothing is padded beyond the table of positions."""
+    cfg = make_config(seq_length=15, max_position_embeddings=15, vocab_size=257)
+    cfg.data.tokenizer_type = "ByteTokenizer"
+    (tmp_path / "text.txt").write_text("import os\n" * 4)
+    flags = ["--load", str(save(tmp_path / "run", cfg)), "--file", str(tmp_path / "text.txt")]
+    alone = perplexity_of(flags)
+    together = run_distributed_test(perplexity_of, 2, [*flags, "--tensor-model-parallel-size", "2"])
+    assert together == [pytest.approx(alone, rel=1e-5), {}]
