@@ -118,8 +118,8 @@ class BySource(nn.Module):
         super().__init__()
         self.path, self._experts = path, num_experts
 
-    def plan(self, counts_E: Tensor, p: LayerPass) -> PendingPlan:
-        raise NotImplementedError("ExceptWhere knows what it sends only when it has sent it")
+    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan | None:
+        return None  # ExceptWhere knows what it sends only when it has sent it
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         counts_SE = rows.counts_E.view(-1, self._experts)

@@ -11,7 +11,6 @@ between the two its path sends them to the experts (:class:`ThroughExperts`), or
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -158,7 +157,7 @@ class Compressed(nn.Module):
             plan = self.plan(rows.counts_E, p)
         if plan is not None:
             # Whoever asks first waits: the compressor, because how many rows are sent is the number of its clusters.
-            plan = p.agreed = functools.cache(plan)
+            p.agreed = plan
         wire_CD, counts_E, prepare = self.compressor.compress(rows, p)
         restore = p.defer(prepare)
         out = self.path(Rows(wire_CD, counts_E), experts, p, plan)
@@ -199,11 +198,9 @@ class RowDispatcher(nn.Module):
         if not routing.complete and self not in p.decided:
             # How many rows there are is not known here either, and comes with the counts.
             counts_E = routing.tokens_per_expert_E
-            counts_E = (
-                counts_E if self._order_E is None else torch.empty_like(counts_E).scatter_(0, self._order_E, counts_E)
-            )
+            if self._order_E is not None:
+                counts_E = torch.empty_like(counts_E).scatter_(0, self._order_E, counts_E)
             plan = self.path.plan(counts_E, p)
-            plan = None if plan is None else functools.cache(plan)
             p.decided[self] = routing.num_rows() if plan is None else sum(plan().routed_E)
         num_rows = ids_TK.numel() if routing.complete else p.decided[self]
         rows = Rows.of_tokens(x_TD, sort_by_expert(ids_TK, self._num_experts, num_rows))

@@ -13,6 +13,7 @@ between too. The rows themselves are kept by nobody: a flight that has arrived h
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -171,8 +172,8 @@ class Transport(ABC):
                 None where a row stands for itself.
 
         Returns:
-            A function that waits for the other ranks' counts and returns the plan; call it once. It is the only place of
-            a dispatch where the host waits for the device.
+            A function that returns the plan, and on its first call waits for the other ranks' counts: the only place of a
+            dispatch where the host waits for the device.
         """
         size = self.group.size
         counts = _with_routed(counts_E, routed_E)
@@ -189,7 +190,7 @@ class Transport(ABC):
             p.since(began, "alltoall_time_ms")
             return plan
 
-        return arrive
+        return functools.cache(arrive)
 
     def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
         """Send each row to the rank that holds its expert.
@@ -253,7 +254,7 @@ class LocalTransport(Transport):
 
     def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> Callable[[], Plan]:
         arrival = Arrival(_with_routed(counts_E, routed_E).unsqueeze(0))
-        return lambda: arrival.wait(lambda counts_1E: self.make_plan(counts_1E, counts_E.device), 0)
+        return functools.cache(lambda: arrival.wait(lambda counts_1E: self.make_plan(counts_1E, counts_E.device), 0))
 
     def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
         return Arrived(rows_CD, columns)
