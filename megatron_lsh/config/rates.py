@@ -123,7 +123,7 @@ def _start(text: str) -> int:
 
 def _sum(text: str) -> tuple[float, ...]:
     """A number, or a sum of lists and of multiples of lists."""
-    if not text.startswith(("[", "(")) and "[" not in text:
+    if "[" not in text:
         return (_number(text),)
     rates: tuple[float, ...] = ()
     for term in re.split(r"\+(?![^\[]*\])", text.removeprefix("(").removesuffix(")")):

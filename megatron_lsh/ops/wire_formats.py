@@ -18,27 +18,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: The formats, in the order of ``WireFormat`` in kernels/kernels.h; with the largest number of each.
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
-FORMATS = tuple(LARGEST)
+#: The formats with a scale per row, in the order of ``WireFormat`` in kernels/kernels.h.
+FORMATS = ("fp8", "int8", "int4")
 SCALE_BYTES = 4
 
 #: Neighbours that share a scale in the formats of blocks, and of each the numbers and the bytes of a scale.
 BLOCK = 32
 BLOCK_FORMATS = {"mxfp4": ("fp4", 1), "int4x32": ("int4", 2)}
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LARGEST = {**LARGEST, "fp4": _FP4[-1]}
+#: The largest number of each kind, before it is scaled.
+_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "fp4": _FP4[-1]}
 
 
 def encode(rows_CD: Tensor, noise_CD: Tensor | None, format: str) -> Tensor:
     """uint8 [C, bytes]; see ``PlainOps.encode``."""
     if format in BLOCK_FORMATS:
         return _encode_blocks(rows_CD, noise_CD, *BLOCK_FORMATS[format])
-    largest = LARGEST[format]
     magnitude_C = rows_CD.abs().amax(1).float()
     # By a tensor: on a GPU torch turns the division by a Python number into a product with its reciprocal, and the kernel on
     # the other end of the wire would have another scale.
-    scale_C1 = (magnitude_C / magnitude_C.new_full((), largest)).unsqueeze(1)
+    scale_C1 = (magnitude_C / magnitude_C.new_full((), _LARGEST[format])).unsqueeze(1)
     # A row of zeros keeps scale 0 and divides by 1. A non-finite row yields a non-finite scale, so it stays visible.
     scaled_CD = rows_CD.float() / torch.where(scale_C1 == 0, 1.0, scale_C1)
     return torch.cat([_numbers(scaled_CD, noise_CD, format), scale_C1.view(torch.uint8)], dim=1)
