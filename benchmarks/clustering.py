@@ -19,7 +19,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from benchmarks.dispatchers import hadamard_rotation, random_seed_clusters
 from benchmarks.quality import MODEL
 from megatron_lsh import lsh
 from megatron_lsh.config import Config, parse_args, validate
+from megatron_lsh.data.loader import BatchIterator
 from megatron_lsh.families import GPT
 from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row
 from megatron_lsh.lsh.interpolate import interpolate
@@ -216,6 +218,22 @@ def evaluate(
     }
 
 
+@contextmanager
+def trained(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
+    """The model of benchmarks/quality.py after exact training, and the batches that follow."""
+    words = [*MODEL, *DATA_FLAGS, "--train-iters", iters, "--eval-iters", 24, "--seed", 1, *flags]
+    cfg: Config = validate(parse_args(list(map(str, words))), 1)
+    run = set_up(cfg, GPT, initialize(cfg.parallel, moe=True))
+    started = time.monotonic()
+    with run.batches("train") as batches:
+        for iteration in range(iters):
+            run.step(batches, iteration, stop=False)
+            if (iteration + 1) % 50 == 0:
+                progress(iteration + 1, iters, started, "training")
+        yield run, batches
+    shutdown(run.ctx)
+
+
 def capture(run: Run, micro_batches: int) -> list[list[tuple[Experts, Tensor, Routing]]]:
     """Per MoE layer and micro-batch of the validation set: its experts, the tokens they get, and where they go."""
     layers = [module for module in run.model.modules() if isinstance(module, MoELayer)]
@@ -300,18 +318,8 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.1, 0.5])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    flags = [*MODEL, *DATA_FLAGS, "--train-iters", arguments.iters, "--eval-iters", 24, "--seed", 1]
-    cfg: Config = validate(parse_args(list(map(str, flags))), 1)
-    ctx = initialize(cfg.parallel, moe=True)
-    run = set_up(cfg, GPT, ctx)
-    started = time.monotonic()
-    with run.batches("train") as batches:
-        for iteration in range(arguments.iters):
-            run.step(batches, iteration, stop=False)
-            if (iteration + 1) % 50 == 0:
-                progress(iteration + 1, arguments.iters, started, "training")
-    results = measure(capture(run, arguments.micro_batches), arguments.rates, arguments.joined)
-    shutdown(ctx)
+    with trained(arguments.iters) as (run, _):
+        results = measure(capture(run, arguments.micro_batches), arguments.rates, arguments.joined)
     print(f"\n{report(results)}\n\nwrote {write_result('clustering', {'results': results})}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,23 +92,37 @@ class TrainingJob:
 
 def train_all(jobs: Iterable[TrainingJob], outcome: Callable[[Path], dict[str, Any]], parallel: int = 1) -> None:
     """Train what is not there yet, `parallel` runs at a time; what `outcome` finds in a folder is kept in its done.json."""
-    queue = [job for job in jobs if not (job.place / "done.json").exists()]
-    running: list[tuple[TrainingJob, subprocess.Popen[bytes]]] = []
-    done, total, started = 0, len(queue), time.monotonic()
-    while queue or running:
-        while queue and len(running) < parallel:
-            job = queue.pop(0)
+    waiting = [job for job in jobs if not (job.place / "done.json").exists()]
+
+    def afresh() -> Iterator[TrainingJob]:
+        for job in waiting:
             (job.place / "metrics.jsonl").unlink(missing_ok=True)
-            log = job.place / "log.txt"
-            running.append((job, start_training(job.flags, log, job.ranks, script=job.script)))
+            yield job
+
+    started = time.monotonic()
+    for done, job in enumerate(as_they_end(afresh(), parallel), 1):
+        (job.place / "done.json").write_text(json.dumps({"job": job.key} | outcome(job.place)))
+        progress(done, len(waiting), started, ", ".join(map(str, job.key)))
+
+
+def as_they_end(jobs: Iterable[TrainingJob], parallel: int) -> Iterator[TrainingJob]:
+    """Train, `parallel` runs at a time, and yield each job when it has ended well; it is taken from `jobs` when it starts.
+
+    Raises:
+        SystemExit: a run failed.
+    """
+    queue = iter(jobs)
+    running: list[tuple[TrainingJob, subprocess.Popen[bytes]]] = []
+    while True:
+        for job in itertools.islice(queue, parallel - len(running)):
+            running.append((job, start_training(job.flags, job.place / "log.txt", job.ranks, script=job.script)))
+        if not running:
+            return
         for entry in [entry for entry in running if entry[1].poll() is not None]:
             job, process = entry
             running.remove(entry)
             finish(process, job.place / "log.txt")
-            result = outcome(job.place)
-            (job.place / "done.json").write_text(json.dumps({"job": job.key} | result))
-            done += 1
-            progress(done, total, started, ", ".join(map(str, job.key)))
+            yield job
         time.sleep(0.5)
 
 
@@ -136,10 +151,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
+def result_path(name: str) -> Path:
+    """benchmarks/results/NAME.json, or in the folder of the checkout that MEGATRON_LSH_RESULTS names."""
+    return ROOT / os.environ.get("MEGATRON_LSH_RESULTS", "benchmarks/results") / f"{name}.json"
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Save a result with the machine it was measured on as benchmarks/results/NAME.json, or in the folder of the checkout
-    that MEGATRON_LSH_RESULTS names."""
-    path = ROOT / os.environ.get("MEGATRON_LSH_RESULTS", "benchmarks/results") / f"{name}.json"
+    """Save a result with the machine it was measured on."""
+    path = result_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
     return path

@@ -67,31 +67,25 @@ def compare(runs: dict[tuple[Any, ...], dict[str, Any]], iters: int) -> tuple[st
     """The table, and by dispatcher the paired differences Muon - AdamW."""
     rows, paired = [], {}
     for dispatcher in DISPATCHERS:
-        losses = {
+        found = {
             optimizer: {
-                seed: run["validation_loss"]
-                for (o, d, seed, n), run in runs.items()
-                if (o, d, n) == (optimizer, dispatcher, iters)
+                seed: run for (o, d, seed, n), run in runs.items() if (o, d, n) == (optimizer, dispatcher, iters)
             }
             for optimizer in OPTIMIZERS
         }
-        both = sorted(losses["AdamW"].keys() & losses["Muon"].keys())
+        both = sorted(found["AdamW"].keys() & found["Muon"].keys())
         if not both:
             continue
-        differences = [losses["Muon"][seed] - losses["AdamW"][seed] for seed in both]
+        losses = {optimizer: [found[optimizer][seed]["validation_loss"] for seed in both] for optimizer in OPTIMIZERS}
+        differences = [muon - adamw for muon, adamw in zip(losses["Muon"], losses["AdamW"], strict=True)]
         paired[dispatcher] = {"seeds": both, "differences": differences}
         energies = [
-            statistics.mean(
-                run["lsh_residual_energy"] or 0.0
-                for (o, d, _, n), run in runs.items()
-                if (o, d, n) == (optimizer, dispatcher, iters)
-            )
-            for optimizer in OPTIMIZERS
+            statistics.mean(run["lsh_residual_energy"] or 0.0 for run in by_seed.values()) for by_seed in found.values()
         ]
         rows.append(
             (
                 dispatcher,
-                *(spread([losses[optimizer][seed] for seed in both]) for optimizer in OPTIMIZERS),
+                *map(spread, losses.values()),
                 spread(differences),
                 "" if dispatcher == "exact" else " / ".join(f"{energy:.2f}" for energy in energies),
             )

@@ -18,16 +18,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import DATA_FLAGS, ROOT, finish, progress, read_metrics, start_training, table, write_result
+from benchmarks.common import (
+    DATA_FLAGS,
+    ROOT,
+    TrainingJob,
+    as_they_end,
+    progress,
+    read_metrics,
+    result_path,
+    table,
+    write_result,
+)  # fmt: skip
 
 MODEL: list[Any] = [
     "--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", 4, "--seq-length", 256,
@@ -115,30 +123,25 @@ def outcome(folder: Path) -> dict[str, Any]:
 def train(jobs: Iterable[Job], folder: Path, name: str, parallel: int = 1) -> None:
     """``parallel`` runs at a time; each result is written when it is there."""
     found = results(name)
-    queue = [job for job in jobs if job not in found]
-    started, total, done = time.monotonic(), sum(job.iters * job.group_rows for job in queue), 0
-    running: dict[Job, tuple[Path, subprocess.Popen[bytes]]] = {}
-    while queue or running:
-        while queue and len(running) < parallel:
-            job = queue.pop(0)
-            words = "-".join(map(str, job)).replace(" ", "-").replace("%", "").replace(",", "")
-            running[job] = (folder / words, start_training(flags_for(job, folder / words), folder / words / "log.txt"))
-        for job, (place, process) in list(running.items()):
-            if process.poll() is None:
-                continue
-            finish(process, place / "log.txt")
-            del running[job]
-            found[job] = outcome(place)
-            write_result(name, {"model": MODEL, "runs": [job._asdict() | run for job, run in found.items()]})
-            shutil.rmtree(place / "state", ignore_errors=True)
-            done += job.iters * job.group_rows
-            progress(done, total, started, f"{', '.join(map(str, job))}: {found[job]['validation_loss']:.4f}")
-        time.sleep(0.5)
+    waiting = [job for job in jobs if job not in found]
+    started, total, done = time.monotonic(), sum(job.iters * job.group_rows for job in waiting), 0
+    for ended in as_they_end((training_job(job, folder) for job in waiting), parallel):
+        job = Job._make(ended.key)
+        found[job] = outcome(ended.place)
+        write_result(name, {"model": MODEL, "runs": [job._asdict() | run for job, run in found.items()]})
+        shutil.rmtree(ended.place / "state", ignore_errors=True)
+        done += job.iters * job.group_rows
+        progress(done, total, started, f"{', '.join(map(str, job))}: {found[job]['validation_loss']:.4f}")
+
+
+def training_job(job: Job, folder: Path) -> TrainingJob:
+    place = folder / "-".join(map(str, job)).replace(" ", "-").replace("%", "").replace(",", "")
+    return TrainingJob(job, place, flags_for(job, place))
 
 
 def results(name: str) -> dict[Job, dict[str, Any]]:
     """All finished runs."""
-    path = ROOT / os.environ.get("MEGATRON_LSH_RESULTS", "benchmarks/results") / f"{name}.json"
+    path = result_path(name)
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     return {Job(*(run.pop(field) for field in Job._fields)): run for run in runs}
 

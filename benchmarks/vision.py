@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -134,8 +133,6 @@ def main(words: Sequence[str] | None = None) -> None:
     jobs = []
     for seed, dispatcher in product(options.seeds, options.dispatchers):  # by seed, so that pairs are complete early
         place = folder / f"{dispatcher.replace(' ', '-').replace('%', '')}-seed{seed}"
-        if not (place / "done.json").exists():
-            shutil.rmtree(place, ignore_errors=True)
         jobs.append(TrainingJob((dispatcher, seed), place, flags_for(dispatcher, seed, place, options), RANKS, SCRIPT))
     train_all(jobs, outcome)
     results = finished(folder)

@@ -19,24 +19,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.clustering import Group, capture, hashed
-from benchmarks.common import DATA_FLAGS, progress, table, write_result
-from benchmarks.quality import MODEL
+from benchmarks.clustering import Group, capture, hashed, trained
+from benchmarks.common import table, write_result
 from megatron_lsh import lsh
-from megatron_lsh.config import parse_args, validate
-from megatron_lsh.families import GPT
 from megatron_lsh.lsh.blocks import block_widths
 from megatron_lsh.lsh.cluster import Clusters
 from megatron_lsh.lsh.interpolate import RIDGE
 from megatron_lsh.moe.experts import row_width
-from megatron_lsh.parallel.initialize import initialize, shutdown
-from megatron_lsh.training.run import set_up
 
 
 def leading(x_BD: Tensor, directions: int | None) -> Tensor:
@@ -99,18 +93,11 @@ def main() -> None:
     parser.add_argument("--name", default="wide_fits", help="of the result file")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags for pretrain_gpt_moe.py")
     arguments = parser.parse_args()
-    flags = [*MODEL, *DATA_FLAGS, "--train-iters", arguments.iters, "--eval-iters", 24, "--seed", 1, *arguments.flags]
-    cfg = validate(parse_args(list(map(str, flags))), 1)
-    ctx = initialize(cfg.parallel, moe=True)
-    run, started = set_up(cfg, GPT, ctx), time.monotonic()
-    with run.batches("train") as batches:
-        for iteration in range(arguments.iters):
-            run.step(batches, iteration, stop=False)
-            if (iteration + 1) % 50 == 0:
-                progress(iteration + 1, arguments.iters, started, "training")
+    with trained(arguments.iters, *arguments.flags) as (run, _):
+        cfg, captured = run.cfg, capture(run, arguments.joined)
     hidden, width = row_width(cfg.model, cfg.moe), cfg.moe.moe_ffn_hidden_size or 0
     groups = []
-    for layer in capture(run, arguments.joined):
+    for layer in captured:
         x_TD, ids_TK, probs_TK = (
             torch.cat(parts)
             for parts in zip(*((x, routing.expert_ids_TK, routing.probs_TK) for _, x, routing in layer), strict=True)
@@ -126,7 +113,6 @@ def main() -> None:
             errors = [error(g, c, y, block, r, r) for g, c, y in zip(groups, clustered, exact, strict=True)]
             share = cost(block, r, r, hidden, width, arguments.rate)
             results.append({"block": block, "r": r, "share": share, "error": statistics.mean(errors), "layers": errors})
-    shutdown(ctx)
     lines = [[r["block"], r["r"] or "all", f"{r['share']:.1%}", f"{r['error']:.4f}"] for r in results]
     print(f"{rows_per_group:.0f} rows per group, D {hidden}, F {width}, {arguments.iters} iterations before\n")
     print(table(["representatives", "r = rho", "of the experts' arithmetic", "error"], lines))

@@ -9,21 +9,16 @@ Relative squared error, sum (x' - x)^2 / sum x^2, to nearest; of gradients with 
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import DATA_FLAGS, progress, table, write_result
-from benchmarks.quality import MODEL
-from megatron_lsh.config import parse_args, validate
+from benchmarks.clustering import trained
+from benchmarks.common import table, write_result
 from megatron_lsh.config.moe import WIRE_DTYPES
-from megatron_lsh.families import GPT
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.wire import make_codec
-from megatron_lsh.parallel.initialize import initialize, shutdown
-from megatron_lsh.training.run import set_up
 
 
 def error(name: str, rows: Tensor, noise: torch.Generator | None = None) -> float:
@@ -44,26 +39,17 @@ def random_rows(width: int) -> dict[str, Tensor]:
 
 def rows_of_a_model(iters: int) -> list[tuple[Tensor, Tensor]]:
     """Per MoE layer the rows that travel to the experts, and the gradients of what comes back."""
-    flags = [*MODEL, *DATA_FLAGS, "--train-iters", iters + 1, "--eval-iters", 1, "--seed", 1]
-    cfg = validate(parse_args(list(map(str, flags))), 1)
-    ctx = initialize(cfg.parallel, moe=True)
-    run, started = set_up(cfg, GPT, ctx), time.monotonic()
     found: list[list[Tensor]] = []
 
     def keep(module: Experts, inputs: Any, output: Tensor) -> None:
         found.append([inputs[0].rows.detach()])
         output.register_hook(found[-1].append)
 
-    with run.batches("train") as batches:
-        for iteration in range(iters):
-            run.step(batches, iteration, stop=False)
-            if (iteration + 1) % 50 == 0:
-                progress(iteration + 1, iters, started, "training")
+    with trained(iters, "--train-iters", iters + 1, "--eval-iters", 1) as (run, batches):
         hooks = [m.register_forward_hook(keep) for m in run.model.modules() if isinstance(m, Experts)]
         run.step(batches, iters, stop=False)
-    for hook in hooks:
-        hook.remove()
-    shutdown(ctx)
+        for hook in hooks:
+            hook.remove()
     return [(rows, gradient) for rows, gradient in found]
 
 
