@@ -19,7 +19,7 @@ from megatron_lsh.data.samples.classification import (
     ClassificationData,
     Encoding,
     EvaluationOrder,
-    TextSet,
+    ExampleSet,
     TrainingOrder,
     class_names,
     samples_per_epoch,
@@ -238,7 +238,7 @@ def _prompts(texts: Texts, cfg: Config, tokenizer: Tokenizer, ctx: ParallelConte
     return Datasets(None, *(_each_once(texts.prompts.get(name), cfg, ctx) for name in ("valid", "test")))
 
 
-def _each_once(part: TextSet | None, cfg: Config, ctx: ParallelContext) -> EvaluationOrder | None:
+def _each_once(part: ExampleSet | None, cfg: Config, ctx: ParallelContext) -> EvaluationOrder | None:
     if part is None:
         return None
     return EvaluationOrder(part, required(cfg.training.micro_batch_size) * ctx.dp.size)

@@ -16,12 +16,12 @@ from torch import Tensor
 from megatron_lsh.config import required, validate
 from megatron_lsh.config.from_checkpoint import kept_file
 from megatron_lsh.config.swin import SwinConfig
-from megatron_lsh.data.images.datasets import EvaluationPictures, Reader, TrainingPictures
+from megatron_lsh.data.images.datasets import Reader, TrainingPictures
 from megatron_lsh.data.images.mixing import mixed_images, targets
 from megatron_lsh.data.images.sheet import Judged, draw_sheet
 from megatron_lsh.data.images.sources import ImageSets, open_sets
 from megatron_lsh.data.loader import BatchIterator, Datasets
-from megatron_lsh.data.samples.classification import BLANK
+from megatron_lsh.data.samples.classification import BLANK, EvaluationOrder
 from megatron_lsh.errors import ConfigError, DataError
 from megatron_lsh.families.family import Batch, Counts, Family, Head
 from megatron_lsh.families.losses import Losses, Mean
@@ -109,7 +109,7 @@ def _datasets(sets: ImageSets, cfg: SwinConfig, tokenizer: None, ctx: ParallelCo
     train = readers.get("train")
     return Datasets(
         TrainingPictures(train, cfg.training.seed, counts[0]) if train is not None and counts[0] else None,
-        *(EvaluationPictures(readers[name], multiple) if name in readers else None for name in ("valid", "test")),
+        *(EvaluationOrder(readers[name], multiple) if name in readers else None for name in ("valid", "test")),
     )
 
 

@@ -1,26 +1,24 @@
 """Samples of pictures: for training in an order and with changes that depend on (seed, number) alone, for evaluation once.
 
 Training samples are numbered through all epochs: number i is in epoch i // n of a set of n pictures, whose order depends on
-(seed, epoch). Evaluation sets hold every picture once, then blank samples up to whole batches.
+(seed, epoch). Evaluation sets hold every picture once, see ``EvaluationOrder``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_lsh.config.images import ImageSettings
 from megatron_lsh.data.images.augment import for_evaluation, for_training
 from megatron_lsh.data.images.decode import decode
 from megatron_lsh.data.images.mixing import mixture
 from megatron_lsh.data.images.sources import Part
-from megatron_lsh.data.samples.classification import BLANK
+from megatron_lsh.data.samples.classification import BLANK, epoch_orders
 from megatron_lsh.data.samples.dataset import Sample
 from megatron_lsh.errors import DataError
 
@@ -28,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reader:
-    """Decodes the pictures of one part.
+    """Decodes the pictures of one part; an ``ExampleSet`` of them as evaluations see them.
 
     Args:
         size: height and width that the model sees.
@@ -54,12 +52,20 @@ class Reader:
                 return for_training(picture, self.size, self.cfg, rng), int(self.part.labels[place])
         raise DataError(f"{self.part.pictures.what} has no picture that can be read")
 
-    def evaluate(self, index: int) -> tuple[np.ndarray, int]:
-        """Picture `index` as evaluations see it; blank, with the label `BLANK`, for that number and for a broken one."""
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def sample(self, index: int) -> Sample:
+        """Image uint8 [C, H, W] and label int64 []; blank, with the label `BLANK`, for that number and a broken picture."""
         picture = None if index == BLANK else self._open(index)
         if picture is None:
-            return np.zeros((self.channels, *self.size), dtype=np.uint8), BLANK
-        return for_evaluation(picture, self.size, self.cfg), int(self.part.labels[index])
+            image, label = np.zeros((self.channels, *self.size), dtype=np.uint8), BLANK
+        else:
+            image, label = for_evaluation(picture, self.size, self.cfg), int(self.part.labels[index])
+        return {"image": image, "label": np.asarray(label, dtype=np.int64)}
+
+    def fingerprint(self) -> str:
+        return self.part.fingerprint()
 
     def _open(self, place: int) -> Any:
         """A picture of Pillow's; None for a broken one that is to be skipped."""
@@ -84,14 +90,14 @@ class TrainingPictures:
 
     def __init__(self, reader: Reader, seed: int, num_samples: int) -> None:
         self._reader, self._seed, self._num_samples = reader, seed, num_samples
-        self._order = lru_cache(maxsize=2)(self._shuffled)  # of the epoch that is read, and the next one
+        self._order = epoch_orders(len(reader), seed)
 
     def __len__(self) -> int:
         return self._num_samples
 
     def __getitem__(self, index: int) -> Sample:
         cfg = self._reader.cfg
-        epoch, place = divmod(index, len(self._reader.part))
+        epoch, place = divmod(index, len(self._reader))
         number = int(self._order(epoch)[place])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, 0, epoch, number])))
         image, label = self._reader.train(number, rng)
@@ -103,28 +109,6 @@ class TrainingPictures:
             "mix_box": np.asarray(box, dtype=np.int64),
         }
 
-    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
-        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
-        return state.permutation(len(self._reader.part))
-
     def fingerprint(self) -> str:
-        facts = (self._reader.part.fingerprint(), self._seed)
+        facts = (self._reader.fingerprint(), self._seed)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-class EvaluationPictures:
-    """A ``Dataset`` of samples with image and label, each picture once, filled up to a multiple of `multiple`."""
-
-    def __init__(self, reader: Reader, multiple: int) -> None:
-        self.reader = reader
-        self._length = -(-len(reader.part) // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Sample:
-        image, label = self.reader.evaluate(index if index < len(self.reader.part) else BLANK)
-        return {"image": image, "label": np.asarray(label, dtype=np.int64)}
-
-    def fingerprint(self) -> str:
-        return self.reader.part.fingerprint()

@@ -22,10 +22,11 @@ import numpy as np
 from megatron_lsh.config.data_paths import SPLITS, parse_split
 from megatron_lsh.data.images.decode import ENDINGS, pillow
 from megatron_lsh.data.images.idx import read_idx
+from megatron_lsh.data.preparation.input_files import HUB_PREFIX
 from megatron_lsh.data.preparation.sources import load_split, require_datasets
+from megatron_lsh.data.samples.classification import numbers_first, some_names
 from megatron_lsh.errors import DataError, first_line
 
-HUB = "hf:"
 DEFAULT_SPLIT = "90,10"
 """of pictures that come in one part"""
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -113,7 +114,7 @@ class HubPictures:
     """A split of a Hugging Face data set; classes as the data set names them, or sorted."""
 
     def __init__(self, name: str, split: str, image_key: str, label_key: str) -> None:
-        self.what = f"{HUB}{name}, split {split}"
+        self.what = f"{HUB_PREFIX}{name}, split {split}"
         datasets = require_datasets(self.what)
         loaded = load_split(datasets, name, None, split, self.what, "check the name in --data-path")
         for key, flag in ((image_key, "--hf-image-key"), (label_key, "--hf-label-key")):
@@ -123,7 +124,7 @@ class HubPictures:
                 )
         names = getattr(loaded.features[label_key], "names", None)
         labels = loaded[label_key][:]
-        self.classes = list(names) if names else sorted({str(label) for label in labels}, key=_numbers_first)
+        self.classes = list(names) if names else sorted({str(label) for label in labels}, key=numbers_first)
         if names:
             self.labels = np.asarray(labels, dtype=np.int64)
             if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(names):
@@ -235,11 +236,11 @@ def open_sets(
 
 
 def _part(pictures: Pictures, indices: np.ndarray, names: Sequence[str]) -> Part:
-    strange = sorted(set(pictures.classes) - set(names), key=_numbers_first)
+    strange = sorted(set(pictures.classes) - set(names), key=numbers_first)
     if strange:
         raise DataError(
             f"{pictures.what} has a class ({strange[0]}) that is none of the {len(names)} that are learned "
-            f"({', '.join(names[:6])}{', ...' if len(names) > 6 else ''}): remove it, or train with it"
+            f"({some_names(names)}): remove it, or train with it"
         )
     number = {name: place for place, name in enumerate(names)}
     ours = np.asarray([number[name] for name in pictures.classes], dtype=np.int64)
@@ -259,8 +260,8 @@ def _divided(pictures: Pictures, split: str) -> tuple[dict[str, Pictures], dict[
 
 def _parts_of(place: str, image_key: str, label_key: str) -> dict[str, Pictures]:
     """The parts that lie in one place, by the name that they have in a run."""
-    if place.startswith(HUB):
-        return _hub_parts(place.removeprefix(HUB), image_key, label_key)
+    if place.startswith(HUB_PREFIX):
+        return _hub_parts(place.removeprefix(HUB_PREFIX), image_key, label_key)
     folder = Path(place)
     if not folder.is_dir():
         raise DataError(f"{place} must be a folder with pictures, or hf:NAME: check --data-path")
@@ -284,7 +285,7 @@ def _parts_of(place: str, image_key: str, label_key: str) -> dict[str, Pictures]
 
 
 def _hub_parts(name: str, image_key: str, label_key: str) -> dict[str, Pictures]:
-    what = f"{HUB}{name}"
+    what = f"{HUB_PREFIX}{name}"
     datasets = require_datasets(what)
     try:
         if (Path(name) / "dataset_dict.json").is_file():
@@ -306,9 +307,3 @@ def _hub_parts(name: str, image_key: str, label_key: str) -> dict[str, Pictures]
 def _idx_file(folder: Path, part: str, kind: str) -> Path | None:
     names = (f"{part}-{kind}", f"{part}-{kind}.gz", f"{part}-{kind.replace('-idx', '.idx')}")
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _numbers_first(name: str) -> tuple[bool, int, str]:
-    """2 before 10 before names."""
-    number = name.isascii() and name.isdigit() and len(name) < 18
-    return (not number, int(name) if number else 0, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -94,7 +94,7 @@ class Encoding:
         return ids, second, kept != lengths
 
 
-class TextSet(Protocol):
+class ExampleSet(Protocol):
     """Samples by number, and a blank one for `BLANK`."""
 
     def __len__(self) -> int: ...
@@ -184,7 +184,7 @@ def class_names(sets: Mapping[str, Labelled], given: Sequence[str] | None) -> li
     train = sets.get("train")
     counts = Counter(example.label for example in train.examples) if train is not None else Counter()
     named = next((part.names for part in sets.values() if part.names is not None), None)
-    names = list(given or named or sorted(counts, key=_numbers_first))
+    names = list(given or named or sorted(counts, key=numbers_first))
     if not names:
         raise DataError("the classes are not known without training texts: give --classes, or --train-data")
     if len(names) < 2:
@@ -203,7 +203,7 @@ def class_names(sets: Mapping[str, Labelled], given: Sequence[str] | None) -> li
             if example.label not in names:
                 raise DataError(
                     f"{example.where}: the label ({example.label}) must be one of the {len(names)} classes "
-                    f"({_some(names)}): correct it, or name all classes with --classes"
+                    f"({some_names(names)}): correct it, or name all classes with --classes"
                 )
     return names
 
@@ -235,13 +235,24 @@ def samples_per_epoch(examples: int, batch: int) -> int:
     return -(-examples // batch) * batch
 
 
+def epoch_orders(examples: int, seed: int) -> Callable[[int], npt.NDArray[np.int64]]:
+    """epoch -> the numbers of so many examples in an order that depends on (seed, epoch) alone."""
+
+    @lru_cache(maxsize=2)  # of the epoch that is read, and the next one
+    def order(epoch: int) -> npt.NDArray[np.int64]:
+        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+        return state.permutation(examples)
+
+    return order
+
+
 class TrainingOrder:
     """Training samples in the order of the run; a ``Dataset``. `samples_per_epoch`: whole global batches, see above."""
 
     def __init__(self, source: ClassificationSet, batch: int, seed: int, num_samples: int) -> None:
         self._source, self._seed, self._num_samples = source, seed, num_samples
         self.samples_per_epoch = samples_per_epoch(len(source), batch)
-        self._order = lru_cache(maxsize=2)(self._shuffled)  # of the epoch that is read, and the next one
+        self._order = epoch_orders(len(source), seed)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -250,19 +261,15 @@ class TrainingOrder:
         epoch, place = divmod(index, self.samples_per_epoch)
         return self._source.sample(int(self._order(epoch)[place % len(self._source)]))
 
-    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
-        state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
-        return state.permutation(len(self._source))
-
     def fingerprint(self) -> str:
         """Of the texts and their order, which the batch size does not change."""
         return hashlib.sha256(f"{self._source.fingerprint()} {self._seed}".encode()).hexdigest()
 
 
 class EvaluationOrder:
-    """Every text once, then blank samples up to a multiple of `multiple` (samples of one micro-step of all ranks)."""
+    """Every example once, then blank samples up to a multiple of `multiple` (samples of one micro-step of all ranks)."""
 
-    def __init__(self, source: TextSet, multiple: int) -> None:
+    def __init__(self, source: ExampleSet, multiple: int) -> None:
         self._source = source
         self._length = -(-len(source) // multiple) * multiple
 
@@ -276,11 +283,12 @@ class EvaluationOrder:
         return self._source.fingerprint()
 
 
-def _numbers_first(name: str) -> tuple[bool, int, str]:
+def numbers_first(name: str) -> tuple[bool, int, str]:
     """2 before 10 before names."""
     number = re.fullmatch(r"-?[0-9]{1,18}", name) is not None
     return (not number, int(name) if number else 0, name)
 
 
-def _some(names: Sequence[str], limit: int = 6) -> str:
+def some_names(names: Sequence[str], limit: int = 6) -> str:
+    """The first names of many, for messages."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from megatron_lsh.config.images import ImageSettings
-from megatron_lsh.data.images.datasets import EvaluationPictures, Reader, TrainingPictures
+from megatron_lsh.data.images.datasets import Reader, TrainingPictures
 from megatron_lsh.data.images.sources import Part, open_sets
 from megatron_lsh.data.loader import BatchIterator
+from megatron_lsh.data.samples.classification import EvaluationOrder
 from megatron_lsh.errors import DataError
 from tests.data.images.pictures import write_gratings
 from tests.data.images.test_augment import PLAIN
@@ -51,7 +52,7 @@ def test_changes_depend_on_seed_picture_and_epoch_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_sees_every_picture_once_on_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     part = part_of(write_gratings(tmp_path, valid=10), "valid")
-    data = EvaluationPictures(reader_of(part), 4 * ranks)
+    data = EvaluationOrder(reader_of(part), 4 * ranks)
     assert len(data) % (4 * ranks) == 0
     seen: list[bytes] = []
     for rank in range(ranks):
@@ -76,7 +77,7 @@ def test_broken_pictures_are_errors_or_left_out_and_counted(tmp_path: Path, capl
     assert len(labels) == 12 and len(skipping.broken) == 1
     assert [record.message for record in caplog.records if "1 so far" in record.message and "a/1.png" in record.message]
     assert len(caplog.records) == 1
-    evaluated = EvaluationPictures(skipping, 4)
+    evaluated = EvaluationOrder(skipping, 4)
     assert sorted(int(evaluated[index]["label"]) for index in range(8)) == [-1, -1, -1, 0, 0, 1, 1, 1]
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"")
