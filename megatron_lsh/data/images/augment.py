@@ -7,6 +7,7 @@ arXiv:1409.4842; erasing: Zhong et al., arXiv:1708.04896, with noise in the plac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,9 +64,7 @@ def crop_box(
     """
     width, height = size
     for _ in range(_CROP_ATTEMPTS):
-        area = width * height * rng.uniform(scale[0], scale[1])
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w, h = _random_sides(width * height, scale, ratio, rng)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
@@ -75,12 +74,21 @@ def crop_box(
     return left, top, left + w, top + h
 
 
+def _random_sides(
+    whole: int, scale: Sequence[float], ratio: Sequence[float], rng: np.random.Generator
+) -> tuple[int, int]:
+    """Of a rectangle whose share of the area `whole` is uniform in `scale`, and log(first / second) in that of `ratio`."""
+    area = whole * rng.uniform(scale[0], scale[1])
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
 def _moved(picture: Image.Image, cfg: ImageSettings, rng: np.random.Generator) -> Image.Image:
     """Turned about its centre and shifted; what comes in from outside has the colour of the corner pixels' median."""
     degrees = rng.uniform(-cfg.random_rotation, cfg.random_rotation)
     right, down = (int(rng.integers(-cfg.random_shift, cfg.random_shift + 1)) for _ in range(2))
-    corners = np.stack([np.asarray(picture)[row, column] for row in (0, -1) for column in (0, -1)])
-    fill = tuple(int(value) for value in np.atleast_1d(np.median(corners, axis=0)))
+    corners = np.asarray(picture)[np.ix_((0, -1), (0, -1))]
+    fill = tuple(int(value) for value in np.atleast_1d(np.median(corners, axis=(0, 1))))
     return picture.rotate(degrees, pillow().Resampling.BILINEAR, translate=(right, down), fillcolor=fill)
 
 
@@ -88,9 +96,7 @@ def erased(image: np.ndarray, cfg: ImageSettings, rng: np.random.Generator) -> n
     """A copy of uint8 [C, height, width] with normal noise (of --image-mean and --image-std) in one rectangle."""
     channels, height, width = image.shape
     for _ in range(_CROP_ATTEMPTS):
-        area = height * width * rng.uniform(*_ERASED_AREA)
-        aspect = math.exp(rng.uniform(math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1])))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        h, w = _random_sides(height * width, _ERASED_AREA, _ERASED_RATIO, rng)
         if 0 < h < height and 0 < w < width:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             mean, std = (

@@ -34,9 +34,11 @@ NONE = Mixture(1.0, (0, 0, 0, 0))
 
 def mixture(cfg: ImageSettings, size: tuple[int, int], seed: int, pair: int) -> Mixture:
     """Of the pair 2 `pair` and 2 `pair` + 1; `size`: height and width."""
+    if not cfg.mixes:
+        return NONE
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _STREAM, pair])))
     mixed, cut = rng.random() < cfg.mix_prob, rng.random() < cfg.mix_switch_prob
-    if not mixed or not cfg.mixes:
+    if not mixed:
         return NONE
     if cfg.mixup > 0 and (not cut or cfg.cutmix == 0):
         return Mixture(float(rng.beta(cfg.mixup, cfg.mixup)), NONE.box)
