@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lsh.config import required
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.swin import SwinConfig
@@ -50,7 +51,7 @@ def stage_grids(cfg: SwinConfig) -> list[tuple[int, int]]:
 
 def swin_stacks(cfg: SwinConfig) -> tuple[Stack, ...]:
     """The stages, each with its own width, heads, length and blocks. Raises ConfigError for an impossible pattern."""
-    depths, heads, hidden = cfg.swin.swin_depths, cfg.heads(), cfg.model.hidden_size or 1
+    depths, heads, hidden = cfg.swin.swin_depths, cfg.heads(), required(cfg.model.hidden_size)
     pattern = moe_layer_pattern(cfg.moe.moe_layer_freq, sum(depths)) if cfg.moe.num_experts is not None else []
     ffn = cfg.model.ffn_hidden_size or 4 * hidden
     expert = cfg.moe.moe_ffn_hidden_size or ffn
@@ -86,7 +87,7 @@ def swin_stacks(cfg: SwinConfig) -> tuple[Stack, ...]:
 
 def merging_multiply_adds(cfg: SwinConfig) -> float:
     """Of one picture: patches made of pixels, and between stages four patches made one."""
-    hidden, grids = cfg.model.hidden_size or 1, stage_grids(cfg)
+    hidden, grids = required(cfg.model.hidden_size), stage_grids(cfg)
     first = grids[0][0] * grids[0][1] * hidden * cfg.swin.num_channels * cfg.swin.patch_dim**2
     between = (h * w * 4 * (hidden << stage) * 2 * (hidden << stage) for stage, (h, w) in enumerate(grids[1:]))
     return float(first + sum(between))
@@ -97,7 +98,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, cfg: SwinConfig, ctx: ParallelContext) -> None:
         super().__init__()
-        hidden, side = cfg.model.hidden_size or 1, cfg.swin.patch_dim
+        hidden, side = required(cfg.model.hidden_size), cfg.swin.patch_dim
         self.side = side
         init = Init("normal", cfg.model.init_method_std)
         self.weight = parameter((hidden, cfg.swin.num_channels, side, side), ctx, init=init)
@@ -170,7 +171,7 @@ class SwinBlock(nn.Module):
         recompute: RecomputePlan,
     ) -> None:
         super().__init__()
-        hidden, heads = cfg.model.hidden_size or 1, cfg.model.num_attention_heads or 1
+        hidden, heads = required(cfg.model.hidden_size), required(cfg.model.num_attention_heads)
         init = Init("normal", cfg.model.init_method_std)
         self.windows = windows
         self.input_layernorm = build_norm(cfg.model, hidden, ctx)
