@@ -8,8 +8,12 @@ from typing import Any
 from megatron_lsh.config.data import TOKENIZER_FILES
 from megatron_lsh.config.data_paths import is_number
 
-_FOLDERS = ("save", "load", "pretrained_checkpoint", "data_cache_path", "tensorboard_dir", "metrics_jsonl")
+_OF_THE_RUN = (
+    "save", "load", "pretrained_checkpoint", "data_cache_path", "tensorboard_dir", "metrics_jsonl", "wandb_save_dir",
+    "flight_recorder_dump_path", "memory_snapshot_path", "picture_sheet",
+)  # fmt: skip
 _PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_HUB = "hf:"  # in front of a data set of pictures: a name on the hub, or a folder
 # Where there is no such file, the value is a name on the Hugging Face hub, or a mistake to be told as it was written.
 _FILES = (*TOKENIZER_FILES, "train_data", "valid_data", "test_data", "hf_dataset")
 
@@ -28,7 +32,9 @@ def _full(name: str, value: Any) -> Any:
         return [_full(name, entry) for entry in value]
     if not isinstance(value, str) or not value:
         return value
-    path = Path(value)
-    if name in _FOLDERS or (name in _PREFIXES and not is_number(value)) or (name in _FILES and path.exists()):
-        return str(path.absolute())
+    kind = _HUB if name in _PREFIXES and value.startswith(_HUB) else ""
+    path = Path(value.removeprefix(kind))
+    certain = name in _OF_THE_RUN or (name in _PREFIXES and not kind and not is_number(value))
+    if certain or ((name in _FILES or kind) and path.exists()):
+        return f"{kind}{path.absolute()}"
     return value

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_lsh.config import Config, describe, from_dict, to_dict, to_json, to_saved
 from megatron_lsh.config.settings import Setting, settings_of
+from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import small
 
@@ -55,6 +56,22 @@ def test_saved_paths_are_full_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (saved["data"]["tokenizer_model"], saved["data"]["vocab_file"]) == ("gpt2", f"{tmp_path}/vocab.txt")
     assert saved["checkpoint"]["save"] == f"{tmp_path}/runs/x" and saved["checkpoint"]["load"] is None
     assert cfg.checkpoint.save == "runs/x"
+
+
+def test_saved_paths_of_what_a_run_writes_and_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    cfg = SwinConfig()
+    written = {name: f"out/{name}" for name in ("wandb_save_dir", "flight_recorder_dump_path", "memory_snapshot_path")}
+    for name, path in written.items():
+        setattr(cfg.logging, name, path)
+    cfg.images.picture_sheet = "pictures.png"
+    cfg.data.train_data_path, cfg.data.valid_data_path = ["hf:mnist"], ["hf:mine"]
+    saved = to_saved(cfg)["config"]
+    assert {name: saved["logging"][name] for name in written} == {n: f"{tmp_path}/{p}" for n, p in written.items()}
+    assert saved["images"]["picture_sheet"] == f"{tmp_path}/pictures.png"
+    assert saved["data"]["train_data_path"] == ["hf:mnist"], "a name on the hub"
+    assert saved["data"]["valid_data_path"] == [f"hf:{tmp_path}/mine"]
 
 
 def test_derived_values_are_remembered() -> None:
