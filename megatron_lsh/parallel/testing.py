@@ -1,7 +1,8 @@
 """Run a function on several ranks of this machine, for tests of distributed behaviour without a cluster.
 
-Processes are forked from a server that has imported torch once (Python's ``forkserver``), so that after the first call
-a run costs a fraction of a second instead of the seconds that importing torch takes in every rank.
+Processes are forked from a server that has imported torch, and what of this package the first caller had imported, once
+(Python's ``forkserver``), so that after the first call a run costs a fraction of a second instead of the seconds that
+imports take in every rank.
 """
 
 from __future__ import annotations
@@ -97,8 +98,14 @@ def _process_context(backend: str) -> Any:
     if backend != "gloo" or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD + (["pytest"] if "pytest" in sys.modules else []))
+    context.set_forkserver_preload(_PRELOAD + _own_modules())
     return context
+
+
+def _own_modules() -> list[str]:
+    """What the caller has imported of this package, of its tests and of pytest, so that no rank has to."""
+    ours = {"megatron_lsh", "tests", "pytest"}
+    return [name for name in sys.modules if name.partition(".")[0] in ours]
 
 
 def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[str, str]:
