@@ -118,7 +118,7 @@ class BySource(nn.Module):
         super().__init__()
         self.path, self._experts = path, num_experts
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan | None:
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> PendingPlan | None:
         return None  # ExceptWhere knows what it sends only when it has sent it
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
@@ -140,7 +140,7 @@ class ExceptWhere(nn.Module):
         self.compressor = compressor
         self.gauges = tuple(getattr(compressor, "gauges", ()))
 
-    def sent_rows(self, counts_E: Tensor) -> Tensor | None:
+    def sent_rows(self, counts: Tensor) -> Tensor | None:
         return None
 
     def compress(self, rows: Rows, p: LayerPass) -> tuple[Tensor, Tensor, Callable[[], Restore]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from megatron_lsh.moe import transport
 
@@ -22,7 +23,8 @@ _NO_KERNEL = {
 }  # fmt: skip
 #: Functions for which the host reads what the device computes.
 _READS = {
-    "item", "tolist", "cpu", "numpy", "nonzero", "bincount", "unique", "__bool__", "__int__", "__float__", "__index__",
+    "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "bincount", "unique", "unique_consecutive", "masked_select",
+    "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__",
 }  # fmt: skip
 
 
@@ -44,7 +46,10 @@ def _is_leaf(event: Any) -> bool:
 
 
 class Waits(TorchFunctionMode):
-    """Within this context: where a GPU makes the host wait, or would. An arrival of counts is one, whatever it reads.
+    """Within this context: where a GPU makes the host wait, or would. The arrival of counts is one, in whatever it ends.
+
+    On a CPU every tensor could be read at once. What a GPU's program would have on the host is what was made without a
+    ``device``, counts that have arrived, and what is computed of these alone, until ``to`` sends it away.
 
     Attributes:
         found: what was waited for, by name, in order.
@@ -53,28 +58,38 @@ class Waits(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-        self._inside = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        here = all(map(_is_on_host, tensors)) if tensors else kwargs.get("device") is None
+        if not here and self._waits(name, args, kwargs):
+            self.found.append(name)
+        result = function(*args, **kwargs)
+        if here and name == "to" and any(isinstance(a, (torch.device, str)) for a in (*args, *kwargs.values())):
+            return result.view_as(result)
+        if here:
+            _put_on_host(result)
+        return result
+
+    @staticmethod
+    def _waits(name: str, args: Any, kwargs: Any) -> bool:
+        if name == "copy_":
+            return _is_on_host(args[0])
+        if name == "repeat_interleave":  # how long the result is, only the device knows
+            return kwargs.get("output_size") is None
         picks = args[1] if name in ("__getitem__", "__setitem__") else ()
         indices = picks if isinstance(picks, tuple) else (picks,)
-        by_mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
-        if (name in _READS or by_mask) and not self._inside:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
+        return name in _READS or any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
 
     def __enter__(self) -> Waits:
         self._wait = transport.Arrival.wait
         waits = self
 
-        def counted(arrival: transport.Arrival, *arguments: Any) -> transport.Plan:
+        def counted(arrival: transport.Arrival, *arguments: Any) -> Any:
             waits.found.append("arrival")
-            waits._inside = True
-            try:
-                return waits._wait(arrival, *arguments)
-            finally:
-                waits._inside = False
+            _put_on_host(arrival._counts)
+            return waits._wait(arrival, *arguments)
 
         transport.Arrival.wait = counted  # type: ignore[method-assign]
         super().__enter__()
@@ -83,6 +98,16 @@ class Waits(TorchFunctionMode):
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)
         transport.Arrival.wait = self._wait  # type: ignore[method-assign]
+
+
+def _put_on_host(result: Any) -> None:
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            leaf._waits_on_host = True  # type: ignore[attr-defined]
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return getattr(tensor, "_waits_on_host", False)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ class _Derived:
     Attributes:
         num_rows, num_clusters: N and C.
         segments: order, offsets and sizes, as the operations of ``ops/`` want them.
-        counts: ``counts_E`` as numbers, where somebody knows them (:meth:`Clusters.known`).
+        counts: ``counts_E`` as numbers, where somebody knows them (:meth:`Clusters.known`), and
+        rows: the rows per expert, likewise.
     """
 
     # Set at once: a cached_property takes a lock before Python 3.12, which torch.compile cannot trace.
@@ -25,6 +26,7 @@ class _Derived:
     num_clusters: int
     segments: tuple[Tensor, Tensor, Tensor]
     counts: Sequence[int] | None
+    rows: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class Clusters(_Derived):
         object.__setattr__(self, "num_rows", self.cluster_N.shape[0])
         object.__setattr__(self, "num_clusters", self.sizes_C.shape[0])
         object.__setattr__(self, "segments", (self.order_N, self.offsets_C, self.sizes_C))
-        object.__setattr__(self, "counts", None)
+        self.known(None)
 
-    def known(self, counts: Sequence[int] | None) -> Clusters:
-        """These clusters, with ``counts_E`` on the host: who asks for them need not wait for the device."""
+    def known(self, counts: Sequence[int] | None, rows: Sequence[int] | None = None) -> Clusters:
+        """These clusters, with clusters and rows per expert on the host: who asks for them need not wait for the device."""
         object.__setattr__(self, "counts", counts)
+        object.__setattr__(self, "rows", rows)
         return self
 
     def counts_on_host(self) -> Sequence[int]:

@@ -67,11 +67,12 @@ class Dispatcher(Protocol):
 class RowPath(Protocol):
     """Gives every row its expert's output, or something near it."""
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan | None:
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> PendingPlan | None:
         """Tell the other ranks how many rows per expert this one is going to bring, as early as that is known.
 
         Args:
-            routed_E: the rows that these stand for, if others.
+            counts: int64 [E]; or [P, E] on the host, of all ranks, if they are known already.
+            routed: the rows that these stand for, if others.
 
         Returns:
             None if it is not known before the rows are there.
@@ -90,9 +91,9 @@ Restore = Callable[[Tensor], Rows]
 class Compressor(Protocol):
     """Sends fewer rows. May have ``gauges``, and be an ``nn.Module``."""
 
-    def sent_rows(self, counts_E: Tensor) -> Tensor | None:
-        """Rows per expert that will be sent for ``counts_E`` rows, int64 [E], if that follows from the counts alone: then
-        the other ranks are told before anything is computed. Else None."""
+    def sent_rows(self, counts: Tensor) -> Tensor | None:
+        """Rows per expert that will be sent for these, if that follows from the counts alone: then the other ranks are told
+        before anything is computed. Else None. ``counts`` are this rank's [E], or those of all ranks [P, E]."""
         ...
 
     def compress(self, rows: Rows, p: LayerPass) -> tuple[Tensor, Tensor, Callable[[], Restore]]:
@@ -111,8 +112,8 @@ class ThroughExperts(nn.Module):
         super().__init__()
         self.transport = transport
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan:
-        return self.transport.plan(counts_E, p, routed_E)
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> PendingPlan:
+        return self.transport.plan(counts, p, routed)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         transport = self.transport
@@ -147,9 +148,9 @@ class Compressed(nn.Module):
     def set_iteration(self, iteration: int, total: int | None = None) -> None:
         self._probe_due = self._probe_interval is not None and iteration % self._probe_interval == 0
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan | None:
-        sent_E = self.compressor.sent_rows(counts_E)
-        return None if sent_E is None else self.path.plan(sent_E, p, counts_E if routed_E is None else routed_E)
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> PendingPlan | None:
+        sent = self.compressor.sent_rows(counts)
+        return None if sent is None else self.path.plan(sent, p, counts if routed is None else routed)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         probe = self._probe_due and self.training and not p.replay
@@ -190,17 +191,19 @@ class RowDispatcher(nn.Module):
         self.gauges = tuple(getattr(path, "gauges", ()))
         self._num_experts, self._exact, self._order_E = num_experts, exact, order_E
 
-    def forward(self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, p: LayerPass, plan: PendingPlan | None = None
+    ) -> Tensor:
+        """``plan``: of the rows, if their counts are known already."""
         ids_TK = routing.expert_ids_TK
         if self._order_E is not None:
             ids_TK = torch.where(ids_TK < 0, -1, self._order_E[ids_TK.clamp(min=0)])
-        plan = None
         if not routing.complete and self not in p.decided:
             # How many rows there are is not known here either, and comes with the counts.
             counts_E = routing.tokens_per_expert_E
             if self._order_E is not None:
                 counts_E = torch.empty_like(counts_E).scatter_(0, self._order_E, counts_E)
-            plan = self.path.plan(counts_E, p)
+            plan = plan or self.path.plan(counts_E, p)
             p.decided[self] = routing.num_rows() if plan is None else sum(plan().routed_E)
         num_rows = ids_TK.numel() if routing.complete else p.decided[self]
         rows = Rows.of_tokens(x_TD, sort_by_expert(ids_TK, self._num_experts, num_rows))

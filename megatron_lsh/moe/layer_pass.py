@@ -209,6 +209,7 @@ class LayerPass:
         replay: whether the layer runs again, for its backward pass. What happens twice is counted twice (bytes, times);
             what was decided once (rows, losses) is for its callers to add once.
         noise: for stochastic rounding of gradients.
+        device: where the layer's tokens are.
         clock: returns a moment, for :meth:`since`; None where this pass is not timed.
         agreed: returns the plan of what a compressor sends (transport.py), which has its counts on the host: waits for their
             arrival. None where they do not follow from the counts of its rows (``Compressor.sent_rows``).
@@ -221,7 +222,7 @@ class LayerPass:
         # A replay is timed if its pass was.
         self._timed: bool = self.decided.setdefault(_BEGAN, record.enabled and record.timing)
         self.noise = noise or Noise(0)
-        self.add = record.add
+        self.add, self.device = record.add, record.device
         self._record = record
         self.clock: Callable[[], Any] = _event if record.device.type == "cuda" else time.perf_counter
         if not self._timed:

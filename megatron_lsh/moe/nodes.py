@@ -39,7 +39,7 @@ from megatron_lsh.moe.gauges import Gauge, busiest_over_mean, ratio
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows, sort_by_expert, unpermute
 from megatron_lsh.moe.router import Routing
-from megatron_lsh.moe.transport import Plan, Transport
+from megatron_lsh.moe.transport import Plan, Transport, to_device
 
 GAUGES = (
     Gauge("forwarded_rows_max_over_mean", "", "fullest forwarding rank / mean", busiest_over_mean("forwarded_rows"),
@@ -54,25 +54,40 @@ GAUGES = (
 class InsideNode(nn.Module):
     """A hop inside the node around another path: (n, h) brings the rows of all of node n for the experts of all (., h)."""
 
-    def __init__(self, transport: Transport, path: RowPath) -> None:
-        """``transport``: of the node's ranks; its "experts of rank h" are those of all (m, h), by node."""
+    def __init__(self, transport: Transport, path: RowPath, everyone: Transport) -> None:
+        """
+        Args:
+            transport: of the node's ranks; its "experts of rank h" are those of all (m, h), by node.
+            path: of the ranks of equal place in all nodes.
+            everyone: of all ranks, ordered by node; no row takes it, but the counts do that plan both hops.
+        """
         super().__init__()
-        self.transport, self.path = transport, path
+        self.transport, self.path, self._everyone = transport, path, everyone
         self.gauges = (*getattr(path, "gauges", ()), *GAUGES)
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan:
-        return self.transport.plan(counts_E, p, routed_E)
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> PendingPlan:
+        inside, everyone = self.transport.group, self._everyone
+
+        def both(counts_PE: Tensor) -> Plan:
+            counts_MGE = counts_PE.view(-1, inside.size, counts_PE.shape[1])
+            plan = self.transport.plan(counts_MGE[everyone.group.rank // inside.size], p)()
+            # What each (m, h) is going to have is what the ranks of its node have for the experts of place h.
+            gathered_MX = counts_MGE.sum(1).unflatten(1, (inside.size, -1))[:, inside.rank]
+            onward = self.path.plan(gathered_MX, p)
+            return plan if onward is None else replace(plan, onward=onward())
+
+        return everyone.tell(counts, p, both)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         transport = self.transport
         if self not in p.decided:
-            p.decided[self] = (plan or transport.plan(rows.counts_E, p))()
+            p.decided[self] = (plan or self.plan(rows.counts_E, p))()
         agreed: Plan = p.decided[self]
         gathered = transport.start(rows.materialise(), agreed, p).wait()
         if not p.replay:
             p.add(forwarded_rows=gathered.shape[0])
-        here = Rows(gathered, agreed.counts_L.to(gathered.device, non_blocking=True))
-        out = self.path(here, experts, p).materialise()
+        here, onward = Rows(gathered, to_device(agreed.counts_L, gathered.device)), agreed.onward
+        out = self.path(here, experts, p, None if onward is None else lambda: onward).materialise()
         return rows.outputs(transport.start_back(out, agreed, p).wait())
 
 
@@ -86,9 +101,9 @@ class ExceptOwnNode(nn.Module):
         self.gauges = tuple(getattr(compressor, "gauges", ()))
         self._nodes, self._node = nodes, node
 
-    def sent_rows(self, counts_E: Tensor) -> Tensor | None:
-        sent_E = self.compressor.sent_rows(self._others(counts_E))
-        return None if sent_E is None else sent_E + self._own(counts_E)
+    def sent_rows(self, counts: Tensor) -> Tensor | None:
+        sent = self.compressor.sent_rows(self._others(counts))
+        return None if sent is None else sent + self._own(counts)
 
     def compress(self, rows: Rows, p: LayerPass) -> tuple[Tensor, Tensor, Callable[[], Restore]]:
         rows_ND, agreed = rows.materialise(), p.agreed
@@ -121,14 +136,14 @@ class ExceptOwnNode(nn.Module):
 
         return sent_CD, sent_E, prepared
 
-    def _own(self, counts_E: Tensor) -> Tensor:
-        """The counts of this node's experts, and zero for others."""
-        own_E = torch.zeros_like(counts_E)
-        own_E.view(self._nodes, -1)[self._node] = counts_E.view(self._nodes, -1)[self._node]
-        return own_E
+    def _own(self, counts: Tensor) -> Tensor:
+        """The counts of this node's experts, and zero for others; or of [M, E] those of each rank's own node."""
+        own_MM = counts.new_ones(self._nodes).diag()
+        own = own_MM if counts.ndim == 2 else own_MM[self._node]
+        return (counts.unflatten(-1, (self._nodes, -1)) * own.unsqueeze(-1)).flatten(-2)
 
-    def _others(self, counts_E: Tensor) -> Tensor:
-        return counts_E - self._own(counts_E)
+    def _others(self, counts: Tensor) -> Tensor:
+        return counts - self._own(counts)
 
     def _with_others(self, plan: Plan) -> Plan:
         """The plan as the compressor of the other nodes' rows sees it."""
@@ -179,11 +194,14 @@ class DeduplicatedDispatcher(nn.Module):
         visited_TM = (node_TK.unsqueeze(2) == torch.arange(nodes, device=ids_TK.device)).any(1)
         places_TM = torch.where(visited_TM, torch.arange(nodes, device=ids_TK.device), -1)
         if self not in p.decided:
-            plan = network.plan(visited_TM.sum(0), p)()
-            p.decided[self] = sort_by_expert(places_TM, nodes, sum(plan.sent_E)), plan
-        permutation, plan = p.decided[self]
+            counts = torch.cat([visited_TM.sum(0), routing.tokens_per_expert_E])
+            plan, onward = self._exact.tell(counts, p, lambda counts_PX: self._plans(counts_PX, p))()
+            p.decided[self] = sort_by_expert(places_TM, nodes, sum(plan.sent_E)), plan, onward
+        permutation, plan, onward = p.decided[self]
         token_N = permutation.token_of_row_N
-        node_N = torch.arange(nodes, device=ids_TK.device).repeat_interleave(permutation.counts_E)
+        node_N = torch.arange(nodes, device=ids_TK.device).repeat_interleave(
+            permutation.counts_E, output_size=token_N.shape[0]
+        )
         here_NK = node_TK[token_N] == node_N.unsqueeze(1)
         # Ids as the node counts its experts, weights in fp32: both travel with the row, and the weights' gradients back.
         ids_NK = torch.where(here_NK, ids_TK[token_N] - node_N.unsqueeze(1) * self._per_node, -1)
@@ -192,10 +210,22 @@ class DeduplicatedDispatcher(nn.Module):
         flight = network.start(Rows.of_tokens(x_TD, permutation).materialise(), plan, p, columns)
         p.run_deferred()
         received_RD, ids_RK, weights_RK = flight.wait()
-        partial_RD = self.inside(received_RD, _routing(ids_RK.long(), weights_RK, self._per_node), experts, p)
+        routing_R = _routing(ids_RK.long(), weights_RK, self._per_node)
+        partial_RD = self.inside(received_RD, routing_R, experts, p, lambda: onward)
         back_ND = network.start_back(partial_RD, plan, p).wait()
         ones_TM = visited_TM.to(routing.probs_TK.dtype)
         return unpermute(back_ND, ones_TM, permutation)
+
+    def _plans(self, counts_PX: Tensor, p: LayerPass) -> tuple[Plan, Plan | None]:
+        """Of both hops, from each rank's rows for every node and then for every expert: the second hop's rows are what the
+        ranks of one place have for the experts of this node."""
+        network, nodes = self.network.group, self.network.group.size
+        counts_MGX = counts_PX.view(nodes, -1, counts_PX.shape[1])
+        place = self._exact.group.rank % counts_MGX.shape[1]
+        visited_MGM, routed_MGE = counts_MGX.split([nodes, counts_PX.shape[1] - nodes], 2)
+        here_GL = routed_MGE.sum(0).unflatten(1, (nodes, -1))[:, network.rank]
+        onward = self.inside.path.plan(here_GL, p)
+        return self.network.plan(visited_MGM[:, place], p)(), None if onward is None else onward()
 
 
 def _routing(ids_RK: Tensor, weights_RK: Tensor, num_experts: int) -> Routing:

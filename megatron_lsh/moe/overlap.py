@@ -22,7 +22,7 @@ from megatron_lsh.moe.dispatcher import PendingPlan
 from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows
-from megatron_lsh.moe.transport import Flight, Plan, Transport, completed
+from megatron_lsh.moe.transport import Flight, Plan, Transport, completed, to_device
 
 
 class Piece(NamedTuple):
@@ -58,8 +58,8 @@ class InPieces(nn.Module):
         super().__init__()
         self.transport, self._chunks = transport, chunks
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> PendingPlan:
-        return self.transport.plan(counts_E, p, routed_E)
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> PendingPlan:
+        return self.transport.plan(counts, p, routed)
 
     def forward(self, rows: Rows, experts: Experts, p: LayerPass, plan: PendingPlan | None = None) -> Rows:
         if self not in p.decided:
@@ -109,7 +109,7 @@ def cut(transport: Transport, whole: Plan, chunks: int, device: torch.device) ->
             ]
         )
     order = torch.cat([torch.arange(run.start, run.stop) for of_piece in runs for run in of_piece])
-    order_C = (order.pin_memory() if device.type == "cuda" else order).to(device, non_blocking=True)
+    order_C = to_device(order, device)
     inverse_C = torch.empty_like(order_C).scatter_(0, order_C, torch.arange(len(order), device=device))
     return Pieces(pieces, order_C, inverse_C, [sum(map(len, of_piece)) for of_piece in runs])
 

@@ -148,9 +148,10 @@ def node_lsh_dispatcher(spec: DispatcherSpec) -> RowDispatcher:
         for numbers in (spec.wire(), None)
     )
     compressor = ExceptOwnNode(lsh_compressor(spec), nodes, ctx.ep_node.rank)
-    path = InsideNode(inside, Compressed(network, compressor, as_is, spec.lsh.lsh_probe_interval))
+    flat = spec.transport()
+    path = InsideNode(inside, Compressed(network, compressor, as_is, spec.lsh.lsh_probe_interval), flat)
     order_E = node_order(nodes, ctx.ep_local.size, per_rank, ctx.device)
-    return RowDispatcher(path, spec.num_experts, spec.transport(), order_E)
+    return RowDispatcher(path, spec.num_experts, flat, order_E)
 
 
 def deduplicated_dispatcher(spec: DispatcherSpec) -> DeduplicatedDispatcher:

@@ -17,7 +17,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,8 @@ GAUGES = (
     Gauge("wire_time_ms", "ms", "wire encoding, ms per step", averaged("wire_time_ms"),
           "encoding and decoding of `--lsh-wire-dtype`"),
 )  # fmt: skip
+
+T = TypeVar("T")
 
 #: Waits until a payload is there and returns it, one row each, in the order in which it is wanted.
 Landing = Callable[[], Tensor]
@@ -77,6 +79,7 @@ class Plan:
         routed_E: rows that those stand for, and
         arriving_L: ``counts_L``, as numbers; filled in when the counts arrive, and
         counts_PE: int64 on the host, rows from each rank of the group to each expert, which all of this follows from.
+        onward: of the next hop, where the same counts say it.
     """
 
     counts_L: Tensor
@@ -88,6 +91,7 @@ class Plan:
     routed_E: tuple[int, ...] = ()
     arriving_L: tuple[int, ...] = ()
     counts_PE: Tensor | None = None
+    onward: Plan | None = None
 
 
 class Arrival:
@@ -96,8 +100,7 @@ class Arrival:
     def __init__(self, counts: Tensor, work: Any = None) -> None:
         """
         Args:
-            counts: int64 [P, 2, E], rows that each rank sends and rows that they stand for, on any device, once ``work``
-                is done.
+            counts: int64, on any device, once ``work`` is done.
             work: what a collective returned; None if the counts are there.
         """
         self._counts, self._work, self._done = counts, work, None
@@ -114,26 +117,25 @@ class Arrival:
                 self._done.record(stream)
             counts.record_stream(stream)
 
-    def wait(self, make_plan: Callable[[Tensor], Plan], rank: int) -> Plan:
-        """The plan that ``make_plan`` makes of what is sent [P, E], for the ``rank``-th of these ranks."""
+    def wait(self, read: Callable[[Tensor], T]) -> T:
+        """What ``read`` makes of the counts, which it gets on the host."""
         if self._done is not None:
             self._done.synchronize()
         elif self._work is not None:
             self._work.wait()
-        counts_PE, routed_PE = self._counts.unbind(1)
-        plan = completed(make_plan(counts_PE), counts_PE, rank)
-        return replace(plan, routed_E=tuple(routed_PE[rank].tolist()))
+        return read(self._counts)
 
 
-def _with_routed(counts_E: Tensor, routed_E: Tensor | None) -> Tensor:
-    """[2, E], as :class:`Arrival` wants them."""
-    return torch.stack([counts_E, counts_E if routed_E is None else routed_E])
-
-
-def completed(plan: Plan, counts_PE: Tensor, rank: int) -> Plan:
+def completed(plan: Plan, counts_PE: Tensor, rank: int, routed_PE: Tensor | None = None) -> Plan:
     """The plan with the counts that it was made of, for the ``rank``-th of these ranks."""
     sent_E, arriving_L = tuple(counts_PE[rank].tolist()), tuple(plan.counts_L.tolist())
-    return replace(plan, sent_E=sent_E, arriving_L=arriving_L, counts_PE=counts_PE)
+    routed_E = () if routed_PE is None else tuple(routed_PE[rank].tolist())
+    return replace(plan, sent_E=sent_E, routed_E=routed_E, arriving_L=arriving_L, counts_PE=counts_PE)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy there. Out of pinned memory, or a GPU's driver would wait."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class Transport(ABC):
@@ -163,32 +165,49 @@ class Transport(ABC):
         #: Whether each rank of the group is on this rank's node.
         self.near = [node == nodes[group.rank] for node in nodes]
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> Callable[[], Plan]:
+    def plan(self, counts: Tensor, p: LayerPass, routed: Tensor | None = None) -> Callable[[], Plan]:
         """Start telling all ranks how many rows this one sends to each expert.
 
         Args:
-            counts_E: int64, rows per expert; sums to C.
-            routed_E: int64, the rows that they stand for, which nobody else needs: they come to the host with the counts.
-                None where a row stands for itself.
+            counts: int64 [E], rows per expert; sums to C. Or [P, E] on the host, those of all ranks of the group, if they
+                are known already: then nobody is told anything, and nothing is waited for.
+            routed: as ``counts``, the rows that those stand for, which nobody else needs: they come to the host with the
+                counts. None where a row stands for itself.
 
         Returns:
-            A function that returns the plan, and on its first call waits for the other ranks' counts: the only place of a
+            A function that returns the plan, and on its first call waits for the other ranks' counts.
+        """
+        routed = counts if routed is None else routed
+
+        def read(counts_PE: Tensor, routed_PE: Tensor) -> Plan:
+            return completed(self.make_plan(counts_PE, p.device), counts_PE, self.group.rank, routed_PE)
+
+        if counts.ndim == 2:
+            return functools.partial(read, counts, routed)
+        return self.tell(torch.stack([counts, routed]), p, lambda counts_P2E: read(*counts_P2E.unbind(1)))
+
+    def tell(self, counts: Tensor, p: LayerPass, read: Callable[[Tensor], T]) -> Callable[[], T]:
+        """Start telling all ranks counts of this one.
+
+        Args:
+            counts: int64, of the same shape on all ranks.
+            read: is given everyone's, [P, ...] on the host.
+
+        Returns:
+            A function that returns what ``read`` makes of them, and on its first call waits for them: the only place of a
             dispatch where the host waits for the device.
         """
-        size = self.group.size
-        counts = _with_routed(counts_E, routed_E)
-        gathered = counts.new_empty(size * counts.numel())
-
+        gathered = counts.new_empty(self.group.size, *counts.shape)
         began = p.clock()
-        work = all_gather_single(gathered, counts.flatten(), group=self.group.process_group, async_op=True)
-        arrival = Arrival(gathered.view(size, 2, -1), work)
+        work = all_gather_single(gathered.view(-1), counts.flatten(), group=self.group.process_group, async_op=True)
+        arrival = Arrival(gathered, work)
         p.since(began, "alltoall_time_ms")
 
-        def arrive() -> Plan:
+        def arrive() -> T:
             began = p.clock()
-            plan = arrival.wait(lambda counts_PE: self.make_plan(counts_PE, counts_E.device), self.group.rank)
+            found = arrival.wait(read)
             p.since(began, "alltoall_time_ms")
-            return plan
+            return found
 
         return functools.cache(arrive)
 
@@ -252,9 +271,9 @@ class Transport(ABC):
 class LocalTransport(Transport):
     """EP = 1: every expert is here and nothing moves."""
 
-    def plan(self, counts_E: Tensor, p: LayerPass, routed_E: Tensor | None = None) -> Callable[[], Plan]:
-        arrival = Arrival(_with_routed(counts_E, routed_E).unsqueeze(0))
-        return functools.cache(lambda: arrival.wait(lambda counts_1E: self.make_plan(counts_1E, counts_E.device), 0))
+    def tell(self, counts: Tensor, p: LayerPass, read: Callable[[Tensor], T]) -> Callable[[], T]:
+        arrival = Arrival(counts.unsqueeze(0))
+        return functools.cache(lambda: arrival.wait(read))
 
     def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
         return Arrived(rows_CD, columns)
@@ -308,7 +327,7 @@ class AllGatherTransport(Transport):
         )
         sort_R, _ = expert_order(mine_PL, torch.device("cpu"))
         sort_R = arrival_R if sort_R is None else arrival_R[sort_R]
-        return Plan(mine_PL.sum(0), [int(rows_P[rank])], [block] * size, sort_R.to(device), None)
+        return Plan(mine_PL.sum(0), [int(rows_P[rank])], [block] * size, to_device(sort_R, device), None)
 
     def move(self, payload: Tensor, plan: Plan, outward: bool) -> Movement:
         block, size, group = plan.recv_splits[0], self.group.size, self.group.process_group
@@ -484,10 +503,8 @@ def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | No
     first_wanted_LP = (wanted_LP.flatten().cumsum(0) - wanted_LP.flatten()).view(local, sources)
     moves_PL = first_wanted_LP.t() - first_arriving_PL
     blocks = torch.stack([arriving_PL.flatten(), moves_PL.flatten(), wanted_LP.flatten(), -moves_PL.t().flatten()])
-    if device.type == "cuda":
-        blocks = blocks.pin_memory()
     rows = int(arriving_PL.sum())
-    arriving, moves, wanted, moves_back = blocks.to(device, non_blocking=True)
+    arriving, moves, wanted, moves_back = to_device(blocks, device)
     place_R = torch.arange(rows, device=device)
     unsort_R = place_R + moves.repeat_interleave(arriving, output_size=rows)
     return place_R + moves_back.repeat_interleave(wanted, output_size=rows), unsort_R

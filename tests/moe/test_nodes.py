@@ -131,17 +131,20 @@ def deduplication_is_exact() -> None:
         assert torch.equal(layer(x)[0], flat), "evaluation takes the flat way"
 
 
-def each_hop_waits_once() -> None:
+def both_hops_wait_once() -> None:
+    """One exchange of counts plans them, whatever the capacity, in pieces too."""
     ctx = two_by_two()
-    for kind, moe in (("lsh", {}), ("alltoall", {"moe_node_deduplication": "on"})):
-        assert count(ctx, kind, **moe) == [["arrival", "arrival"], [], []]
+    for more in ({}, {"moe_expert_capacity_factor": 1.0}, {"moe_overlap_chunks": 2}):
+        for kind, moe in (("lsh", {}), ("alltoall", {"moe_node_deduplication": "on"})):
+            found = count(ctx, kind, **moe, **more)
+            assert found == [["arrival"], [], []], (kind, more, found)
 
 
 def all_of_them() -> None:
     node_scope_is_exact_at_rate_one()
     node_scope_compresses_what_crosses()
     deduplication_is_exact()
-    each_hop_waits_once()
+    both_hops_wait_once()
 
 
 def test_two_nodes_of_two_ranks() -> None:

@@ -9,6 +9,8 @@ experts, hence every rank holds the maps of all experts; they are dense paramete
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +28,13 @@ class LowRankResidual(nn.Module):
         self.down = parameter((num_experts, rank, hidden), ctx, init=Init("normal", hidden**-0.5))
         self.up = parameter((num_experts, hidden, rank), ctx, init=Init("zeros"))
 
-    def forward(self, residual_ND: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, residual_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """
         Args:
             residual_ND: sorted by expert.
-            counts_E: int64, rows per expert.
+            counts: rows per expert.
         """
         down, up = (local(p, partial_grad=self._split_tokens) for p in (self.down, self.up))
-        parts = residual_ND.split(counts_E.tolist())
+        parts = residual_ND.split(list(counts))
         # Every expert takes part, with or without rows, so that each parameter gets a gradient on every rank.
         return torch.cat([part @ a.T @ b.T for part, a, b in zip(parts, down, up, strict=True)])

@@ -142,16 +142,14 @@ class ClusterByHash(nn.Module):
             return p.time("lsh_cluster_time_ms", self._buckets, projection_NP, index_N, counts_E)
         sent_E, routed_E = (None, None) if agreed is None else (agreed.sent_E, agreed.routed_E)
         clusters = p.time("lsh_cluster_time_ms", self._budgets, projection_NP, index_N, counts_E, sent_E)
-        steps = self._cfg.lsh_refine_steps
-        return p.time(
-            "lsh_refine_time_ms", lsh.refine, rows_ND, clusters.known(sent_E), counts_E, steps, index_N, routed_E
-        )
+        clusters, steps = clusters.known(sent_E, routed_E), self._cfg.lsh_refine_steps
+        return p.time("lsh_refine_time_ms", lsh.refine, rows_ND, clusters, counts_E, steps, index_N)
 
-    def sent_rows(self, counts_E: Tensor) -> Tensor | None:
+    def sent_rows(self, counts: Tensor) -> Tensor | None:
         """Clusters per expert, where they follow from the rows per expert."""
         if self._cfg.lsh_clustering == "bucket":
             return None
-        return lsh.row_budgets(counts_E, self._rate)
+        return lsh.row_budgets(counts, self._rate)
 
     def _buckets(self, projection_NP: Tensor, index_N: Tensor | None, counts_E: Tensor) -> Clusters:
         codes_NQ = lsh.codes_of(projection_NP, self._num_hashes)
@@ -225,6 +223,8 @@ class WithResidual(nn.Module):
             if self.low_rank is None:
                 return out_ND
             assert sent.residual_ND is not None
-            return out_ND + self.low_rank(sent.residual_ND, counts_E)
+            return out_ND + self.low_rank(
+                sent.residual_ND, counts_E.tolist() if clusters.rows is None else clusters.rows
+            )
 
         return finish
