@@ -242,6 +242,7 @@ def test_documents_name_flags_that_exist() -> None:
     """Flags in backticks or code blocks are ours, Megatron-LM's as we know it, those of a tool here, or a launcher's."""
     launchers = {"--nproc-per-node", "--nodes", "--gpus-per-node", "--signal", "--logdir", "--help", "--config"}
     launchers |= {"--rdzv-backend", "--rdzv-endpoint", "--prefix"}  # torchrun's, and its reader's of dumps
+    launchers |= {"--model", "--model_args", "--include_path", "--output_path"}  # lm_eval's
     known = launchers | {*NO_EFFECT, *REJECTED}
     for config_class in (Config, BertConfig, T5Config, ClassificationConfig, SwinConfig):
         known |= {spelling.flag for spelling in spellings_of(settings_of(config_class)).values()}
