@@ -6,9 +6,11 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_lsh.checkpoint.state import Resize
 from megatron_lsh.checkpoint.tensors import MODEL, OPTIMIZER
 from megatron_lsh.errors import CheckpointError
 
@@ -126,11 +128,29 @@ def padded_keys(
     return result
 
 
-def fresh_keys(metadata: Metadata, tensors: Mapping[str, Tensor], fresh: tuple[str, ...]) -> set[str]:
-    """Keys of parameters whose names begin with one of `fresh` and that the checkpoint lacks, or has in another shape."""
+def fresh_keys(
+    metadata: Metadata, tensors: Mapping[str, Tensor], fresh: tuple[str, ...], renewed: tuple[str, ...]
+) -> set[str]:
+    """Keys of parameters whose names begin with one of `renewed`, or with one of `fresh` where the checkpoint lacks them or
+    has them in another shape."""
     stored = metadata.state_dict_metadata
-    candidates = {key for key in tensors if _short(key).startswith(fresh)} if fresh else set()
-    return {key for key in candidates if key not in stored or _shape(stored[key]) != tuple(tensors[key].shape)}
+    candidates = {key for key in tensors if _short(key).startswith(fresh)}
+    differing = {key for key in candidates if key not in stored or _shape(stored[key]) != tuple(tensors[key].shape)}
+    return differing | {key for key in tensors if _short(key).startswith(renewed)}
+
+
+def resizes(
+    metadata: Metadata, tensors: Mapping[str, Tensor], functions: Mapping[str, Resize]
+) -> dict[str, tuple[Tensor, Resize]]:
+    """Key -> (room for what the checkpoint has in another shape, what makes the parameter of it)."""
+    result = {}
+    for key, tensor in tensors.items():
+        stored = metadata.state_dict_metadata.get(key)
+        resize = next((function for end, function in functions.items() if key.endswith(end)), None)
+        if resize is None or not isinstance(stored, TensorStorageMetadata) or stored.size == tensor.shape:
+            continue
+        result[key] = (torch.empty(stored.size, dtype=stored.properties.dtype, device=tensor.device), resize)
+    return result
 
 
 def zero_if_absent(stored: Collection[str], wanted: Iterable[str]) -> set[str]:

@@ -26,6 +26,7 @@ from megatron_lsh.checkpoint.compare import (
     different_tensors,
     fresh_keys,
     padded_keys,
+    resizes,
     short_names,
     started_at_zero,
     summary,
@@ -37,10 +38,11 @@ from megatron_lsh.checkpoint.metadata import Reader, incomplete
 from megatron_lsh.checkpoint.renames import RENAMED, Renamed
 from megatron_lsh.checkpoint.saved import CONFIG, STATE, SavedState, read_config, read_state
 from megatron_lsh.checkpoint.soundness import not_finite
-from megatron_lsh.checkpoint.state import LoadResult, TrainingState
+from megatron_lsh.checkpoint.state import LoadResult, Resize, TrainingState
 from megatron_lsh.checkpoint.tensors import (
     PaddedLoadPlanner,
     allocate_optimizer,
+    fill,
     local_tensors,
     model_tensors,
     parameter_names,
@@ -185,8 +187,10 @@ class _Plan:
     saved: SavedState
     config: dict[str, Any]
     notices: list[str]
+    resized: dict[str, tuple[Tensor, Resize]]
+    """what the checkpoint has in another shape: room for it, and what makes the model's tensor of it"""
     heads: str
-    """what is said about the heads that were exchanged; empty if none was"""
+    """what is said about the heads that were exchanged and the tables that were resized; empty if none was"""
 
 
 def load_checkpoint(
@@ -255,23 +259,30 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions, elsewhere
     optimizer = {}
     if options.optimizer and state.optimizer is not None:
         optimizer = allocate_optimizer(state.optimizer, parameter_names(state.model), metadata)
-    fresh, unused = set[str](), set[str]()
+    fresh, unused, resized = set[str](), set[str](), dict[str, tuple[Tensor, Resize]]()
     if options.new_function:
-        fresh, unused = fresh_keys(metadata, model, state.fresh), unused_keys(metadata, model, state.unused) - elsewhere
+        fresh = fresh_keys(metadata, model, state.fresh, state.renewed)
+        unused = unused_keys(metadata, model, state.unused) - elsewhere
+        resized = resizes(metadata, model, state.resized)
     zero = zero_if_absent(metadata.state_dict_metadata, model) - fresh
     read = {key: tensor for key, tensor in model.items() if key not in fresh | zero}
-    padded = padded_keys(metadata, read | optimizer, state.padded_rows, saved.padded_rows)
+    there = read | optimizer | {key: room for key, (room, _) in resized.items()}
+    padded = padded_keys(metadata, there, state.padded_rows, saved.padded_rows)
     ignored = fresh | unused | elsewhere
-    notices = _compare(metadata, read | optimizer, padded, ignored, saved, config, state, options) + changed
+    notices = _compare(metadata, there, padded, ignored, saved, config, state, options) + changed
     if zero:
         notices.append(started_at_zero(zero))
     zeros = {key: model[key] for key in zero}
-    return _Plan(reader, read, zeros, optimizer, padded, saved, config, notices, _heads(fresh, unused))
+    heads = _heads(fresh, set(metadata.state_dict_metadata), unused, set(resized))
+    return _Plan(reader, read, zeros, optimizer, padded, saved, config, notices, resized, heads)
 
 
-def _heads(fresh: set[str], unused: set[str]) -> str:
-    parts = [f"not in the checkpoint, so they start afresh: {short_names(fresh)}"] if fresh else []
+def _heads(fresh: set[str], stored: set[str], unused: set[str], resized: set[str]) -> str:
+    absent, others = fresh - stored, fresh & stored
+    parts = [f"not in the checkpoint, so they start afresh: {short_names(absent)}"] if absent else []
+    parts += [f"for other classes in the checkpoint, so they start afresh: {short_names(others)}"] if others else []
     parts += [f"in the checkpoint only, and not used: {short_names(unused)}"] if unused else []
+    parts += [f"of another size in the checkpoint, and resized: {short_names(resized)}"] if resized else []
     return ". ".join(parts)
 
 
@@ -313,7 +324,7 @@ def _read_tensors(plan: _Plan, ranks: Ranks) -> None:
             warnings.simplefilter("ignore")
         try:
             dcp.load(
-                {**plan.model, **plan.optimizer},
+                {**plan.model, **plan.optimizer, **{key: room for key, (room, _) in plan.resized.items()}},
                 storage_reader=plan.reader,
                 planner=PaddedLoadPlanner(plan.padded),
                 process_group=ranks.group,
@@ -325,6 +336,8 @@ def _read_tensors(plan: _Plan, ranks: Ranks) -> None:
             raise DamagedCheckpoint(f"its tensors cannot be read: {describe(error, ranks.rank)}") from error
     for tensor in local_tensors(plan.zero, copy=False).values():
         tensor.zero_()
+    for key, (saved, resize) in plan.resized.items():
+        fill(plan.model[key], resize(saved, plan.model[key].shape))
     if bad := not_finite(plan.model | plan.optimizer):  # saved before such a model was refused
         raise DamagedCheckpoint(f"its model is not finite: {short_names(set(bad))}")
 

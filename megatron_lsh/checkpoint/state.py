@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Resize = Callable[[Tensor, torch.Size], Tensor]
+"""(a tensor as saved, the shape that is wanted) -> that tensor in this shape"""
 
 
 class Stateful(Protocol):
@@ -37,7 +40,11 @@ class TrainingState:
         files: name in the checkpoint -> content of small files to go along (the tokenizer's). Rank 0 writes them.
         fresh: beginnings of the names of parameters that keep their initial values where a checkpoint that is loaded for
             its weights only lacks them, or has them in another shape: the head of a new task.
+        renewed: beginnings of the names of parameters that keep their initial values whatever such a checkpoint has: a head
+            for other classes, of which there may be as many.
         unused: beginnings of the names of parameters that such a checkpoint may have in addition: the heads of its task.
+        resized: end of the name of a parameter -> what makes it of the one that such a checkpoint has in another shape:
+            tables that follow the size of the input.
     """
 
     model: nn.Module
@@ -50,7 +57,9 @@ class TrainingState:
     padded_rows: dict[str, int] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     fresh: tuple[str, ...] = ()
+    renewed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    resized: Mapping[str, Resize] = field(default_factory=dict)
 
     @property
     def iteration(self) -> int:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megatron_lsh.errors import CheckpointError
 
@@ -164,6 +164,16 @@ def local_tensors(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor
             shard = torch.empty_like(shard, device="cpu", memory_format=torch.contiguous_format).copy_(shard)
         result[key] = shard
     return result
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values`, the same on all ranks, into `tensor` or this rank's shard of it. No communication."""
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            shards = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.to_local().copy_(shards.to_local())
+        else:
+            tensor.copy_(values)
 
 
 class SnapshotPlanner(DefaultSavePlanner):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config_file import read_document
 from megatron_lsh.config.kept_tokenizer import without_lost_files
 from megatron_lsh.config.serialize import is_saved_config, settings_given_in
@@ -65,6 +66,14 @@ def with_checkpoint_args(values: Mapping[str, Any], settings: Mapping[str, Setti
         raise ConfigError("\n".join(problems))
     notice = f"--use-checkpoint-args: the model's shape and its tokenizer are those of {shown(path, 1000)}"
     return {**values, **taken}, notice
+
+
+def first_weights(checkpoint: CheckpointConfig, name: str) -> Path | None:
+    """A small file of the checkpoint that a run takes its first weights from, and nothing else; None as for `kept_file`."""
+    if checkpoint.load is not None and checkpoint.finetune:
+        return kept_file(checkpoint.load, checkpoint.ckpt_step, name)
+    folder = checkpoint.pretrained_checkpoint
+    return None if folder is None else kept_file(folder, None, name)
 
 
 def kept_file(folder: str, step: int | None, name: str) -> Path | None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from megatron_lsh.config import Config, required, validate
 from megatron_lsh.config.classification import ClassificationConfig
+from megatron_lsh.config.config_file import read_document
+from megatron_lsh.config.from_checkpoint import first_weights
+from megatron_lsh.config.serialize import is_saved_config, settings_given_in
 from megatron_lsh.data.loader import Datasets
 from megatron_lsh.data.samples.classification import (
     ClassificationData,
@@ -105,7 +109,18 @@ def prepare(family: Family, written: ClassificationConfig, world_size: int) -> t
     # The order of the classes is part of the model: config.json and checkpoints must say it.
     tune = dataclasses.replace(written.finetune, classes=texts.classes)
     cfg = validate(dataclasses.replace(written, finetune=tune, examples=texts.examples), world_size)
-    return cfg, _with_texts(family, cfg, texts)
+    began = _classes_of(first_weights(cfg.checkpoint, "config.json"))
+    other = began is not None and began != texts.classes
+    return cfg, dataclasses.replace(_with_texts(family, cfg, texts), renewed_parameters=(HEAD,) if other else ())
+
+
+def _classes_of(path: Path | None) -> list[str] | None:
+    """The classes in the configuration of a checkpoint; None if it has none."""
+    document = None if path is None else read_document(str(path))
+    if document is None or not is_saved_config(document):
+        return None
+    classes = settings_given_in(document).get("finetune", {}).get("classes")
+    return list(classes) if isinstance(classes, list | tuple) else None
 
 
 def read_texts(cfg: ClassificationConfig) -> Texts:

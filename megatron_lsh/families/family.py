@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
+from torch import Tensor
+
 from megatron_lsh.config import Config, parse_args
 from megatron_lsh.data.loader import Datasets, build_datasets
 from megatron_lsh.data.samples.dataset import SampleKind
@@ -84,8 +87,12 @@ class Family:
     # Of families whose models start as pretrained models of another one:
     fresh_parameters: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
     """(cfg) -> beginnings of the names of parameters that a pretraining checkpoint lacks"""
+    renewed_parameters: tuple[str, ...] = ()
+    """beginnings of the names of parameters that are not taken from the first checkpoint, which has other classes"""
     unused_parameters: tuple[str, ...] = ()
     """beginnings of the names of parameters that only a pretraining checkpoint has"""
+    resized_parameters: Mapping[str, Callable[[Tensor, torch.Size], Tensor]] = field(default_factory=dict, hash=False)
+    """end of the name of a parameter -> what makes it of one that a pretraining checkpoint has in another shape"""
 
     # Of families whose length of a run, classes or lengths follow from the data:
     prepare: Callable[[Family, Any, int], tuple[Config, Family]] | None = None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lsh.config import required, validate
-from megatron_lsh.config.from_checkpoint import kept_file
+from megatron_lsh.config.from_checkpoint import first_weights, kept_file
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.data.images.datasets import Reader, TrainingPictures
 from megatron_lsh.data.images.mixing import mixed_images, targets
@@ -26,6 +26,7 @@ from megatron_lsh.errors import ConfigError, DataError
 from megatron_lsh.families.family import Batch, Counts, Family, Head
 from megatron_lsh.families.losses import Losses, Mean
 from megatron_lsh.families.scores import TopJudge
+from megatron_lsh.models.position_bias import resized_table
 from megatron_lsh.models.swin import ASSUMED_CLASSES, HEAD, SwinModel, merging_multiply_adds, swin_stacks
 from megatron_lsh.parallel.context import ParallelContext
 
@@ -49,12 +50,14 @@ def prepare(family: Family, written: SwinConfig, world_size: int) -> tuple[SwinC
             "--num-classes"
         )
     train = sets.parts.get("train")
+    began = _kept_classes(first_weights(cfg.checkpoint, LABELS))
     swin = dataclasses.replace(written.swin, num_classes=classes)
     written = dataclasses.replace(written, swin=swin, examples=None if train is None else len(train))
     return validate(written, world_size), dataclasses.replace(
         family,
         datasets=partial(_datasets, sets),
         closing=partial(closing, sets.classes),
+        renewed_parameters=(HEAD,) if began is not None and began != sets.classes else (),
         files={LABELS: (json.dumps(sets.classes, ensure_ascii=False) + "\n").encode()},
     )
 
@@ -82,7 +85,10 @@ def _learned_classes(cfg: SwinConfig) -> list[str] | None:
     """The classes of the checkpoint that --load continues; None where there is none, or a new head is put on its weights."""
     if cfg.checkpoint.load is None or cfg.checkpoint.finetune:
         return None
-    path = kept_file(cfg.checkpoint.load, cfg.checkpoint.ckpt_step, LABELS)
+    return _kept_classes(kept_file(cfg.checkpoint.load, cfg.checkpoint.ckpt_step, LABELS))
+
+
+def _kept_classes(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
@@ -189,5 +195,6 @@ SWIN = Family(
     tokenizer=None,
     judge=lambda cfg: TopJudge(scores),
     fresh_parameters=lambda cfg: () if cfg.training.skip_train else (HEAD,),
+    resized_parameters={".position_bias.weight": resized_table},
     prepare=prepare,
 )

@@ -5,9 +5,11 @@ Legend: w side of a window, W = w * w; H heads.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.windows import Windows
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init, local, parameter
@@ -64,10 +66,18 @@ class PositionNetwork(PositionBias):
         return F.linear(hidden, local(self.fc2_weight))
 
 
-def resized_table(table: Tensor, side: int) -> Tensor:
-    """A table [(2 v - 1)^2, H] for windows of another `side`: [(2 side - 1)^2, H], bicubic as in Microsoft's code."""
-    before = round(len(table) ** 0.5)
+def resized_table(table: Tensor, shape: torch.Size) -> Tensor:
+    """A table [(2 v - 1)^2, H] for windows of another side w: [(2 w - 1)^2, H], bicubic as in Microsoft's code.
+
+    Raises:
+        CheckpointError: `shape` has other heads, or one of both is no table of a square window.
+    """
+    before, after = round(len(table) ** 0.5), round(shape[0] ** 0.5)
+    if table.ndim != 2 or table.shape[1:] != shape[1:] or before**2 != len(table) or after**2 != shape[0]:
+        raise CheckpointError(
+            f"a table of relative positions of shape {tuple(table.shape)} cannot be resized to {tuple(shape)}: only the "
+            "window may differ, not the heads"
+        )
     grid = table.float().t().reshape(1, -1, before, before)
-    after = 2 * side - 1
     resized = F.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
     return resized.flatten(2).squeeze(0).t().contiguous().to(table.dtype)

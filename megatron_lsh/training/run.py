@@ -126,7 +126,9 @@ class Run:
             },
             padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.cfg.model.vocab_size or 0),
             fresh=self.family.fresh_parameters(self.cfg),
+            renewed=self.family.renewed_parameters,
             unused=self.family.unused_parameters,
+            resized=self.family.resized_parameters,
             files={f"{KEPT}/{name}": content for name, content in self.tokenizer_contents.items()}
             | (dict(self.family.files) if self.ctx.rank == 0 else {}),
         )

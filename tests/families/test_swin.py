@@ -92,10 +92,10 @@ def test_new_classes_get_a_new_head_and_old_ones_keep_their_numbers(
     """Fine-tuning at another resolution and window, with frozen experts; then an evaluation by the numbers of the run."""
     write_gratings(tmp_path / "old")
     save = f"--save {tmp_path}/a"
-    run(tmp_path / "old", f"--train-iters 1 --num-workers 0 {save}")
+    run(tmp_path / "old", f"--train-iters 1 --num-workers 0 --swin-position-bias table {save}")
     write_tree(tmp_path / "new" / "train", ("x", "a", "y"), 4)
     write_tree(tmp_path / "new" / "test", ("y", "x"), 3)
-    flags = "--img-h 24 --swin-window-size 6 --num-workers 0 --lr 1e-3 "
+    flags = "--img-h 24 --swin-window-size 6 --num-workers 0 --lr 1e-3 --swin-position-bias table "
     run(
         tmp_path / "new",
         flags
@@ -105,9 +105,16 @@ def test_new_classes_get_a_new_head_and_old_ones_keep_their_numbers(
     assert "afresh" in out and "head" in out, [
         line for line in out.splitlines() if "head" in line or "checkpoint" in line
     ]
+    assert "of another size in the checkpoint, and resized: stages" in out
     assert "6 pictures of 3 classes" in out
     run(tmp_path / "new", flags + f"--skip-train --load {tmp_path}/b --train-iters 1")
     assert "validation top-1: " in capsys.readouterr().out
+    write_tree(tmp_path / "as_many", ("x", "b", "y"), 4)
+    places = f"--pretrained-checkpoint {tmp_path}/b --save {tmp_path}/c"
+    run(tmp_path / "as_many", flags + f"--train-iters 1 {places}")
+    assert "so they start afresh: head" in capsys.readouterr().out  # a class of another name, and as many
+    run(tmp_path / "new", flags + f"--train-iters 1 {places}".replace("/c", "/d"))
+    assert "afresh" not in capsys.readouterr().out  # the same classes
     write_tree(tmp_path / "other", ("x", "z"), 3)
     with pytest.raises(DataError, match=r"has a class \(z\) that is none of the 3 that are learned \(a, x, y\)"):
         run(tmp_path / "other", flags + f"--skip-train --load {tmp_path}/b --train-iters 1")

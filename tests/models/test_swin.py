@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.convert.swin_names import to_huggingface, to_microsoft
+from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.position_bias import resized_table
 from megatron_lsh.models.swin import DropPath, SwinModel, swin_stacks
 from megatron_lsh.moe.layer import MoELayer
@@ -245,15 +246,18 @@ def test_frozen_experts_and_routers_have_no_gradient() -> None:
 
 
 def test_a_table_of_another_window_is_interpolated() -> None:
-    side, heads = 4, 2
+    heads = 2
     rows = torch.arange(7.0)
     table = torch.stack([rows[:, None] * 0.5 + rows, rows[:, None] - rows * 0.25], -1).flatten(0, 1)
-    assert torch.equal(resized_table(table, side), table)
-    wide = resized_table(table, 8).unflatten(0, (15, 15))
+    assert torch.equal(resized_table(table, table.shape), table)
+    wide = resized_table(table, torch.Size((15 * 15, heads))).unflatten(0, (15, 15))
     assert wide.shape == (15, 15, heads)
     middle = wide[5:10, 5:10]  # a plane stays one, away from its edges
     slope = middle[1:] - middle[:-1]
     torch.testing.assert_close(slope, torch.tensor([0.5, 1.0]).expand_as(slope) * 7 / 15, rtol=0, atol=0.04)
+    for shape in ((15 * 15, 3), (15 * 14, heads)):
+        with pytest.raises(CheckpointError, match=r"shape \(49, 2\) cannot be resized"):
+            resized_table(table, torch.Size(shape))
 
 
 def test_settings_reach_the_blocks() -> None:
