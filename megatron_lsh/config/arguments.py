@@ -8,9 +8,11 @@ file alike. Values are checked against their type here, and against bounds and e
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from megatron_lsh.config.compat import LIST, NO_EFFECT, REJECTED, SAME_AS_HERE, SWITCH, TAKEN_AS, VALUE
@@ -54,8 +56,8 @@ def parse_args(
     """
     settings = settings_of(config_class)
     reader = _Reader(spellings_of(settings))
-    parser = _build_parser(config_class, settings)
     argv = sys.argv[1:] if argv is None else argv
+    parser = _build_parser(config_class, Path(sys.argv[0]).name)  # type: ignore[arg-type] - a class is hashable
     known, strays = parser.parse_known_args(argv)
     written = vars(known)
 
@@ -177,8 +179,11 @@ class FlagParser(argparse.ArgumentParser):
         raise ConfigError(f"{flag} must be followed by {missing[2]} value: give it (one that begins with - {how})")
 
 
-def _build_parser(config_class: type[Config], settings: Mapping[str, Setting]) -> argparse.ArgumentParser:
+@functools.cache
+def _build_parser(config_class: type[Config], program: str) -> argparse.ArgumentParser:
+    settings = settings_of(config_class)
     parser = FlagParser(
+        prog=program,
         usage="%(prog)s [--config FILE] [FLAGS]",
         description="Flags have the names, defaults and meaning of Megatron-LM's unless their help says otherwise. "
         "A switch may be followed by false, which undoes it.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -63,7 +64,8 @@ class Setting:
         return getattr(getattr(cfg, self.section), self.name)
 
     def set(self, cfg: Any, value: Any) -> None:
-        setattr(getattr(cfg, self.section), self.name, value)
+        """A list is copied: the default of a setting belongs to every configuration of a process."""
+        setattr(getattr(cfg, self.section), self.name, list(value) if isinstance(value, list) else value)
 
     def convert(self, value: Any) -> Any:
         """``value`` from the command line (strings) or YAML/JSON (typed) as the field's type.
@@ -102,6 +104,11 @@ def settings_of(config_class: type) -> dict[str, Setting]:
     Raises:
         ValueError: if two sections declare the same name (a mistake in the dataclasses).
     """
+    return dict(_declared(config_class))
+
+
+@functools.cache  # reading the types of some 400 fields takes tens of milliseconds, and a program asks several times
+def _declared(config_class: type) -> Mapping[str, Setting]:
     settings: dict[str, Setting] = {}
     for section, part in sections_of(config_class).items():
         hints = typing.get_type_hints(part)
