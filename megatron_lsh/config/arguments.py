@@ -57,7 +57,7 @@ def parse_args(
     settings = settings_of(config_class)
     reader = _Reader(spellings_of(settings))
     argv = sys.argv[1:] if argv is None else argv
-    parser = _build_parser(config_class, Path(sys.argv[0]).name)  # type: ignore[arg-type] - a class is hashable
+    parser = _build_parser(config_class, Path(sys.argv[0]).name)  # type: ignore[arg-type]  # a class is hashable
     known, strays = parser.parse_known_args(argv)
     written = vars(known)
 
