@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megatron_lsh.config import MoEConfig
-from megatron_lsh.config.swin import SwinConfig
+from megatron_lsh.config.swin import SwinConfig, odd_blocks
 from megatron_lsh.convert import (
     CastSource,
     Checks,
@@ -106,7 +106,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     moe.add_argument("--num-experts", type=int, help="number of experts")
     moe.add_argument("--moe-router-topk", type=int, default=2, help="experts per token (default: 2)")
-    moe.add_argument("--moe-layer-freq", default="1", help="which layers, as in training (default: all)")
+    moe.add_argument(
+        "--moe-layer-freq",
+        help="which layers, as in training (default: all; of Swin every second of the last two stages)",
+    )
     moe.add_argument("--moe-router-pre-softmax", action="store_true", help="weights that do not add up to one")
     moe.add_argument("--seed", type=int, default=1234, help="of the routers' weights (default: 1234)")
     args = parser.parse_args(arguments)
@@ -120,18 +123,9 @@ def convert(args: argparse.Namespace) -> None:
     source: Source = _open(args)
     for notice in getattr(source, "notices", ()):
         print(f"note: {notice}")
-    if isinstance(source.cfg, SwinConfig):
-        _convert_swin(source, args)
-        return
     compare = args.load if args.source == "hf" else None
     if args.moe_use_upcycling:
-        moe = MoEConfig(
-            num_experts=args.num_experts,
-            moe_router_topk=args.moe_router_topk,
-            moe_layer_freq=args.moe_layer_freq,
-            moe_router_pre_softmax=args.moe_router_pre_softmax,
-        )
-        upcycled = upcycle(source, moe, args.moe_upcycling_granularity, args.seed)
+        upcycled = upcycle(source, _experts(source, args), args.moe_upcycling_granularity, args.seed)
         for notice in upcycled.notices:
             print(f"note: {notice}")
             compare = None
@@ -142,6 +136,9 @@ def convert(args: argparse.Namespace) -> None:
     if args.reference is not None:
         source = with_reference(source, args.reference)
     print(_summary(source))
+    if isinstance(source.cfg, SwinConfig):
+        _save_swin(source, args)
+        return
     if not args.verify:
         print("WARNING: --no-verify: the result is not compared with the source", file=sys.stderr)
     checks = Checks(verify=args.verify, logits=args.logits, logits_with=compare, progress=not args.quiet)
@@ -159,15 +156,24 @@ def convert(args: argparse.Namespace) -> None:
         )
 
 
-def _convert_swin(source: Source, args: argparse.Namespace) -> None:
+def _experts(dense: Source, args: argparse.Namespace) -> MoEConfig:
+    """What the flags say of experts, as settings of the dense model's family."""
+    moe = type(dense.cfg.moe)(
+        num_experts=args.num_experts,
+        moe_router_topk=args.moe_router_topk,
+        moe_router_pre_softmax=args.moe_router_pre_softmax,
+    )
+    usual = odd_blocks(dense.cfg.swin.swin_depths) if isinstance(dense.cfg, SwinConfig) else "1"
+    moe.moe_layer_freq = args.moe_layer_freq or usual
+    return moe
+
+
+def _save_swin(source: Source, args: argparse.Namespace) -> None:
     """What of the above a model of pictures has."""
-    if args.target == "megatron" or args.moe_use_upcycling or args.reference is not None:
+    if args.target == "megatron" or args.reference is not None:
         raise CheckpointError(
-            f"{source.what} is a Swin: it is converted to hf (a dense one) and to native, without upcycling or --reference"
+            f"{source.what} is a Swin: it is converted to hf (a dense one) and to native, without --reference"
         )
-    if args.dtype is not None:
-        source = CastSource(source, DTYPES[args.dtype])
-    print(_summary(source))
     if args.target == "hf":
         save_huggingface(source, args.save)
         print(f"saved {args.save}: transformers.SwinForImageClassification.from_pretrained reads it")

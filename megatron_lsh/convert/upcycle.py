@@ -23,7 +23,7 @@ from megatron_lsh.errors import CheckpointError
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.parallel.random import derive_seed
 
-_EXPERTS = ".mlp.experts."
+_EXPERTS, _ROUTER = ".mlp.experts.", ".mlp.router."
 
 
 class UpcycledSource:
@@ -47,8 +47,7 @@ class UpcycledSource:
         self.notices = _warnings(self.cfg.moe)
         self.tensors: dict[str, TensorSpec] = {}
         for name, shape in model_shapes(self.cfg).items():
-            origin = dense.tensors.get(_dense_name(name)) or dense.tensors["decoder.final_layernorm.weight"]
-            self.tensors[name] = TensorSpec(shape, origin.dtype)
+            self.tensors[name] = TensorSpec(shape, dense.tensors[_dense_name(name)].dtype)
         self.origin = Origin(_token_ids(dense.origin.hf_config), dense.origin.files, tokenizer=dense.origin.tokenizer)
         self._last: tuple[str, Tensor] | None = None
 
@@ -61,7 +60,7 @@ class UpcycledSource:
 
     def read(self, rows: Rows) -> Tensor:
         spec = self.tensors[rows.name]
-        if rows.name.endswith((".mlp.router.weight", ".mlp.router.bias")):
+        if _ROUTER in rows.name:
             return self._router(rows.name, spec)
         if _EXPERTS not in rows.name:
             return self._dense.read(rows)
@@ -103,6 +102,9 @@ class UpcycledSource:
 
 
 def _dense_name(name: str) -> str:
+    """The tensor that this one is made of, or, of a router, which is new, the first one of the layer that it is put in."""
+    if _ROUTER in name:
+        return name.partition(_ROUTER)[0] + ".mlp.linear_fc1.weight"
     return name.replace(_EXPERTS, ".mlp.")
 
 
@@ -120,6 +122,8 @@ def _configure(dense: Source, moe: MoEConfig, granularity: int) -> Config:
             "upcycling makes neither a shared expert nor expert biases: drop --moe-shared-expert-intermediate-size and "
             "--moe-router-enable-expert-bias"
         )
+    if moe.moe_router_type != "linear":
+        raise CheckpointError(f"--moe-router-type ({moe.moe_router_type}) must be linear for upcycling: drop it")
     if granularity < 1:
         raise CheckpointError(f"--moe-upcycling-granularity ({granularity}) must be at least 1: change it")
     width = ModelShape.from_config(cfg.model).ffn

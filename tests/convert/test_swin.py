@@ -120,3 +120,25 @@ def test_huggingface_and_back(tmp_path: Path, bias: str) -> None:
     with torch.no_grad():
         logits = reference((images / 255.0 - model.mean) / model.std).logits
         torch.testing.assert_close(model(images)[0], logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dense_swin_becomes_a_mixture_that_begins_as_the_same_function(tmp_path: Path) -> None:
+    model, cfg, theirs = microsofts(FLAGS)
+    torch.save({"model": theirs}, tmp_path / "dense.pth")
+    words = ["--from", "microsoft", "--to", "native", "--image-size", "32", "--quiet", "--moe-use-upcycling"]
+    words += ["--load", str(tmp_path / "dense.pth"), "--num-experts", "4"]
+    images, _ = make_pictures(cfg)
+    expected = model(images)[0]
+    for number, flags in enumerate((["--moe-upcycling-granularity", "2"], ["--moe-layer-freq", "[0,1,0,1]"])):
+        save = tmp_path / str(number)
+        assert convert_checkpoint.main([*words, *flags, "--save", str(save)]) == 0
+        source = load_native(save)
+        assert isinstance(source.cfg, SwinConfig) and source.cfg.moe.num_experts == 4
+        mixture = make_swin(source.cfg).eval()
+        assert sum(1 for _ in mixture.moe_layers()) == 2  # block 1 of both stages
+        mixture.load_state_dict(
+            {name: torch.cat([source.read(piece) for piece in source.pieces(name)]) for name in source.tensors}
+        )
+        torch.testing.assert_close(mixture(images)[0], expected, rtol=0, atol=2e-5)
+    assert convert_checkpoint.main([*words, "--moe-router-topk", "1", "--save", str(tmp_path / "one")]) == 1
