@@ -32,13 +32,13 @@ from megatron_lsh.moe.dispatcher import (
     RowPath,
     ThroughExperts,
 )
+from megatron_lsh.moe.exchange_plan import expert_order
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.nodes import GAUGES as NODE_GAUGES
 from megatron_lsh.moe.permute import Rows, sort_by_expert
 from megatron_lsh.moe.registry import DispatcherSpec, lsh_compressor, row_dispatcher
 from megatron_lsh.moe.router import Routing
-from megatron_lsh.moe.transport import expert_order
 
 _NAME = re.compile(r"(?P<scope>node|rank|rank_own_exact)_(?P<nodes>\d+)x(?P<ranks>\d+)(?P<in_turn>_in_turn)?")
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from megatron_lsh.moe import transport
+from megatron_lsh.moe.exchange_plan import Arrival
 
 #: Only a tensor's shape or its memory; no kernel runs.
 _NO_KERNEL = {
@@ -83,21 +83,21 @@ class Waits(TorchFunctionMode):
         return name in _READS or any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
 
     def __enter__(self) -> Waits:
-        self._wait = transport.Arrival.wait
+        self._wait = Arrival.wait
         waits = self
 
-        def counted(arrival: transport.Arrival, *arguments: Any) -> Any:
+        def counted(arrival: Arrival, *arguments: Any) -> Any:
             waits.found.append("arrival")
             _put_on_host(arrival._counts)
             return waits._wait(arrival, *arguments)
 
-        transport.Arrival.wait = counted  # type: ignore[method-assign]
+        Arrival.wait = counted  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)
-        transport.Arrival.wait = self._wait  # type: ignore[method-assign]
+        Arrival.wait = self._wait  # type: ignore[method-assign]
 
 
 def _put_on_host(result: Any) -> None:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lsh.lsh import straight_through
+from megatron_lsh.moe.exchange_plan import Plan
 from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.gauges import Gauge, averaged, ratio, summed
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows, sort_by_expert
 from megatron_lsh.moe.router import Routing
 from megatron_lsh.moe.transport import GAUGES as TRANSPORT_GAUGES
-from megatron_lsh.moe.transport import Plan, Transport
+from megatron_lsh.moe.transport import Transport
 
 GAUGES = (
     *TRANSPORT_GAUGES,

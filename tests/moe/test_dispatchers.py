@@ -13,12 +13,12 @@ from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.moe.exchange_plan import expert_order
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.layer_pass import ReplayMemo
 from megatron_lsh.moe.registry import resolve_dispatcher
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.moe.telemetry import MoETelemetry
-from megatron_lsh.moe.transport import expert_order
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.parameters import initialize_parameters, local

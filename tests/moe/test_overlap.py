@@ -10,9 +10,10 @@ import torch.distributed as dist
 from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.models.recompute import recomputed
+from megatron_lsh.moe.exchange_plan import Plan
 from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.layer_pass import ReplayMemo
-from megatron_lsh.moe.transport import AllToAllTransport, Movement, Plan
+from megatron_lsh.moe.transport import AllToAllTransport, Movement
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import run_distributed_test
 from tests.moe.test_dispatchers import EXPERTS, make_layer, run, tokens

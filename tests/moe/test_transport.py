@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
+from megatron_lsh.moe.exchange_plan import Plan
 from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.gauges import Gauge
 from megatron_lsh.moe.layer import GAUGES
 from megatron_lsh.moe.layer_pass import LayerPass, LayerRecord, ReplayMemo
-from megatron_lsh.moe.transport import AllGatherTransport, AllToAllTransport, Plan, Transport
+from megatron_lsh.moe.transport import AllGatherTransport, AllToAllTransport, Transport
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.parameters import initialize_parameters
 from megatron_lsh.parallel.testing import run_distributed_test
