@@ -31,6 +31,9 @@ class BertConfig(Config):
 
     default_tokenizer: ClassVar[str | None] = "BertWordPieceLowerCase"
     why_no_sample: ClassVar[str | None] = "only a GPT continues a text"
+    why_no_context_parallel: ClassVar[str | None] = (
+        "context parallelism is not implemented for BERT, whose positions attend to later ones"
+    )
 
     bert: BertSettings = field(default_factory=BertSettings)
 

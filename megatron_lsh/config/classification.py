@@ -123,6 +123,9 @@ class ClassificationConfig(Config):
     why_no_pipeline: ClassVar[str | None] = (
         "pipeline parallelism is not implemented for classifiers; the checkpoint of a pipeline fits one stage"
     )
+    why_no_context_parallel: ClassVar[str | None] = (
+        "context parallelism is not implemented for classifiers, whose heads read one position of a text"
+    )
     backbone: ClassVar[str] = "gpt"
 
     finetune: ClassificationSettings = field(default_factory=ClassificationSettings)

@@ -36,6 +36,9 @@ class Config:
     why_no_pipeline: ClassVar[str | None] = None
     """why --pipeline-model-parallel-size must be 1; None for a model that stages can run"""
 
+    why_no_context_parallel: ClassVar[str | None] = None
+    """why --context-parallel-size must be 1; None for a model whose sequences ranks can share"""
+
     default_tokenizer: ClassVar[str | None] = "GPT2BPETokenizer"
     """--tokenizer-type where only --vocab-file is given, as in Megatron-LM's script for this model"""
 

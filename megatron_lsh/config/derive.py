@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.data_paths import DEFAULT_SPLIT
-from megatron_lsh.config.layout_rules import derive_pipeline, model_parallel_size
+from megatron_lsh.config.layout_rules import derive_context_parallel, derive_pipeline, model_parallel_size
 
 
 def derive(cfg: Config, check: Checker, world_size: int) -> None:
@@ -65,6 +65,7 @@ def _derive_moe_and_parallel(cfg: Config, check: Checker) -> None:
     elif parallel.expert_tensor_parallel_size is None:
         check.fill("expert_tensor_parallel_size", 1)
     derive_pipeline(cfg, check)
+    derive_context_parallel(cfg, check)
 
 
 def _derive_router(cfg: Config, check: Checker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from megatron_lsh.config.checker import Checker
 from megatron_lsh.config.config import Config
@@ -38,6 +39,49 @@ def derive_pipeline(cfg: Config, check: Checker) -> None:
     per_chunk = parallel.num_layers_per_virtual_pipeline_stage
     if per_chunk is not None and parallel.num_virtual_stages_per_pipeline_rank is None and layers is not None:
         check.fill("num_virtual_stages_per_pipeline_rank", layers // parallel.pipeline_model_parallel_size // per_chunk)
+
+
+def derive_context_parallel(cfg: Config, check: Checker) -> None:
+    """Whatever --cp-comm-type says, and if nothing does (Megatron-LM: p2p), changes no number."""
+    if cfg.parallel.context_parallel_size > 1:
+        check.notice("context parallelism gathers keys and values: every --cp-comm-type runs as all_gather")
+
+
+def check_context_parallel(cfg: Config, check: Checker, world_size: int) -> None:
+    """Rules of ranks that share every sequence."""
+    parallel, size = cfg.parallel, "context_parallel_size"
+    if parallel.context_parallel_size == 1:
+        return
+    if cfg.why_no_context_parallel is not None:
+        check.rule(
+            f"{{{size}}} must be 1: {cfg.why_no_context_parallel}",
+            lambda _: False,
+            "set --context-parallel-size 1, and use --tensor-model-parallel-size with --sequence-parallel",
+        )
+        return
+    sizes = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    others = [f"{{{name}}}" for name in sizes if getattr(parallel, name) > 1]
+    check.rule(
+        f"world size ({world_size}) must be divisible by {' times '.join([f'{{{size}}}', *others])}",
+        lambda *factors: world_size % prod(factors) == 0,
+        "change --context-parallel-size or the number of ranks",
+    )
+    check.rule(
+        f"{{seq_length}} must be divisible by twice {{{size}}}, because each rank has a chunk of the head and one of "
+        "the tail",
+        lambda length, ranks: length % (2 * ranks) == 0,
+    )
+    if parallel.sequence_parallel:
+        check.rule(
+            f"{{seq_length}} must be divisible by twice {{{size}}} times {{tensor_model_parallel_size}} with sequence "
+            "parallelism",
+            lambda length, ranks, tp: length % (2 * ranks) != 0 or length % (2 * ranks * tp) == 0,
+        )
+    check.rule(
+        f"{{sample_prompt}} must not be given with {{{size}}}: no rank has a whole sequence",
+        lambda *_: False,
+        "drop it; tools/generate.py loads the checkpoint without context parallelism",
+    )
 
 
 def check_pipeline(cfg: Config, check: Checker, world_size: int) -> None:

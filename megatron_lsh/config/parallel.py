@@ -26,7 +26,9 @@ class ParallelConfig:
         None, "Layers of the first pipeline stage, where it has not as many as the others", at_least=1
     )
     decoder_last_pipeline_num_layers: int | None = flag(None, "The same of the last one", at_least=1)
-    context_parallel_size: int = flag(1, "Ranks that share each sequence; only 1 is implemented", at_least=1)
+    context_parallel_size: int = flag(
+        1, "Ranks that share each sequence, and gather keys and values of all of it (CP)", at_least=1
+    )
     expert_model_parallel_size: int = flag(1, "Ranks over which the experts are spread (EP)", at_least=1)
     expert_tensor_parallel_size: int | None = flag(
         None, "Ranks that share each expert; only 1 is implemented (default: 1; Megatron: the TP size)", at_least=1

@@ -117,6 +117,10 @@ class SwinConfig(Config):
         "pipeline parallelism is not implemented for Swin, whose hidden states change their shape on the way"
     )
 
+    why_no_context_parallel: ClassVar[str | None] = (
+        "context parallelism is not implemented for Swin, which attends within windows of a picture"
+    )
+
     model: SwinModelConfig = field(default_factory=SwinModelConfig)
     moe: SwinMoEConfig = field(default_factory=SwinMoEConfig)
     swin: SwinSettings = field(default_factory=SwinSettings)

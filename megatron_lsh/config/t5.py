@@ -51,6 +51,10 @@ class T5Config(Config):
         "pipeline parallelism is not implemented for T5, whose decoder reads the encoder's output on every stage"
     )
 
+    why_no_context_parallel: ClassVar[str | None] = (
+        "context parallelism is not implemented for T5, whose decoder attends to the encoder's whole output"
+    )
+
     t5: T5Settings = field(default_factory=T5Settings)
 
     def derive_own(self, check: Checker, world_size: int) -> None:

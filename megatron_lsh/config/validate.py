@@ -12,7 +12,7 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
-from megatron_lsh.config.layout_rules import check_pipeline, model_parallel_size
+from megatron_lsh.config.layout_rules import check_context_parallel, check_pipeline, model_parallel_size
 from megatron_lsh.config.settings import shown
 from megatron_lsh.errors import ConfigError
 
@@ -152,11 +152,11 @@ def _check_moe(cfg: Config, check: Checker) -> None:
             "{moe_router_gate_noise} must be above 0 with {moe_router_load_balancing_type}, which divides by it",
             lambda noise, _: noise > 0,
         )
-        check.rule(
-            "{tensor_model_parallel_size} must be 1 with {moe_router_load_balancing_type}, a loss of all tokens of a "
-            "micro-batch",
-            lambda size, _: size == 1,
-        )
+        for size in ("tensor_model_parallel_size", "context_parallel_size"):
+            check.rule(
+                f"{{{size}}} must be 1 with {{moe_router_load_balancing_type}}, a loss of all tokens of a micro-batch",
+                lambda size, _: size == 1,
+            )
     if moe.moe_expert_capacity_factor is None:
         for name, usual in (("moe_token_drop_policy", "probs"), ("moe_capacity_rounding", "ceil")):
             if getattr(moe, name) != usual:
@@ -245,14 +245,8 @@ def _check_sinkhorn(check: Checker) -> None:
 
 
 def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:
-    refused = "{%s} must be 1, because %s is not implemented"
     check.rule(
-        refused % ("context_parallel_size", "context parallelism"),
-        lambda size: size == 1,
-        "set --context-parallel-size 1, and use --tensor-model-parallel-size with --sequence-parallel",
-    )
-    check.rule(
-        refused % ("expert_tensor_parallel_size", "cutting experts"),
+        "{expert_tensor_parallel_size} must be 1, because cutting experts is not implemented",
         lambda size: size == 1,
         "set --expert-tensor-parallel-size 1, and use --expert-model-parallel-size",
     )
@@ -263,6 +257,7 @@ def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:
             lambda n: world_size % n == 0,
             f"change {flag} or the number of ranks",
         )
+    check_context_parallel(cfg, check, world_size)
     check_pipeline(cfg, check, world_size)
     tp = "tensor_model_parallel_size"
     for name in ("num_attention_heads", "moe_shared_expert_intermediate_size"):

@@ -13,6 +13,7 @@ from megatron_lsh.families.losses import Losses, Mean
 from megatron_lsh.models.attention import document_attention_mask
 from megatron_lsh.models.classification import GPTClassifier
 from megatron_lsh.models.gpt import GPTModel, gpt_stacks
+from megatron_lsh.parallel.context_parallel import own_positions
 
 
 def samples(cfg: Config, tokenizer: Tokenizer) -> GPTSamples:
@@ -26,10 +27,16 @@ def samples(cfg: Config, tokenizer: Tokenizer) -> GPTSamples:
 
 def losses(cfg: Config, model: GPTModel, batch: Batch) -> Losses:
     """Cross-entropy of the next tokens where the loss mask is 1, and the routers' auxiliary losses."""
+    sharers = model.ctx.cp  # of every sequence
     position_ids_BS = batch["position_ids"] if cfg.data.reset_position_ids else None
-    mask_B1SS = document_attention_mask(batch["document_ids"]) if cfg.data.reset_attention_mask else None
-    loss_BS, aux_loss = model(batch["tokens"], batch["labels"], position_ids_BS, mask_B1SS)
-    return Losses(Mean.of(loss_BS, batch["loss_mask"]), Mean(aux_loss, loss_BS.numel()))
+    mask_B1sS = None
+    if cfg.data.reset_attention_mask:
+        ids_BS = batch["document_ids"]
+        mask_B1sS = document_attention_mask(own_positions(ids_BS, sharers), ids_BS)
+    loss_Bs, aux_loss = model(batch["tokens"], batch["labels"], position_ids_BS, mask_B1sS)
+    loss_mask_BS = batch["loss_mask"]
+    main = Mean.share(loss_Bs, own_positions(loss_mask_BS, sharers), loss_mask_BS.sum(), sharers.size)
+    return Losses(main, Mean(aux_loss, loss_mask_BS.numel(), sharers.size))
 
 
 def head(cfg: Config, vocab_size: int) -> Head:

@@ -18,11 +18,13 @@ MAIN = "lm loss"
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and what it is taken over."""
+    """A mean and what it is taken over: a micro-batch, of which the ranks of a context-parallel group hold parts."""
 
     value: Tensor
-    """fp32 scalar, differentiable; 0 if there was nothing to take it over"""
+    """fp32 scalar, differentiable; 0 if there was nothing to take it over. Of a part its share: shares add up to the mean"""
     count: Tensor | int
+    """of the whole micro-batch"""
+    parts: int = 1
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor | None = None) -> Mean:
@@ -33,11 +35,15 @@ class Mean:
         count = mask.sum()
         return cls((values * mask).sum() / count.clamp(min=1.0), count)
 
+    @classmethod
+    def share(cls, values: Tensor, mask: Tensor, count: Tensor, parts: int) -> Mean:
+        """Of ``Mean.of(all values, whole mask)`` what one of `parts` ranks adds; `count` is the sum of the whole mask."""
+        return cls((values * mask.to(values.dtype)).sum() / count.to(values.dtype).clamp(min=1.0), count, parts)
+
     def sum_and_count(self) -> Tensor:
         """fp64 [2], without gradient: what can be added up over micro-batches and ranks."""
-        return torch.stack(
-            [self.value.detach().double() * self.count, torch.as_tensor(self.count).to(self.value).double()]
-        )
+        count = torch.as_tensor(self.count).to(self.value).double()
+        return torch.stack([self.value.detach().double() * self.count, count / self.parts])
 
 
 def mean_of(sum_and_count: list[float]) -> float:

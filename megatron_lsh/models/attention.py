@@ -1,7 +1,8 @@
-"""Self- and cross-attention with grouped queries, tensor parallel over the heads.
+"""Self- and cross-attention with grouped queries, tensor parallel over the heads, context parallel over the queries.
 
 Legend: S sequence (`s` its local share under sequence parallelism), T sequence of the keys (`t` its local share), B
 micro-batch, D hidden, G query groups (key/value heads) and H query heads of this tensor-parallel rank, d channels of a head.
+Under context parallelism S are the positions of this rank, and T is the whole sequence.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.errors import ConfigError
@@ -19,6 +21,7 @@ from megatron_lsh.models.rotary import Rotary
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.moe.experts import output_init
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.context_parallel import gather_positions, own_chunks
 from megatron_lsh.parallel.parameters import Init, Matrices
 from megatron_lsh.parallel.random import tensor_parallel_rng
 from megatron_lsh.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -64,10 +67,11 @@ class _Attention(nn.Module):
         self, q_SBHd: Tensor, k_TBGd: Tensor, v_TBGd: Tensor, *, causal: bool, mask: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """Attention and the projection back: [s, B, D]."""
+        attention = core_attention if self.ctx.cp.size == 1 else context_parallel_attention
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             dropout = self.dropout if self.training else 0.0
-            return core_attention(q, k, v, self.ctx, causal=causal, mask=mask, bias=bias, dropout=dropout)
+            return attention(q, k, v, self.ctx, causal=causal, mask=mask, bias=bias, dropout=dropout)
 
         heads_SBP = recomputed(core, q_SBHd, k_TBGd, v_TBGd) if self.recompute_core else core(q_SBHd, k_TBGd, v_TBGd)
         return self.linear_proj(heads_SBP)
@@ -109,7 +113,7 @@ class SelfAttention(_Attention):
         Args:
             rotary: rotation of queries and keys, if positions are rotary.
             causal: a position sees itself and earlier ones only.
-            attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; applied on top of `causal`.
+            attention_mask: bool, broadcastable to [B, 1, S, T], True = may attend; applied on top of `causal`.
             position_bias: [1, H, S, S], added to the scaled scores (T5's relative positions).
             cache: keys and values of earlier positions, to which those of these tokens are added; it then says which
                 position may attend to which, in place of `causal` and `attention_mask`.
@@ -181,14 +185,15 @@ def core_attention(
     """Attention of H query heads over G key/value heads (G divides H), scaled by 1/sqrt(d); returns [S, B, H * d].
 
     Args:
-        causal: position i of the queries sees the keys up to position i.
+        causal: the queries are the last S of the T positions, and each sees the keys up to its own.
         mask: bool, broadcastable to [B, 1, S, T], True = may attend. A query that may attend to nothing yields zeros.
         dropout: share of the attention probabilities to drop.
         bias: broadcastable to [B, H, S, T], added to the scaled scores.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_TBGd, v_TBGd))  # [B, heads, S, d]
+    S, T = q.shape[2], k.shape[2]
     if causal and (mask is not None or bias is not None):
-        below_ST = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        below_ST = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
         mask = below_ST if mask is None else mask & below_ST
     nothing: Tensor | None = None
     if mask is not None:  # a row without any key has no softmax: it may see everything here, and is zeroed below
@@ -198,8 +203,11 @@ def core_attention(
     if bias is not None:
         bias = bias.to(q.dtype)
         scores_mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    elif causal and S < T and mask is None:
+        scores_mask = causal_lower_right(S, T)  # which the kernels of a GPU know; is_causal would be upper left
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and (scores_mask is not None or q.dtype == torch.float32):
+    masked = scores_mask is not None and not isinstance(scores_mask, CausalBias)
+    if grouped and q.is_cuda and (masked or q.dtype == torch.float32):
         # Flash attention takes neither, the next best kernel takes no groups, and the one after it stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
@@ -225,14 +233,52 @@ def core_attention(
     return out_BHSd.permute(2, 0, 1, 3).flatten(2)
 
 
+def context_parallel_attention(
+    q_SBHd: Tensor,
+    k_SBGd: Tensor,
+    v_SBGd: Tensor,
+    ctx: ParallelContext,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    dropout: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``core_attention`` from this rank's positions to those of all ranks of ``ctx.cp``: [S, B, H * d].
+
+    Keys and values travel together; each of the two chunks of queries attends to the keys before its end, and no others.
+    Collective.
+
+    Args:
+        mask: bool, broadcastable to [B, 1, S, T], with T the whole sequence.
+    """
+    if bias is not None or not causal:
+        raise ValueError("context parallelism is of causal attention without a bias of positions")
+    keys_and_values = gather_positions(torch.cat((k_SBGd, v_SBGd), dim=-1), ctx.cp)
+    k_TBGd, v_TBGd = keys_and_values.split((k_SBGd.shape[-1], v_SBGd.shape[-1]), dim=-1)
+    length = q_SBHd.shape[0] // 2
+    outputs = []
+    for place, chunk in enumerate(own_chunks(ctx.cp)):
+        rows, end = slice(place * length, (place + 1) * length), (chunk + 1) * length
+        of_chunk = None if mask is None else mask[..., rows, :end]
+        outputs.append(
+            core_attention(q_SBHd[rows], k_TBGd[:end], v_TBGd[:end], ctx, causal=True, mask=of_chunk, dropout=dropout)
+        )
+    return torch.cat(outputs)
+
+
 def padding_attention_mask(padding_mask_BS: Tensor | None) -> Tensor | None:
     """bool [B, S], True = a real token -> the attention mask [B, 1, 1, S] that hides padding from every query."""
     return None if padding_mask_BS is None else padding_mask_BS[:, None, None, :]
 
 
-def document_attention_mask(document_ids_BS: Tensor) -> Tensor:
-    """The mask of ``--reset-attention-mask``: bool [B, 1, S, S], True where both positions lie in the same document.
+def document_attention_mask(document_ids_BS: Tensor, document_ids_BT: Tensor) -> Tensor:
+    """The mask of ``--reset-attention-mask``: bool [B, 1, S, T], True where both positions lie in the same document.
 
     Causality is left to the attention.
+
+    Args:
+        document_ids_BS: of the queries.
+        document_ids_BT: of the keys.
     """
-    return (document_ids_BS[:, None, :] == document_ids_BS[:, :, None]).unsqueeze(1)
+    return (document_ids_BS[:, :, None] == document_ids_BT[:, None, :]).unsqueeze(1)

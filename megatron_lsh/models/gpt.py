@@ -16,6 +16,7 @@ from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import SideInputs, TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.context_parallel import own_positions
 from megatron_lsh.parallel.tensor_parallel import gather_vocabulary, vocab_parallel_cross_entropy
 
 
@@ -43,24 +44,28 @@ class GPTModel(LanguageModel):
         cache: KVCache | None = None,
         stage: StagePass = WHOLE,
     ) -> Tensor | tuple[Tensor, ...]:
-        """One forward pass.
+        """One forward pass. Under context parallelism tokens, labels and positions are those of the whole sequence, of
+        which the model takes this rank's part.
 
         Args:
             tokens_BS: int64 token ids, the same on all ranks of a tensor-parallel group.
             labels_BS: int64 next tokens.
             position_ids_BS: int64 positions, by default 0..S-1 (``--reset-position-ids`` needs others).
             attention_mask: bool, broadcastable to [B, 1, S, S], True = may attend; on top of causality
-                (``document_attention_mask`` for ``--reset-attention-mask``).
+                (``document_attention_mask`` for ``--reset-attention-mask``). Under context parallelism with the rows of
+                this rank's positions only.
             cache: keys and values of earlier tokens, for generation; told by ``KVCache.place`` where these ones belong. The
                 logits are those of a forward pass over all tokens of each row.
             stage: what a pipeline stage runs, see ``Model``; then there must be labels.
 
         Returns:
-            With labels: the cross-entropy of every token, fp32 [B, S], and the sum of the layers' auxiliary losses (fp32
-            scalar; this rank's share, see ``MoELayer``). Without: logits [B, S, V] in the dtype of the
+            With labels: the cross-entropy of every token of this rank, fp32 [B, S], and the sum of the layers' auxiliary
+            losses (fp32 scalar; this rank's share, see ``MoELayer``). Without: logits [B, S, V] in the dtype of the
             computation, gathered over the group.
         """
         positions = positions_of(tokens_BS) if position_ids_BS is None else position_ids_BS
+        tokens_BS, positions = own_positions(tokens_BS, self.ctx.cp), own_positions(positions, self.ctx.cp, dim=-1)
+        labels_BS = None if labels_BS is None else own_positions(labels_BS, self.ctx.cp)
         side = SideInputs(rotary=self._rotary(positions), attention_mask=attention_mask)
         x_sBD = self._enter(stage, tokens_BS, positions)
         x_sBD, aux_loss = self.decoder(x_sBD, side, cache=cache, chunk=stage.chunk)

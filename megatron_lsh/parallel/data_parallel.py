@@ -1,9 +1,9 @@
 """Data parallelism over the two meshes: sharding the model, accumulating, finalising and clipping gradients.
 
 Gradients follow one convention: after ``finalize_gradients`` the gradient of any parameter is the mean over data
-parallel ranks (dp = world / tp of them) of the gradient of each one's loss. For dense parameters this is what
-fully_shard computes. Experts see the tokens of all data parallel ranks of their expert parallel group, so the sum
-over the copies of an expert is already the sum over all of dp, and only the divisor differs.
+parallel ranks (dp = world / (tp * cp * pp) of them) of the gradient of each one's loss, of which context parallel ranks
+have shares that add up. fully_shard takes the mean over dp and cp. Experts see the tokens of all ranks of their expert
+parallel group, so the sum over the copies of an expert is already the sum over all of dp and cp. Only the divisors differ.
 """
 
 from __future__ import annotations
@@ -130,12 +130,17 @@ def expert_grad_scale(ctx: ParallelContext) -> float:
     return ctx.layout.edp / ctx.layout.dp
 
 
+def dense_grad_scale(ctx: ParallelContext) -> float:
+    """The same for the mean over the copies of a dense parameter."""
+    return float(ctx.layout.cp)
+
+
 @torch.no_grad()
 def finalize_gradients(model: nn.Module, ctx: ParallelContext, loss_scale: float = 1.0) -> None:
     """Call once after the last micro-batch's backward, before clipping. `loss_scale`: what the loss was multiplied by."""
-    of_experts = expert_grad_scale(ctx)
+    of_experts, dense = expert_grad_scale(ctx), dense_grad_scale(ctx)
     for param in model.parameters():
-        scale = (of_experts if is_expert(param) else 1.0) / loss_scale
+        scale = (of_experts if is_expert(param) else dense) / loss_scale
         if scale != 1.0 and param.grad is not None:
             local(param.grad).mul_(scale)
 

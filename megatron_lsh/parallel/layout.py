@@ -72,16 +72,18 @@ class ParallelLayout:
     @classmethod
     def from_config(cls, config: ParallelConfig, world_size: int) -> ParallelLayout:
         """Layout for the user's flags on `world_size` ranks. Raises ConfigError for sizes that do not fit."""
-        for name in ("context_parallel_size", "expert_tensor_parallel_size"):
-            size = getattr(config, name)
-            if size not in (1, None):
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"parallel.{name} ({size}) must be 1, nothing else is implemented: set {flag} 1")
+        experts = config.expert_tensor_parallel_size
+        if experts not in (1, None):
+            raise ConfigError(
+                f"parallel.expert_tensor_parallel_size ({experts}) must be 1, nothing else is implemented: set "
+                "--expert-tensor-parallel-size 1"
+            )
         return cls(
             world_size,
             config.tensor_model_parallel_size,
             config.expert_model_parallel_size,
             config.pipeline_model_parallel_size,
+            config.context_parallel_size,
         )
 
     @property

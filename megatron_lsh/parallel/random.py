@@ -23,13 +23,15 @@ def derive_seed(*parts: int | str) -> int:
 def seed_everything(seed: int, ctx: ParallelContext) -> None:
     """Seed python, numpy and torch (CPU and CUDA) of this rank.
 
-    Data parallel ranks and pipeline stages draw differently. Tensor parallel ranks draw differently under sequence
-    parallelism, where each holds its own tokens, and equally without it, where dropout acts on the same activation on each
-    of them; activations that are then split over the tensor parallel group (attention heads) use ``tensor_parallel_rng``.
+    Data and context parallel ranks and pipeline stages draw differently. Tensor parallel ranks draw differently under
+    sequence parallelism, where each holds its own tokens, and equally without it, where dropout acts on the same activation
+    on each of them; activations that are then split over the tensor parallel group (attention heads) use
+    ``tensor_parallel_rng``.
     """
     tp_rank = ctx.tp.rank if ctx.sequence_parallel else 0
     stage = (ctx.pp.rank,) if ctx.pp.size > 1 else ()
-    rank_seed = derive_seed(seed, "rank", ctx.dp.rank, tp_rank, *stage)
+    part = ("part", ctx.cp.rank) if ctx.cp.size > 1 else ()
+    rank_seed = derive_seed(seed, "rank", ctx.dp.rank, tp_rank, *stage, *part)
     random.seed(rank_seed)
     np.random.seed(rank_seed % 2**32)
     torch.manual_seed(rank_seed)  # seeds CUDA as well, also when it is not initialised yet

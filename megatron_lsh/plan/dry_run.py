@@ -42,7 +42,7 @@ def dry_run(cfg: Config) -> str:
             {
                 "family": family.name,
                 "ranks": layout.world_size,
-                "layout": {name: getattr(layout, name) for name in ("tp", "dp", "ep", "edp")},
+                "layout": {name: getattr(layout, name) for name in ("tp", "cp", "dp", "pp", "ep", "edp")},
                 "global_batch": global_batch,
                 "micro_batches": micro_batches,
                 "parameters": {**dataclasses.asdict(counts), "per_rank": counts.per_rank},

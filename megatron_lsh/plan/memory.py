@@ -73,7 +73,8 @@ def _stage_memory(
     if cfg.optimizer.optimizer == "muon":  # the vocabulary's weights are AdamW's; what else is, is small
         last = stage == layout.pp - 1 and (layout.pp > 1 or cfg.model.untie_embeddings_and_output_weights)
         matrices = int(stage == 0) + int(last)
-        second = matrices * vocab_size * (cfg.model.hidden_size or 0) / layout.tp / (layout.dp if sharded else 1)
+        second = matrices * vocab_size * (cfg.model.hidden_size or 0) / layout.tp
+        second /= layout.dp * layout.cp if sharded else 1
     return MemoryEstimate(
         weights=4.0 * owned,
         gathered_weights=gathered,
@@ -132,6 +133,9 @@ class _Sizes:
     tokens: float
     """per rank under sequence parallelism"""
     tokens_full: float
+    """per context-parallel rank"""
+    tokens_attended: float
+    """of whole sequences, whose keys and values a rank gathers"""
     element: float
     """bytes of one activation"""
     residual: float
@@ -143,17 +147,19 @@ class _Sizes:
     def of(cls, stack: Stack, layout: ParallelLayout) -> _Sizes:
         cfg, shape = stack.cfg, stack.shape
         sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
-        full = float(stack.seq_length * (cfg.training.micro_batch_size or 1)) / layout.cp
+        attended = float(stack.seq_length * (cfg.training.micro_batch_size or 1))
+        full = attended / layout.cp
         tokens = full / layout.tp if sequence_parallel else full
         element = 2.0 if cfg.precision.half else 4.0
-        return cls(tokens, full, element, tokens * shape.hidden * element, full * shape.hidden * element)
+        return cls(tokens, full, attended, element, tokens * shape.hidden * element, full * shape.hidden * element)
 
 
 def _layer_bytes(
     cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int, *, is_moe: bool, modules: frozenset[str]
 ) -> float:
     heads, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
-    attention = sizes.tokens_full * sizes.element / tp * (heads + 2 * groups)  # Q, K, V
+    kept = sizes.tokens_full if "core_attn" in modules else sizes.tokens_attended  # keys and values
+    attention = sizes.element / tp * (sizes.tokens_full * heads + kept * 2 * groups)  # Q, K, V
     if "core_attn" not in modules:
         attention += sizes.tokens_full / tp * (sizes.element * heads + 4.0 * shape.heads)  # output, log-sum-exp
     else:

@@ -47,7 +47,9 @@ def evaluate(
     assert found, "nothing to evaluate on"
     total = sum(found[1:], found[0]) if model.chunks[-1].last else torch.zeros_like(found[0])
     all_reduce_(total, ctx.pp)
-    return judge.figures(all_reduce_(total, ctx.dp).cpu())  # the ranks of a tensor-parallel group saw the same samples
+    return judge.figures(
+        all_reduce_(total, ctx.dp_cp).cpu()
+    )  # the ranks of a tensor-parallel group saw the same tokens
 
 
 def _anyone(wish: bool, ctx: ParallelContext) -> bool:

@@ -39,7 +39,7 @@ class HiddenStates(NamedTuple):
 
     @classmethod
     def of(cls, cfg: Config, ctx: ParallelContext) -> HiddenStates:
-        length = required(cfg.model.seq_length) // (ctx.tp.size if ctx.sequence_parallel else 1)
+        length = required(cfg.model.seq_length) // ctx.cp.size // (ctx.tp.size if ctx.sequence_parallel else 1)
         width = ModelShape.from_config(cfg.model).hidden
         return cls((length, required(cfg.training.micro_batch_size), width), compute_dtype(cfg.precision))
 

@@ -50,6 +50,19 @@ def test_core_attention_is_the_formula(causal: bool, masked: bool) -> None:
     torch.testing.assert_close(out, naive_attention(q, k, v, allowed))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_fewer_queries_than_keys_are_the_last_ones(masked: bool) -> None:
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(6, 2, 4, 8), torch.randn(2, 6, 2, 2, 8)
+    mask = torch.rand(2, 1, 6, 6) > 0.4
+    mask |= torch.eye(6, dtype=torch.bool)
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril() & (mask if masked else True)
+    rows = mask[..., 4:, :] if masked else None
+    out = core_attention(q[4:], k, v, offline_context(device="cpu"), causal=True, mask=rows, dropout=0.0)
+    every = naive_attention(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), allowed)
+    torch.testing.assert_close(out, every[4:])
+
+
 def test_a_query_that_sees_nothing_yields_zeros() -> None:
     q, k, v = torch.randn(3, 4, 1, 2, 8, requires_grad=True).unbind()
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
@@ -146,7 +159,7 @@ def test_query_and_key_norms_over_all_heads() -> None:
 
 def test_document_mask_separates_documents() -> None:
     """Two documents packed into one sequence are attended as if each were alone."""
-    mask = document_attention_mask(torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    mask = document_attention_mask(*[torch.tensor([[0, 0, 0, 1, 1, 1]])] * 2)
     assert mask.shape == (1, 1, 6, 6)
     attention = make_attention()
     x = torch.randn(6, 1, 32)

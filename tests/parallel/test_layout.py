@@ -163,7 +163,7 @@ def test_ranks_of_a_node_and_ranks_of_equal_place_in_all_nodes() -> None:
         (ParallelConfig(expert_model_parallel_size=16), 8, ["parallel.expert_model_parallel_size (16) must", "(8)"]),
         (ParallelConfig(expert_model_parallel_size=0), 8, ["parallel.expert_model_parallel_size (0) must"]),
         (ParallelConfig(pipeline_model_parallel_size=3), 8, ["parallel.pipeline_model_parallel_size (3) must", "(8)"]),
-        (ParallelConfig(context_parallel_size=2), 8, ["parallel.context_parallel_size (2) must be 1"]),
+        (ParallelConfig(context_parallel_size=3), 8, ["parallel.context_parallel_size (3) must divide", "(8)"]),
         (ParallelConfig(expert_tensor_parallel_size=2), 8, ["parallel.expert_tensor_parallel_size (2) must be 1"]),
         (ParallelConfig(), 0, ["world size (0) must"]),
     ],

@@ -27,6 +27,7 @@ FLAGS = {
     "PP 2": "--pipeline-model-parallel-size 2",
     "PP 4": "--pipeline-model-parallel-size 4",
     "interleaved": "--num-virtual-stages-per-pipeline-rank 2",
+    "CP 2": "--context-parallel-size 2",
     "TP 2": "--tensor-model-parallel-size 2",
     "EP 2": "--expert-model-parallel-size 2",
     "EP 4": "--expert-model-parallel-size 4",
@@ -53,17 +54,18 @@ class Layout(NamedTuple):
 
 
 QUICK = (
-    Layout(2, ("DP 2", "EP 2", "sharded"), steps=QUICK_STEPS),
+    Layout(2, ("CP 2", "EP 2", "sharded"), steps=QUICK_STEPS),
     Layout(2, ("TP 2", "EP 2", "recomputed"), steps=QUICK_STEPS),
     Layout(2, ("PP 2", "interleaved", "recomputed"), steps=QUICK_STEPS),
     Layout(4, ("PP 2", "EP 2", "DP 2", "sharded"), steps=QUICK_STEPS),
 )
 SLOW = (
-    Layout(4, ("PP 2", "interleaved", "TP 2", "EP 2", "sharded")),
+    Layout(8, ("PP 2", "interleaved", "CP 2", "TP 2", "EP 2", "sharded")),
     Layout(8, ("PP 4", "interleaved", "DP 2", "EP 2", "sharded", "recomputed"), DEEP),
     Layout(8, ("PP 4", "TP 2", "EP 2", "recomputed")),
+    Layout(8, ("PP 4", "CP 2", "EP 2", "recomputed")),
     Layout(8, ("PP 2", "interleaved", "DP 2", "EP 4"), DEEP),
-    Layout(4, ("DP 2", "TP 2", "EP 4", "sharded", "recomputed")),
+    Layout(8, ("DP 2", "CP 2", "TP 2", "EP 4", "sharded", "recomputed")),
 )
 
 
