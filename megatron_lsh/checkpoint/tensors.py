@@ -170,7 +170,9 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     """Copy `values`, the same on all ranks, into `tensor` or this rank's shard of it. No communication."""
     with torch.no_grad():
         if isinstance(tensor, DTensor):
-            shards = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+            shards = distribute_tensor(
+                values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
             tensor.to_local().copy_(shards.to_local())
         else:
             tensor.copy_(values)

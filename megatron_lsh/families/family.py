@@ -77,6 +77,8 @@ class Family:
     """(a micro-batch) -> how many tokens the main loss is a mean of"""
     tokenizer: Callable[[Any], Tokenizer] | None = _text_tokenizer
     """(cfg) -> the tokenizer, which knows the vocabulary; None for a family whose samples are no text"""
+    counts_images: bool = False
+    """whether a sample is a picture, and speed is told in those"""
     classifier: Family | None = None
     """the family of classifiers that are made of such a model"""
 

@@ -193,6 +193,7 @@ SWIN = Family(
     losses=losses,
     loss_tokens=lambda batch: len(batch["label"]),
     tokenizer=None,
+    counts_images=True,
     judge=lambda cfg: TopJudge(scores),
     fresh_parameters=lambda cfg: () if cfg.training.skip_train else (HEAD,),
     resized_parameters={".position_bias.weight": resized_table},

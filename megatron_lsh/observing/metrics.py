@@ -44,6 +44,8 @@ class IntervalMetrics:
     further_losses: Mapping[str, float] = field(default_factory=dict)
     """what is minimized beside lm_loss, by its name in the log, such as "sop loss" """
     layers: Sequence[LayerReport] = field(default_factory=tuple)
+    images_per_second: float | None = None
+    """None where samples are no pictures"""
     params_norm: float | None = None
     peak_memory_gb: float | None = None
     """of the fullest rank, since its process began: on a GPU allocated by torch, on a CPU held by the process"""
@@ -101,6 +103,8 @@ class IntervalMetrics:
             "skipped_iterations": self.skipped,
             "nan_iterations": self.nan,
         }
+        if self.images_per_second is not None:
+            record["images_per_second"] = self.images_per_second
         if self.params_norm is not None:
             record["params_norm"] = self.params_norm
         if self.peak_memory_gb is not None:
@@ -120,6 +124,7 @@ class IntervalMetrics:
             "iteration-time": self.iteration_time_ms / 1000.0,
             "throughput": self.tflops,
             "tokens-per-second": self.tokens_per_second,
+            "images-per-second": self.images_per_second,
             "mfu": self.mfu,
             "params-norm": self.params_norm,
             "peak-memory-gb": self.peak_memory_gb,
@@ -162,7 +167,9 @@ class IntervalMetrics:
         parts = [
             f" {100.0 * self.iteration / max(self.train_iters, 1):5.1f}%",
             f"loss {loss}",
-            f"{self.tokens_per_second:,.0f} tokens/s",
+            f"{self.tokens_per_second:,.0f} tokens/s"
+            if self.images_per_second is None
+            else f"{self.images_per_second:,.1f} images/s",
         ]
         if self.mfu is not None:
             done = self.mfu_done()

@@ -37,6 +37,8 @@ class RunFigures:
     """of one rank's device"""
     experts_share: float = 0.0
     """of the FLOPs: what the routed experts do"""
+    counts_images: bool = False
+    """whether a sample is a picture, and speed is told in those"""
 
 
 class Stopwatch:
@@ -152,6 +154,7 @@ class Reporter:
             learning_rate=learning_rate,
             iteration_time_ms=1000.0 * seconds,
             tokens_per_second=figures.tokens_per_iteration / seconds,
+            images_per_second=figures.global_batch_size / seconds if figures.counts_images else None,
             tflops=tflops,
             mfu=tflops * 1e12 / figures.peak_flops if figures.peak_flops else None,
             experts_share=figures.experts_share,

@@ -255,6 +255,7 @@ def _figures(cfg: Config, family: Family, ctx: ParallelContext, padded: int) -> 
         flops_per_iteration=batch * training_flops(family, cfg, padded),
         peak_flops=peak_flops(ctx.device, dtype, cfg.logging.peak_tflops),
         experts_share=experts_share(family, cfg, padded),
+        counts_images=family.counts_images,
     )
 
 

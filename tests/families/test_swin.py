@@ -49,6 +49,9 @@ def test_it_learns_and_says_how_often_it_is_right(tmp_path: Path, capsys: pytest
         round(last["validation_top1"] * 21)
     )  # of 21 pictures, each once
     assert f"validation top-1: {last['validation_top1']:.1%}, top-5: 100.0%" in out
+    trained = [record for record in read_jsonl(tmp_path / "m.jsonl") if "lm_loss" in record]
+    speed = 16 * 1000 / trained[-1]["iteration_time_ms"]
+    assert trained[-1]["images_per_second"] == pytest.approx(speed)
     assert "validation without compression top-1: " in out and "vocabulary" not in out
     with Image.open(tmp_path / "sheet.png") as sheet:  # 21 pictures in three rows of eight
         assert sheet.width > 8 * 96 and 3 * 96 < sheet.height < 5 * 96 and len(sheet.getcolors(10**6) or ()) > 20

@@ -108,6 +108,8 @@ def test_progress_line() -> None:
         "  10.0% | loss 4.5000 | 5,000 tokens/s | MFU 25.0% | LSH sends 20.0% of the rows, residual energy 0.300 | "
         "ETA 1:02:05"
     )
+    pictures = metrics([], images_per_second=71.26).progress_line(1.0)
+    assert "71.3 images/s" in pictures and "tokens" not in pictures
     assert duration(-1.0) == "0:00:00"
 
 

@@ -103,6 +103,18 @@ def test_page_of_two_runs_stands_alone(tmp_path: Path) -> None:
         assert missing not in page
 
 
+def test_pictures_are_judged_by_first_and_fifth_places(tmp_path: Path) -> None:
+    places = [write_run(tmp_path / name, lsh=name == "lsh") for name in ("exact", "lsh")]
+    for number, place in enumerate(places):
+        with (place / "metrics.jsonl").open("a") as metrics:
+            top = {"validation_top1": 0.943 - 0.013 * number, "validation_top5": 1.0}
+            metrics.write("\n" + json.dumps({"iteration": 10, "validation_loss": 0.2, **top}) + "\n")
+    page = render(read_runs(places), "Swin")
+    check(page)
+    assert ">94.3%<" in page and '>93.0% <span class="change">-1.3<' in page and ">top-5<" in page
+    assert "validation top1" in page and "nats per token" not in page
+
+
 def test_page_of_the_least_there_can_be(tmp_path: Path) -> None:
     """One dense run with one log line, no configuration."""
     path = tmp_path / "m.jsonl"

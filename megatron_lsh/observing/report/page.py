@@ -20,6 +20,10 @@ OVER_TIME = (
     "alltoall_share",
     "expert_load_max_over_mean",
     "tokens_per_second",
+    "images_per_second",
+    "validation_top1",
+    "validation_top5",
+    "validation_accuracy",
 )
 BY_LAYER = (
     "lsh_compression_rate",
@@ -93,6 +97,10 @@ def _overview(runs: Sequence[RunData]) -> str:
         ("training loss", lambda run: _tail_mean(run.curve("lm_loss")), lambda v: f"{v:.4f}", -1),
         ("validation loss", lambda run: run.last("validation_loss"), lambda v: f"{v:.4f}", -1),
         ("… evaluated exactly", lambda run: run.last("validation_loss_exact"), lambda v: f"{v:.4f}", -1),
+        ("top-1", lambda run: run.last("validation_top1"), lambda v: f"{v:.1%}", 1),
+        ("top-1, exactly", lambda run: run.last("validation_top1_exact"), lambda v: f"{v:.1%}", 1),
+        ("top-5", lambda run: run.last("validation_top5"), lambda v: f"{v:.1%}", 1),
+        ("accuracy", lambda run: run.last("validation_accuracy"), lambda v: f"{v:.1%}", 1),
         ("ms / step", lambda run: run.steady("iteration_time_ms"), short, -1),
         ("all-to-all, share", lambda run: run.steady("alltoall_share"), lambda v: f"{v:.1%}", 0),
         ("bytes / step", lambda run: run.steady("alltoall_bytes"), short, -1),
@@ -119,8 +127,11 @@ def _cell(column: Sequence[float | None], number: int, words: Callable[[float], 
     best = better != 0 and min(known) != max(known) and value == min(known, key=lambda other: -better * other)
     change = ""
     if better and number and first:
-        is_loss = words(1.0) == "1.0000"
-        change = f"{value - first:+.4f}" if is_loss else f"{value / first:.2f} x"
+        change = f"{value / first:.2f} x"
+        if words(1.0) == "1.0000":  # a loss
+            change = f"{value - first:+.4f}"
+        elif words(1.0) == "100.0%":
+            change = f"{100.0 * (value - first):+.1f}"
         change = f' <span class="change">{change}</span>'
     return f"<td{' class=best' if best else ''}>{words(value)}{change}</td>"
 
@@ -144,7 +155,7 @@ def _losses(runs: Sequence[RunData], axis: str, label: str) -> str:
         shown += [y for _, y in [*training[skip:], *validation]]
     if not series:
         return ""
-    return line_chart(series, x_label=label, y_label="loss, nats per token", y_range=_close_up(shown))
+    return line_chart(series, x_label=label, y_label="loss, nats", y_range=_close_up(shown))
 
 
 def _close_up(values: Sequence[float]) -> Point:
