@@ -23,16 +23,25 @@ from megatron_lsh.checkpoint.folders import TRACKER
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.testing import DistributedTestError, run_distributed_test
 from tests.checkpoint.toy import Trainer, manager
+from tests.data.images.pictures import write_gratings
 from tests.parallel.toy import config
 
 ITERATIONS = 16  # of the small trainer
-PRETRAIN = Path(__file__).parents[2] / "pretrain_gpt_moe.py"
-FLAGS = shlex.split("""
+SCRIPTS = Path(__file__).parents[2]
+GPT = shlex.split("""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 64 --num-workers 0
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
     --num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type lsh --use-distributed-optimizer
     --micro-batch-size 2 --global-batch-size 8 --train-iters 60 --lr 1e-3 --log-interval 5 --eval-interval 30
     --eval-iters 1 --device cpu --no-progress
+""")
+#: Epochs of 11 iterations and a quarter, and everything that is drawn for a picture.
+SWIN = shlex.split("""
+    --img-h 16 --patch-dim 2 --num-channels 1 --swin-depths 1 2 --hidden-size 16 --num-attention-heads 2
+    --swin-window-size 4 --drop-path-rate 0.1 --num-workers 2 --num-experts 4 --expert-model-parallel-size 2
+    --moe-token-dispatcher-type lsh --moe-router-gate-noise 1 --moe-expert-dropout 0.1 --use-distributed-optimizer
+    --micro-batch-size 4 --global-batch-size 8 --train-iters 60 --lr 1e-3 --log-interval 5 --eval-interval 30
+    --device cpu --no-progress
 """)
 
 
@@ -90,13 +99,13 @@ def test_a_small_trainer_survives_kill_minus_nine(tmp_path: Path) -> None:
     assert run_distributed_test(_toy, 2, root, None, False) == uninterrupted
 
 
-def _pretrain(flags: list[str], pids: Path, tracker: Path, kill_after_s: float | None) -> None:
+def _pretrain(script: str, flags: list[str], pids: Path, tracker: Path, kill_after_s: float | None) -> None:
     """The real entry script, in this process."""
     if kill_after_s is not None:
         kill_all(pids, tracker, kill_after_s)
-    sys.argv = [str(PRETRAIN), *FLAGS, *flags]
+    sys.argv = [script, *flags]
     try:
-        runpy.run_path(str(PRETRAIN), run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     except SystemExit as exit:
         assert exit.code == 0, exit.code
 
@@ -116,25 +125,32 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_pretraining_survives_ten_times_kill_minus_nine(tmp_path: Path) -> None:
-    rng = random.Random(1)
+@pytest.mark.parametrize("family", ["gpt", "swin"])
+def test_pretraining_survives_kill_minus_nine(tmp_path: Path, family: str) -> None:
+    """Ten times; of pictures, with threads that read ahead, in the middle of epochs."""
+    rng, kills = random.Random(1), 10 if family == "gpt" else 5
+    script, model = str(SCRIPTS / f"pretrain_{family}_moe.py"), GPT
+    if family == "swin":
+        model = [*SWIN, "--data-path", str(write_gratings(tmp_path / "data", train=90, valid=9))]
     whole, save = tmp_path / "whole", tmp_path / "save"
     metrics = [tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"]
 
     def flags(root: Path, log: Path, *more: str) -> list[str]:
-        return ["--save", str(root), "--load", str(root), "--metrics-jsonl", str(log), *more]
+        return ["--save", str(root), "--load", str(root), "--metrics-jsonl", str(log), *model, *more]
 
-    run_distributed_test(_pretrain, 2, flags(whole, metrics[0]), tmp_path, tmp_path, None)
+    run_distributed_test(_pretrain, 2, script, flags(whole, metrics[0]), tmp_path, tmp_path, None)
     often = flags(save, metrics[1], "--save-interval", "1", "--save-retain-interval", "10")
     resumed_from = []
-    for attempt in range(10):
+    for attempt in range(kills):
         asynchronous = ["--async-save"] if attempt % 2 else []
         with pytest.raises(DistributedTestError, match="exit code -9"):
-            run_distributed_test(_pretrain, 2, often + asynchronous, tmp_path, save / TRACKER, rng.uniform(0.0, 0.7))
+            run_distributed_test(
+                _pretrain, 2, script, often + asynchronous, tmp_path, save / TRACKER, rng.uniform(0.0, 0.7)
+            )
         resumed_from.append(check_remains(save)[0])
-    run_distributed_test(_pretrain, 2, often, tmp_path, tmp_path, None)
+    run_distributed_test(_pretrain, 2, script, often, tmp_path, tmp_path, None)
 
-    print(f"killed 10 times; newest valid checkpoint after each: {resumed_from}")
+    print(f"killed {kills} times; newest valid checkpoint after each: {resumed_from}")
     assert resumed_from == sorted(resumed_from) and resumed_from[-1] < 60
     for key in ("lm_loss", "validation_loss"):
         expected = records(metrics[0], key)

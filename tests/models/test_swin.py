@@ -269,3 +269,5 @@ def test_settings_reach_the_blocks() -> None:
     blocks = [block for stage in model.stages.values() for block in stage.layers.values()]
     assert [round(block.drop_path.rate, 3) for block in blocks] == [0.0, 0.1, 0.2, 0.3]
     assert [block.windows.shift for block in blocks] == [0, 2, 0, 0]
+    rates = swin_config(MOE + "--moe-token-dispatcher-type lsh --lsh-target-rate [0.5,0.25]").lsh.rates()
+    assert [rates.at(block, 0) for block in range(4)] == [0.5, 0.5, 0.25, 0.25]  # one per stage
