@@ -40,9 +40,10 @@ from tests.convert.tiny import (
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_bit_and_type_survives(family: str, tmp_path: Path) -> None:
-    for dtype in TYPES:
+@pytest.mark.parametrize(("number", "family"), enumerate(FAMILIES))
+def test_every_bit_and_type_survives(number: int, family: str, tmp_path: Path) -> None:
+    """All types with the first mixture of experts; each other family with one of them in turn."""
+    for dtype in TYPES if family == MOE_FAMILIES[0] else TYPES[number % 3 :][:1]:
         folder = tmp_path / str(dtype)
         said: list[str] = []
         save_tiny(folder / "hf", family, dtype)

@@ -98,36 +98,23 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert contents(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed(number: signal.Signals, tmp_path: Path) -> None:
+def test_killed(tmp_path: Path) -> None:
     """A conversion that is ended from outside leaves nothing, or nothing that looks finished; the next one succeeds."""
     save_tiny(
         tmp_path / "hf", "llama", hidden_size=256, intermediate_size=1024, vocab_size=20_000, num_hidden_layers=12
     )
-    flags = ["--from", "hf", "--to", "native", "--load", tmp_path / "hf", "--save", tmp_path / "out", "--no-verify"]
+    signals = (signal.SIGTERM, signal.SIGKILL)
+    flags = ["--from", "hf", "--to", "native", "--load", str(tmp_path / "hf"), "--save"]
     command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-    partial = tmp_path / "out" / "release.incomplete"
-    while process.poll() is None and not partial.exists():
+    env, quiet = {**os.environ, "PYTHONPATH": str(ROOT)}, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ended = {s: subprocess.Popen([*command, tmp_path / s.name, "--no-verify"], env=env, **quiet) for s in signals}
+    waiting = dict(ended)
+    while waiting:
+        for number, process in list(waiting.items()):
+            if process.poll() is not None or (tmp_path / number.name / "release.incomplete").exists():
+                waiting.pop(number).send_signal(number)
         time.sleep(0.002)
-    process.send_signal(number)
-    process.wait(60)
-    assert process.returncode != 0
-    if number == signal.SIGKILL:
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["release.incomplete"]
-    else:
-        assert not (tmp_path / "out").exists()
-    flags = [
-        "--from",
-        "hf",
-        "--to",
-        "native",
-        "--load",
-        str(tmp_path / "hf"),
-        "--save",
-        str(tmp_path / "out"),
-        "--quiet",
-    ]
-    if number == signal.SIGKILL:
-        assert convert_checkpoint.main(flags) == 0
+    assert all(process.wait(60) != 0 for process in ended.values())
+    assert [path.name for path in (tmp_path / "SIGKILL").iterdir()] == ["release.incomplete"]
+    assert not (tmp_path / "SIGTERM").exists()
+    assert convert_checkpoint.main([*flags, str(tmp_path / "SIGKILL"), "--quiet"]) == 0

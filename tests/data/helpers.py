@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -58,11 +60,22 @@ def start_tool(name: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script of tools/ to its end."""
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of tools/ to its end. It imports everything: seconds."""
     process = start_tool(name, *arguments)
     stdout, stderr = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported it."""
+    out, err, words = io.StringIO(), io.StringIO(), [str(argument) for argument in arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = load_tool(name).main(words)
+        except SystemExit as exit:
+            status = exit.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def write_sentences(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], dtype: str = "u2") -> IndexedDataset:

@@ -15,7 +15,7 @@ import pytest
 from megatron_lsh.data.indexed import IndexedDataset
 from megatron_lsh.data.preparation.preprocess import main
 from megatron_lsh.data.tokenizers import ByteTokenizer, GPTSentencePieceTokenizer
-from tests.data.helpers import run_tool, start_tool
+from tests.data.helpers import run_script, run_tool, start_tool
 
 TEXTS = ["first document", "", "zweites: ä中", "line one\nline two\n", "x" * 1000]
 
@@ -198,7 +198,8 @@ def test_output_does_not_depend_on_workers(tmp_path: Path, sentencepiece_model: 
     common = ["--input", tmp_path / "in.jsonl", "--tokenizer-type", "GPTSentencePieceTokenizer"]
     common += ["--tokenizer-model", sentencepiece_model, "--append-eod", "--log-interval", "1"]
     for workers in (1, 2):
-        done = run_tool("preprocess_data", *common, "--output-prefix", tmp_path / str(workers), "--workers", workers)
+        run = run_tool if workers == 1 else run_script
+        done = run("preprocess_data", *common, "--output-prefix", tmp_path / str(workers), "--workers", workers)
         assert done.returncode == 0, done.stderr
         assert "100.0% | 1,500 documents" in done.stdout
     for suffix in ("bin", "idx", "json"):

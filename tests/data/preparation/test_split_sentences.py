@@ -15,7 +15,7 @@ from megatron_lsh.data.preparation.sentences import LANGUAGES, UNITS, SentenceSp
 from megatron_lsh.data.tokenizers import ByteTokenizer, Llama2Tokenizer
 from megatron_lsh.data.vocabulary import read_description
 from megatron_lsh.errors import ConfigError
-from tests.data.helpers import run_tool
+from tests.data.helpers import run_script, run_tool
 
 pytest.importorskip("sentencex")
 
@@ -111,7 +111,8 @@ def test_workers_and_special_tokens(tmp_path: Path, sentencepiece_model: Path) -
     flags = ["--input", tmp_path / "in.jsonl", "--tokenizer-type", "Llama2Tokenizer", "--split-sentences"]
     flags += ["--tokenizer-model", sentencepiece_model, "--lang", "en"]
     for workers in (1, 2):
-        done = run_tool("preprocess_data", *flags, "--output-prefix", tmp_path / str(workers), "--workers", workers)
+        run = run_tool if workers == 1 else run_script
+        done = run("preprocess_data", *flags, "--output-prefix", tmp_path / str(workers), "--workers", workers)
         assert done.returncode == 0, done.stderr
     one, two = (tmp_path / f"{workers}_text_sentence" for workers in (1, 2))
     for suffix in (".bin", ".idx", ".json"):
