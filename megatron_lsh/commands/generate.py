@@ -63,15 +63,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, and how it is run."""
+def add_model_flags(parser: argparse.ArgumentParser, ranks: bool = True) -> None:
+    """Which checkpoint, and how it is run; over several ranks where that is possible."""
     add = parser.add_argument
     add("--load", type=Path, required=True, help="save folder of a run or a conversion, or one checkpoint in it")
     add("--ckpt-step", type=int, help="iteration to load (default: what the tracker file says)")
     add("--tokenizer-type", help="as in training (default: the checkpoint's)")
     add("--tokenizer-model", help="as in training (default: the checkpoint's)")
-    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a dense layer (default: 1)")
-    add("--expert-model-parallel-size", type=int, default=1, help="ranks that share the experts (default: 1)")
+    if ranks:
+        add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a dense layer (default: 1)")
+        add("--expert-model-parallel-size", type=int, default=1, help="ranks that share the experts (default: 1)")
+    else:
+        parser.set_defaults(tensor_model_parallel_size=1, expert_model_parallel_size=1)
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),

@@ -60,14 +60,24 @@ def prepare(arguments: Sequence[str] | None) -> Job:
         raise ConfigError(
             f"--stride ({args.stride}) must be at least 1 and at most the model's length ({context}): change it"
         )
+    text = read_text(args.file)
+    return Job(args, cfg, tokenizer, text, tokens_of(args.file, text, tokenizer), context)
+
+
+def read_text(file: Path) -> str:
+    """What --file names. Raises DataError."""
     try:
-        text = args.file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file ({args.file}) must be a text in UTF-8 that can be read: {error}") from error
+        raise DataError(f"--file ({file}) must be a text in UTF-8 that can be read: {error}") from error
+
+
+def tokens_of(file: Path, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Raises DataError for a text that is too short."""
     ids = tokenizer.tokenize(text)
     if len(ids) < 2:
-        raise DataError(f"--file ({args.file}) must have at least 2 tokens, and has {len(ids)}: give a longer text")
-    return Job(args, cfg, tokenizer, text, ids, context)
+        raise DataError(f"--file ({file}) must have at least 2 tokens, and has {len(ids)}: give a longer text")
+    return ids
 
 
 def run(job: Job) -> None:

@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         assert moe_cfg.num_experts is not None and model_cfg.hidden_size is not None  # checked by validate()
-        self._layer = layer
+        self.layer = layer
         self._noise = Noise(0)
         self.router = TopKRouter(model_cfg, moe_cfg, ctx)
         self.experts = Experts(model_cfg, moe_cfg, ctx)
@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
     def set_iteration(self, iteration: int, total: int | None = None) -> None:
         """Say how many iterations are complete, and how many there will be; called before each one."""
         self.dispatcher.set_iteration(iteration, total)
-        self._noise = Noise((iteration * 1_000_003 + self._layer) % (1 << 62))
+        self._noise = Noise((iteration * 1_000_003 + self.layer) % (1 << 62))
 
     def forward(
         self, x_SBD: Tensor, token_mask_SB: Tensor | None = None, memo: ReplayMemo | None = None

@@ -8,6 +8,7 @@ from html import escape
 
 from megatron_lsh.observing.report.charts import Point, Series, line_chart, short, stacked_bars
 from megatron_lsh.observing.report.labels import further_gauges, label_of
+from megatron_lsh.observing.report.merges_page import section as merges_section
 from megatron_lsh.observing.report.runs import REST, STEP_PARTS, RunData, differing_settings, pick
 from megatron_lsh.observing.report.style import STYLE
 
@@ -64,6 +65,7 @@ def render(runs: Sequence[RunData], title: str, note: str = "") -> str:
             _key(runs) + _grid(over_time),
         ),
         _section("By layer", "Medians over the last three quarters of the log intervals.", _key(runs) + _grid(layers)),
+        merges_section([(run.name, run.merges) for run in runs if run.merges]),
         _section("Settings that differ", "All others are equal, where they were found.", _settings(runs)),
     ]
     body = "".join(section for section in sections if section)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lsh.errors import DataError
+from megatron_lsh.observing.report.merges import FILE, LayerMerges, load
 from megatron_lsh.observing.writers import MOST, is_number, read_jsonl
 
 #: What a step consists of, as keys of a metrics record -> words; the rest is what these leave of the iteration's time.
@@ -30,12 +31,14 @@ Point = tuple[float, float]
 
 @dataclass
 class RunData:
-    """One run. `training` and `evaluations` are its metrics records in order; `config` its settings by section."""
+    """One run. `training` and `evaluations` are its metrics records in order; `config` its settings by section; `merges`
+    what see_merges found of its model."""
 
     name: str
     training: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
+    merges: list[LayerMerges] = field(default_factory=list)
 
     @property
     def seq_length(self) -> int | None:
@@ -121,7 +124,8 @@ def read_run(place: Path, name: str | None = None) -> RunData:
     evaluations = [record for record in records if "validation_loss" in record]
     settings = _first_of(metrics.parent, "config.json")
     config = _settings(settings) if settings else {}
-    return RunData(name or _name(place), training, evaluations, config)
+    seen = _first_of(metrics.parent, FILE)
+    return RunData(name or _name(place), training, evaluations, config, load(seen) if seen else [])
 
 
 def _sound(record: dict[str, Any]) -> dict[str, Any] | None:

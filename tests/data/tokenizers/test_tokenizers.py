@@ -17,6 +17,7 @@ from megatron_lsh.data.tokenizers import (
     SentencePieceTokenizer,
     build_tokenizer,
 )
+from megatron_lsh.data.tokenizers.pieces import pieces
 from megatron_lsh.errors import ConfigError, DataError
 from tests.data.conftest import TEXTS
 
@@ -103,6 +104,18 @@ def test_byte_round_trip(text: str) -> None:
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize([*ids, tokenizer.eod]) == text
     assert all(0 <= i < 256 for i in ids) and tokenizer.eod == 256 and tokenizer.vocab_size == 257
+
+
+def test_the_text_of_each_token_adds_up_to_the_whole(sentencepiece_model: Path, huggingface_folder: Path) -> None:
+    for tokenizer in (
+        GPTSentencePieceTokenizer(str(sentencepiece_model)),
+        HuggingFaceTokenizer(str(huggingface_folder)),
+    ):
+        for text in TEXTS[:4]:
+            found = pieces(tokenizer, tokenizer.tokenize(text))
+            assert "".join(found) == text and len(found) == len(tokenizer.tokenize(text))
+    found = pieces(ByteTokenizer(), ByteTokenizer().tokenize("aé中"))
+    assert (len(found), found[0], found[2], found[5]) == (6, "a", "é", "中")  # the other bytes are no characters
 
 
 def test_null() -> None:
