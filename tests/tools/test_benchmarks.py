@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import families, overhead, peers, quality, slow_network, time_to_loss, vision
+from benchmarks import families, layouts, overhead, peers, quality, slow_network, time_to_loss, vision
 from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
@@ -50,6 +50,34 @@ def test_overhead(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_names_of_variants() -> None:
     names = [Variant().name, Variant(wire="fp8").name, Variant(0.2).name, Variant(0.35, "int4").name]
     assert names == ["exact", "exact, fp8", "LSH 20%", "LSH 35%, int4"]
+
+
+def test_a_layout_wins_where_no_quartile_of_another_meets_its_own(tmp_path: Path) -> None:
+    def link(hidden: int, mbit: float, exact: list[float], pipeline: list[float]) -> dict:
+        return {"hidden": hidden, "mbit_per_node": mbit, "steps_ms": {"exact": exact, "pipeline": pipeline}}
+
+    measured = [
+        link(128, 800, [10.0, 11.0, 12.0], [10.5, 11.5, 12.5]),
+        link(128, 50, [40.0, 42.0, 44.0], [20.0, 21.0, 22.0]),
+        link(64, 50, [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]),
+    ]
+    assert layouts.report(measured).splitlines() == [
+        "| hidden size | Mbit/s per node | times | exact, ms | pipeline, ms |",
+        "|---|---|---|---|---|",
+        "| 64 | 50 | 3 | **5** (4-6) | 8 (8-8) |",
+        "| 128 | 50 | 3 | 42 (41-43) | **21** (20-22) |",
+        "| 128 | 800 | 3 | **11** (10-12) | 12 (11-12) |",
+        "",
+        "Fastest at (hidden size at Mbit/s per node)",
+        "exact: 64 at 50",
+        "pipeline: 128 at 50",
+        "nobody, by the quartiles: 128 at 800",
+    ]
+    kept = tmp_path / "kept.json"
+    assert layouts.read_kept(kept) == []
+    kept.write_text(json.dumps(measured))
+    wanted = argparse.Namespace(hidden=[64, 128], mbit=[50.0, 800.0])
+    assert layouts.left_to_measure(wanted, layouts.read_kept(kept)) == {64: [800.0]}
 
 
 def test_steps_needed_lie_between_two_lengths() -> None:
