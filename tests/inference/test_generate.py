@@ -260,3 +260,13 @@ def test_perplexity_over_ranks_that_each_have_the_whole_of_an_odd_context(tmp_pa
     alone = perplexity_of(flags)
     together = run_distributed_test(perplexity_of, 2, [*flags, "--tensor-model-parallel-size", "2"])
     assert together == [pytest.approx(alone, rel=1e-5), {}]
+
+
+def test_perplexity_over_ranks_that_share_layers_and_experts(checkpoint: Path, tmp_path: Path) -> None:
+    """At TP 2 x EP 2 each rank has half of every sequence, of windows that end in the middle of a text."""
+    (tmp_path / "text.txt").write_text("import os\n\ndef f(x):\n    return x + 1\n" * 3)
+    flags = ["--load", str(checkpoint), "--file", str(tmp_path / "text.txt"), "--stride", "19"]
+    shared = [*flags, "--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
+    alone = perplexity_of(flags)
+    assert alone["tokens"] == 113
+    assert run_distributed_test(perplexity_of, 2, shared) == [pytest.approx(alone, rel=1e-5), {}]
