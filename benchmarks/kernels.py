@@ -321,6 +321,10 @@ def ops(inputs: Inputs) -> Iterator[Measured]:
         lambda: lsh.compress(inputs.rows_ND, clusters, with_residual=True), 2 * row_bytes + wire_bytes + per_row,
     )  # fmt: skip
     yield Measured(
+        "members", lambda: op.members(inputs.rows_ND, *order),
+        lambda: PlainOps().members(inputs.rows_ND, *order), row_bytes + 2 * per_row + 24 * count,
+    )  # fmt: skip
+    yield Measured(
         "combine (restore rows)", lambda: op.combine(centroids, cluster_N1, None, residual, None),
         lambda: lsh.restore(centroids, residual, clusters), 2 * row_bytes + wire_bytes + per_row,
     )  # fmt: skip

@@ -193,6 +193,20 @@ LSH_HD int64_t begin_of(const int64_t* ends, int64_t expert, int64_t total) {
     return expert ? end_of(ends, expert - 1, total) : 0;
 }
 
+// Members.
+
+// Whether a distance is less than another. What is no number is farther than infinity.
+template <class A>
+LSH_HD bool nearer(A distance, A than) {
+    return distance < than || (than != than && distance == distance);
+}
+
+// The sum of |x - m|^2 over n rows, m one of them, from the sum of their |x - mean|^2 and that of m.
+template <class A>
+LSH_HD A around_member(A around_mean, A of_member, int64_t n) {
+    return around_mean + A(n) * of_member;
+}
+
 // Restore.
 
 // What the residual adds to a centroid's expert output. A row that is its own centroid adds nothing, exactly.

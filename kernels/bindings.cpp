@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> nearest(Tensor rows, OptionalTensor index, Tensor cen
     const int64_t count = num_rows(index, rows), clusters = centroids.size(0), features = rows.size(1);
     const int64_t experts = row_ends.size(0);
     Tensor cluster = empty(rows, {count}, kLong), distance = empty(rows, {count}, accumulator(rows));
-    const int64_t scratch_size = kOnGpu ? clusters : (clusters + experts * kPanel) * (features + 1);
+    const int64_t scratch_size = kOnGpu ? clusters + rows.size(0) : (clusters + experts * kPanel) * (features + 1);
     Tensor scratch = empty(rows, {scratch_size}, accumulator(rows));
     const NearestArgs args{data(rows),
                            data<int64_t>(index),
@@ -207,6 +207,7 @@ std::tuple<Tensor, Tensor> nearest(Tensor rows, OptionalTensor index, Tensor cen
                            clusters,
                            features,
                            experts,
+                           rows.size(0),
                            dtype_of(rows)};
     check_ends(row_ends, cluster_ends, count, clusters);
     if (count) LSH_RUN(nearest, rows, args);
@@ -274,6 +275,22 @@ std::tuple<Tensor, Tensor> segment_residual(Tensor source, Tensor order, Tensor 
     Tensor residual = empty(source, {source.size(0), source.size(1)}, source.scalar_type());
     segment_into(source, std::nullopt, std::nullopt, order, offsets, sizes, true, out, residual);
     return {out, residual};
+}
+
+std::tuple<Tensor, Tensor> members(Tensor rows, Tensor order, Tensor offsets, Tensor sizes) {
+    rows = checked(rows, "rows", rows.scalar_type(), {-1, -1}, rows);
+    const int64_t num_rows = rows.size(0), features = rows.size(1), clusters = sizes.size(0);
+    order = integers(order, "order", num_rows, rows);
+    offsets = integers(offsets, "offsets", clusters, rows);
+    sizes = integers(sizes, "sizes", clusters, rows);
+    STD_TORCH_CHECK(num_rows || !clusters, "there are ", clusters, " clusters of no rows");
+    Tensor member = empty(rows, {clusters}, kLong), energy = empty(rows, {clusters, 2}, accumulator(rows));
+    Tensor distance = empty(rows, {num_rows}, accumulator(rows));
+    const MembersArgs args{data(rows),   data<int64_t>(order), data<int64_t>(offsets), data<int64_t>(sizes),
+                           data<int64_t>(member), data(energy), data(distance),        num_rows,
+                           clusters,     features,             dtype_of(rows)};
+    if (clusters) LSH_RUN(members, rows, args);
+    return {member, energy};
 }
 
 Tensor combine(Tensor source, Tensor index, OptionalTensor weight, OptionalTensor row, OptionalTensor centroid) {
@@ -446,6 +463,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
     m.impl("regroup", TORCH_BOX(&regroup));
     m.impl("segment", TORCH_BOX(&segment));
     m.impl("segment_residual", TORCH_BOX(&segment_residual));
+    m.impl("members", TORCH_BOX(&members));
     m.impl("combine", TORCH_BOX(&combine));
     m.impl("dots", TORCH_BOX(&dots));
     m.impl("spread", TORCH_BOX(&spread));

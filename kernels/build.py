@@ -29,7 +29,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 PACKAGE = SOURCES.parent / "megatron_lsh" / "ops"
 TESTS = SOURCES.parent / "tests" / "kernels"
-CUDA_SOURCES = ("hash", "plan", "nearest", "segment", "combine", "wire")
+CUDA_SOURCES = ("hash", "plan", "nearest", "segment", "members", "combine", "wire")
 CUDA_ARCHITECTURES = ("80", "90")
 
 # One binary for every torch from 2.11 on: only the stable interface is used.

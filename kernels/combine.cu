@@ -40,29 +40,39 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs a) 
     store_pack(static_cast<T*>(a.out) + t * a.features + f, out);
 }
 
-// A warp per (token, choice).
+// A warp per token, which reads the token's gradient once for four choices.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) dots_kernel(const DotsArgs a) {
-    const int64_t t = flat_index() / kWarpSize, slot = t * a.slots + blockIdx.y;
+    constexpr int kSlots = 4;
+    const int64_t t = flat_index() / kWarpSize;
     if (t >= a.tokens) return;  // a whole warp leaves
     const int lane = threadIdx.x % kWarpSize;
-    const int64_t i = a.index[slot];
-    float sum = 0.0f;
-    if (i >= 0) {
+    for (int64_t first = 0; first < a.slots; first += kSlots) {
+        int64_t source[kSlots];
+        float sum[kSlots] = {};
+#pragma unroll
+        for (int k = 0; k < kSlots; ++k) source[k] = first + k < a.slots ? a.index[t * a.slots + first + k] : -1;
         for (int64_t f = int64_t(lane) * V; f < a.features; f += kWarpSize * V) {
             const Pack<T, V> g = row_pack<V, T>(a.grad, t, a.features, f);
-            const Pack<T, V> x = row_pack<V, T>(a.source, i, a.features, f);
-            Pack<T, V> row{}, c{};
-            if (a.row) {
-                row = row_pack<V, T>(a.row, t, a.features, f);
-                c = row_pack<V, T>(a.centroid, i, a.features, f);
-            }
+            Pack<T, V> row{};
+            if (a.row) row = row_pack<V, T>(a.row, t, a.features, f);
 #pragma unroll
-            for (int v = 0; v < V; ++v) sum += widen(g.v[v]) * restored(widen(x.v[v]), widen(row.v[v]), widen(c.v[v]));
+            for (int k = 0; k < kSlots; ++k) {
+                if (source[k] < 0) continue;  // the same for the whole warp
+                const Pack<T, V> x = row_pack<V, T>(a.source, source[k], a.features, f);
+                Pack<T, V> c{};
+                if (a.row) c = row_pack<V, T>(a.centroid, source[k], a.features, f);
+#pragma unroll
+                for (int v = 0; v < V; ++v)
+                    sum[k] += widen(g.v[v]) * restored(widen(x.v[v]), widen(row.v[v]), widen(c.v[v]));
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kSlots; ++k) {
+            for (int step = kWarpSize / 2; step > 0; step /= 2) sum[k] += __shfl_xor_sync(kFullWarp, sum[k], step);
+            if (lane == 0 && first + k < a.slots) static_cast<float*>(a.out)[t * a.slots + first + k] = sum[k];
         }
     }
-    for (int step = kWarpSize / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-    if (lane == 0) static_cast<float*>(a.out)[slot] = sum;
 }
 
 template <class T, int V>
@@ -111,8 +121,7 @@ extern "C" int lsh_dots_cuda(const DotsArgs& a, void* stream) {
     const bool aligned = aligned_16(a.grad, a.source, a.row, a.centroid);
     return by_dtype(a.dtype, a.features, aligned, [&](auto type, auto width) {
         const auto kernel = dots_kernel<decltype(type), decltype(width)::value>;
-        const dim3 blocks(unsigned(ceil_div(a.tokens, kThreads / kWarpSize)), unsigned(a.slots));
-        LSH_LAUNCH(kernel, blocks, kThreads, cudaStream_t(stream), a);
+        LSH_LAUNCH(kernel, unsigned(ceil_div(a.tokens, kThreads / kWarpSize)), kThreads, cudaStream_t(stream), a);
     });
 }
 

@@ -291,6 +291,12 @@ int lsh_segment_cpu(const SegmentArgs& a) {
     return 0;
 }
 
+int lsh_members_cpu(const MembersArgs& a) {
+    const auto body = [&](int64_t begin, int64_t end) { row_loops().members(a, begin, end); };
+    parallel_for(a.clusters, grain_of(a.features * 4), body);
+    return 0;
+}
+
 int lsh_combine_cpu(const CombineArgs& a) {
     const auto body = [&](int64_t begin, int64_t end) { row_loops().combine(a, begin, end); };
     parallel_for(a.tokens, grain_of(a.features * a.slots), body);

@@ -10,6 +10,7 @@ namespace megatron_lsh {
 struct RowLoops {
     void (*hash)(const HashArgs&, int64_t begin, int64_t end);        // rows
     void (*segment)(const SegmentArgs&, int64_t begin, int64_t end);  // clusters
+    void (*members)(const MembersArgs&, int64_t begin, int64_t end);  // clusters
     void (*combine)(const CombineArgs&, int64_t begin, int64_t end);  // tokens
     void (*dots)(const DotsArgs&, int64_t begin, int64_t end);        // tokens
     void (*spread)(const SpreadArgs&, int64_t begin, int64_t end);    // tokens

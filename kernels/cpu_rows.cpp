@@ -74,6 +74,52 @@ void segment_rows(const SegmentArgs& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void choose_members(const MembersArgs& a, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    for (int64_t c = begin; c < end; ++c) {
+        const int64_t offset = a.offsets[c], size = a.sizes[c], *rows = a.order + offset;
+        A *energy = static_cast<A*>(a.energy) + 2 * c, *distance = static_cast<A*>(a.distance) + offset;
+        energy[0] = energy[1] = 0;
+        if (size == 0) {
+            a.member[c] = a.order[offset < a.num_rows ? offset : a.num_rows - 1];
+            continue;
+        }
+        for (int64_t i = 0; i < size; ++i) distance[i] = 0;
+        for (int64_t f0 = 0; f0 < a.features; f0 += kBlock) {
+            const int64_t width = a.features - f0 < kBlock ? a.features - f0 : kBlock;
+            const auto row = [&](int64_t i) { return static_cast<const T*>(a.rows) + rows[i] * a.features + f0; };
+            A mean[kBlock];
+            for (int64_t f = 0; f < width; ++f) mean[f] = 0;
+            for (int64_t i = 0; i < size; ++i) {
+                const T* x = row(i);
+                if (offset + i + kPrefetch < a.num_rows) prefetch(row(i + kPrefetch), width);
+                for (int64_t f = 0; f < width; ++f) mean[f] += widen(x[f]);
+            }
+            for (int64_t f = 0; f < width && size > 1; ++f) mean[f] = divide(mean[f], size);
+            for (int64_t i = 0; i < size; ++i) {
+                const T* x = row(i);
+                A square = 0, apart = 0;
+#pragma omp simd reduction(+ : square, apart)
+                for (int64_t f = 0; f < width; ++f) {
+                    const A number = widen(x[f]), off = number - mean[f];
+                    square += number * number;
+                    apart += off * off;
+                }
+                distance[i] += apart;
+                energy[1] += square;
+            }
+        }
+        int64_t place = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            energy[0] += distance[i];
+            if (size > 2 && nearer(distance[i], distance[place])) place = i;  // two rows are equally near
+        }
+        a.member[c] = rows[place];
+        energy[0] = around_member(energy[0], distance[place], size);
+    }
+}
+
+template <class T>
 void combine_tokens(const CombineArgs& a, int64_t begin, int64_t end) {
     using A = Acc<T>;
     const A* weight = static_cast<const A*>(a.weight);
@@ -231,6 +277,7 @@ void by_dtype(const Args& a, int64_t begin, int64_t end) {
 extern const RowLoops LSH_JOIN(row_loops_, LSH_ISA) = {
     hash_rows,
     LSH_BY_DTYPE(SegmentArgs, segment_rows),
+    LSH_BY_DTYPE(MembersArgs, choose_members),
     LSH_BY_DTYPE(CombineArgs, combine_tokens),
     LSH_BY_DTYPE(DotsArgs, dots_tokens),
     LSH_BY_DTYPE(SpreadArgs, spread_tokens),

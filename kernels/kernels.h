@@ -91,8 +91,9 @@ struct NearestArgs {
     const int64_t* cluster_ends;  // [E]
     int64_t* cluster;             // [N] out
     void* distance;               // [N] out: squared distance, fp32 (fp64 for fp64)
-    void* scratch;                // CUDA: fp32 [C]. CPU: packed centroids, see kPanel
+    void* scratch;                // CUDA: fp32 [C + M]. CPU: packed centroids, see kPanel
     int64_t rows, clusters, features, experts;
+    int64_t sources;  // M
     DType dtype;
 };
 
@@ -123,6 +124,19 @@ struct SegmentArgs {
     float* scratch;          // [N / kWindow, D], CUDA only
     int64_t rows, clusters, features;
     int32_t mean;
+    DType dtype;
+};
+
+// Of each cluster the row nearest to its mean, the first of equals. An empty cluster has the row at its place in the order.
+struct MembersArgs {
+    const void* rows;        // [N, D]
+    const int64_t* order;    // [N]
+    const int64_t* offsets;  // [C]
+    const int64_t* sizes;    // [C]
+    int64_t* member;         // [C] out
+    void* energy;            // [C, 2] out: sum of |x - member|^2 and of |x|^2 over its rows, fp32 (fp64 for fp64)
+    void* distance;          // [N] scratch: |x - mean|^2 of the row at each place of the order
+    int64_t num_rows, clusters, features;
     DType dtype;
 };
 
@@ -201,6 +215,7 @@ LSH_DECLARE(plan, PlanArgs)
 LSH_DECLARE(nearest, NearestArgs)
 LSH_DECLARE(regroup, RegroupArgs)
 LSH_DECLARE(segment, SegmentArgs)
+LSH_DECLARE(members, MembersArgs)
 LSH_DECLARE(combine, CombineArgs)
 LSH_DECLARE(dots, DotsArgs)
 LSH_DECLARE(spread, SpreadArgs)

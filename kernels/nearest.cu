@@ -13,16 +13,23 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// scratch[c] = |c|^2 / 2, a warp per centroid.
-template <class T>
-__global__ void __launch_bounds__(kThreads) half_norm_kernel(const NearestArgs a) {
-    const int64_t c = flat_index() / kWarpSize;
-    if (c >= a.clusters) return;
-    const T* x = static_cast<const T*>(a.centroids) + c * a.features;
+// scratch[c] = |c|^2 / 2 of each centroid, then |x|^2 of each row of the source: a warp per row. A source is a token, which
+// is a row of several experts.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const NearestArgs a) {
+    const int64_t n = flat_index() / kWarpSize;
+    if (n >= a.clusters + a.sources) return;  // a whole warp leaves
+    const bool centroid = n < a.clusters;
+    const T* x = centroid ? static_cast<const T*>(a.centroids) + n * a.features
+                          : static_cast<const T*>(a.source) + (n - a.clusters) * a.features;
     float sum = 0.0f;
-    for (int64_t d = threadIdx.x % kWarpSize; d < a.features; d += kWarpSize) sum += widen(x[d]) * widen(x[d]);
+    for (int64_t d = int64_t(threadIdx.x % kWarpSize) * V; d < a.features; d += kWarpSize * V) {
+        const Pack<T, V> pack = load_pack<V>(x + d);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum += widen(pack.v[v]) * widen(pack.v[v]);
+    }
     for (int step = kWarpSize / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-    if (threadIdx.x % kWarpSize == 0) static_cast<float*>(a.scratch)[c] = sum / 2;
+    if (threadIdx.x % kWarpSize == 0) static_cast<float*>(a.scratch)[n] = centroid ? sum / 2 : sum;
 }
 
 // The rows of one block, and the centroids they are compared to.
@@ -87,20 +94,13 @@ struct Best {
 
 LSH_DEVICE Best no_column() { return {-INFINITY, 0}; }
 
-// Write the results of a block's rows: a warp per row, which also takes |x|^2.
-template <class T, int kRows>
+// Write the results of a block's rows.
 LSH_DEVICE void write_results(const NearestArgs& a, const Task& task, const Best* best) {
-    const int lane = threadIdx.x % kWarpSize;
-    for (int r = threadIdx.x / kWarpSize; r < task.num_rows; r += kThreads / kWarpSize) {
+    for (int r = threadIdx.x; r < task.num_rows; r += kThreads) {
         const int64_t n = task.first_row + r;
-        const T* x = static_cast<const T*>(a.source) + source_of(a.index, n) * a.features;
-        float square = 0.0f;
-        for (int64_t d = lane; d < a.features; d += kWarpSize) square += widen(x[d]) * widen(x[d]);
-        for (int step = kWarpSize / 2; step > 0; step /= 2) square += __shfl_xor_sync(kFullWarp, square, step);
-        if (lane == 0) {
-            a.cluster[n] = task.first_cluster + best[r].column;
-            static_cast<float*>(a.distance)[n] = square - 2.0f * best[r].score;
-        }
+        const float square = static_cast<const float*>(a.scratch)[a.clusters + source_of(a.index, n)];
+        a.cluster[n] = task.first_cluster + best[r].column;
+        static_cast<float*>(a.distance)[n] = square - 2.0f * best[r].score;
     }
 }
 
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const NearestArgs a) {
         if (tx == 0) best_of[ty * 4 + i] = best[i];
     }
     __syncthreads();
-    write_results<T, kPlainTile>(a, task, best_of);
+    write_results(a, task, best_of);
 }
 
 // Tensor-core version: 128 rows x 128 columns per step, 8 warps of 32 x 64, 32 features at a time, loads one step ahead.
@@ -258,13 +258,16 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const NearestArgs a) {
     __syncthreads();
     for (int r = threadIdx.x; r < kTile; r += kThreads) best_of[0][r].offer(best_of[1][r].score, best_of[1][r].column);
     __syncthreads();
-    write_results<T, kTile>(a, task, best_of[0]);
+    write_results(a, task, best_of[0]);
 }
 
 template <class T, bool kTensorCores>
 int launch(const NearestArgs& a, cudaStream_t s) {
-    const auto half_norm = half_norm_kernel<T>;
-    LSH_LAUNCH(half_norm, unsigned(ceil_div(a.clusters, kThreads / kWarpSize)), kThreads, s, a);
+    const bool aligned = aligned_16(a.source, a.centroids);
+    with_width<T>(a.features, aligned, [&](auto, auto width) {
+        const auto norms = norm_kernel<T, decltype(width)::value>;
+        LSH_LAUNCH(norms, unsigned(ceil_div(a.clusters + a.sources, kThreads / kWarpSize)), kThreads, s, a);
+    });
     // At most one partly filled tile per expert; surplus blocks find nothing to do.
     constexpr int tile = kTensorCores ? kTile : kPlainTile;
     const unsigned blocks = unsigned(a.rows / tile + a.experts);

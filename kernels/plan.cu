@@ -128,6 +128,51 @@ __global__ void __launch_bounds__(kLinkThreads) link_kernel(const PlanArgs a) {
     }
 }
 
+// The `wanted`-th smallest of `count` keys, by eight passes over them that look at one byte each, and in *equals how many of
+// the wanted keys equal it. Nothing is moved. Ends with a barrier.
+LSH_DEVICE uint64_t select_key(const uint64_t* keys, int64_t count, int64_t wanted, int64_t* equals, Memory& memory) {
+    __shared__ uint64_t chosen;
+    __shared__ int64_t remaining;
+    if (threadIdx.x == 0) chosen = 0, remaining = wanted;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        for (int d = threadIdx.x; d < kDigits; d += kThreads) memory.base[d] = 0;
+        __syncthreads();
+        const uint64_t prefix = chosen, above = shift == 56 ? 0 : ~uint64_t(0) << (shift + 8);
+        const int64_t rest = remaining;
+        for (int64_t i = threadIdx.x; i < count; i += kThreads)
+            if ((keys[i] & above) == prefix) atomicAdd(&memory.base[(keys[i] >> shift) & 255], 1u);
+        __syncthreads();
+        scan_digits(memory.base);
+        __syncthreads();
+        for (int d = threadIdx.x; d < kDigits; d += kThreads) {
+            const int64_t begin = memory.base[d], end = d + 1 < kDigits ? int64_t(memory.base[d + 1]) : rest;
+            if (begin < rest && rest <= end) {  // true of one digit
+                chosen |= uint64_t(d) << shift;
+                remaining = rest - begin;
+            }
+        }
+        __syncthreads();
+    }
+    *equals = remaining;
+    return chosen;
+}
+
+// Mark the `wanted` smallest keys with ones, of equal ones the first. Ends with a barrier.
+LSH_DEVICE void mark_smallest(const uint64_t* keys, int64_t count, int64_t wanted, uint32_t* marks, Memory& memory) {
+    int64_t equals;
+    const uint64_t largest = select_key(keys, count, wanted, &equals, memory);
+    int64_t taken = 0;
+    for (int64_t first = 0; first < count; first += kThreads) {
+        const int64_t i = first + threadIdx.x;
+        const unsigned equal = i < count && keys[i] == largest;
+        unsigned total;
+        const int64_t before = taken + exclusive_sum<kThreads>(equal, &total);
+        if (i < count) marks[i] = keys[i] < largest || (equal && before < equals);
+        taken += total;
+    }
+    __syncthreads();
+}
+
 // Start a cluster at each of the budget's weakest links, and number clusters by their first rows.
 __global__ void __launch_bounds__(kThreads, 1) cut_kernel(const PlanArgs a) {
     __shared__ Memory memory;
@@ -136,17 +181,9 @@ __global__ void __launch_bounds__(kThreads, 1) cut_kernel(const PlanArgs a) {
     int64_t* number_of = a.sizes + g.first_cluster;  // until sizes are known
     const uint32_t* row_at = g.values[2];
     uint32_t* starts = g.values[3];
-    for (int64_t i = threadIdx.x; i < g.num_rows; i += kThreads) {
-        g.values[0][i] = uint32_t(i);
-        starts[i] = 0;
-    }
     for (int64_t c = threadIdx.x; c < g.num_clusters; c += kThreads) first_row_of[c] = ~uint64_t(0);
     __syncthreads();
-    // The strengths are in keys[1]; the sorted keys in keys[0] are not needed any more.
-    const Pairs pairs{{g.keys[1], g.keys[0]}, {g.values[0], g.values[1]}};
-    const int sorted = sort_pairs<kThreads>(pairs, g.num_rows, 64, memory);
-    for (int64_t i = threadIdx.x; i < g.num_clusters; i += kThreads) starts[sorted_values(g, sorted)[i]] = 1;
-    __syncthreads();
+    mark_smallest(g.keys[1], g.num_rows, g.num_clusters, starts, memory);
     int64_t carry = -1;
     for (int64_t first = 0; first < g.num_rows; first += kThreads) {
         const int64_t i = first + threadIdx.x;

@@ -11,13 +11,14 @@ from megatron_lsh.lsh.compress import compress, residual_energy
 from megatron_lsh.lsh.fused import clusters_of_slots, compress_tokens, restore_tokens
 from megatron_lsh.lsh.hash import hash_rows, make_rotation, project
 from megatron_lsh.lsh.interpolate import interpolate, prepare_interpolation
-from megatron_lsh.lsh.members import compress_to_members, nearest_members
+from megatron_lsh.lsh.members import Members, compress_to_members, measured_members, nearest_members
 from megatron_lsh.lsh.refine import refine
 from megatron_lsh.lsh.restore import restore, straight_through
 from megatron_lsh.ops.clustering import cluster_sizes, codes_of, expert_of_row, nearest_centroid
 
 __all__ = [
     "Clusters",
+    "Members",
     "cluster_by_budget",
     "cluster_by_code",
     "cluster_projection",
@@ -31,6 +32,7 @@ __all__ = [
     "hash_rows",
     "interpolate",
     "make_rotation",
+    "measured_members",
     "nearest_centroid",
     "nearest_members",
     "prepare_interpolation",

@@ -8,13 +8,13 @@ worse still for the other rows, but it is a better point to interpolate from (``
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.ops import accumulator, choose
+from megatron_lsh.ops import choose
 
 
 class _Members(torch.autograd.Function):
@@ -53,14 +53,24 @@ def compress_to_members(
     return members_CD, residual_ND
 
 
+class Members(NamedTuple):
+    """Attributes:
+    member_C: int64, of each cluster the row nearest to its mean, the first of equals.
+    missed, total: 0-dim tensors, the sums of |x - c|^2 and of |x|^2 over all rows x, with c the member that stands for x.
+    """
+
+    member_C: Tensor
+    missed: Tensor
+    total: Tensor
+
+
 @torch.no_grad()
+def measured_members(rows_ND: Tensor, clusters: Clusters) -> Members:
+    """Which row stands for each cluster, and what that misses: one pass over the rows."""
+    member_C, energy_C2 = choose(rows_ND).members(rows_ND, *clusters.segments)
+    return Members(member_C, *energy_C2.sum(0).unbind())
+
+
 def nearest_members(rows_ND: Tensor, clusters: Clusters) -> Tensor:
-    """int64 [C]: of each cluster the row nearest to its mean, the first of equals."""
-    mean_CD = choose(rows_ND).segment(rows_ND, None, None, *clusters.segments, True)
-    difference_ND = rows_ND - mean_CD.index_select(0, clusters.cluster_N)
-    # Squares of fp16 overflow from 256 on, their sums earlier.
-    distance_N = difference_ND.to(accumulator(rows_ND.dtype)).square().sum(1)
-    order_N = torch.argsort(distance_N, stable=True)
-    order_N = order_N[torch.argsort(clusters.cluster_N[order_N], stable=True)]
-    # Refinement leaves no cluster empty. One that is gets the first row of the cluster after it, or the last cluster's last.
-    return order_N[clusters.offsets_C.clamp(max=max(clusters.num_rows - 1, 0))]
+    """``measured_members(...).member_C``."""
+    return measured_members(rows_ND, clusters).member_C

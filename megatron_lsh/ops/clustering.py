@@ -33,6 +33,14 @@ def cluster_sizes(cluster_N: Tensor, num_clusters: int) -> Tensor:
     return sizes_C.scatter_add_(0, cluster_N, torch.ones_like(cluster_N))
 
 
+def cluster_of_row(order_N: Tensor, sizes_C: Tensor) -> Tensor:
+    """int64 [N]: the inverse of :func:`in_order`."""
+    numbers_C = torch.arange(sizes_C.shape[0], device=order_N.device)
+    cluster_N = torch.empty_like(order_N)
+    cluster_N[order_N] = numbers_C.repeat_interleave(sizes_C, output_size=order_N.shape[0])
+    return cluster_N
+
+
 def in_order(cluster_N: Tensor, sizes_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cluster, order, sizes and offsets of an assignment: rows sorted by cluster, within one in the order they have."""
     return cluster_N, torch.argsort(cluster_N, stable=True), sizes_C, sizes_C.cumsum(0) - sizes_C

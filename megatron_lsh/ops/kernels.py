@@ -23,6 +23,7 @@ class KernelOps(PlainOps):
         self._kernels = kernels
         # What needs no decision is the kernel itself.
         self.segment_residual = kernels.segment_residual  # type: ignore[method-assign]
+        self.members = kernels.members  # type: ignore[method-assign]
         self.dots = kernels.dots  # type: ignore[method-assign]
 
     def project(self, rows: Tensor, rotation: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ SCHEMAS = {
     "bool mean) -> Tensor",
     # Mean of each cluster's rows [C, D], and what each row differs from it [N, D].
     "segment_residual": "(Tensor source, Tensor order, Tensor offsets, Tensor sizes) -> (Tensor, Tensor)",
+    # Of each cluster the row nearest to its mean [C], and over its rows the sums of |x - member|^2 and |x|^2 [C, 2].
+    "members": "(Tensor rows, Tensor order, Tensor offsets, Tensor sizes) -> (Tensor, Tensor)",
     # out[t] = sum_k weight[t, k] (source[i] + row[t] - centroid[i]), i = index[t, k], skipping i < 0.
     "combine": "(Tensor source, Tensor index, Tensor? weight, Tensor? row, Tensor? centroid) -> Tensor",
     # out[t, k] = <grad[t], source[i] + row[t] - centroid[i]>, 0 where i < 0.
@@ -174,6 +176,11 @@ def _fake_segment_residual(source: Tensor, order: Tensor, offsets: Tensor, sizes
     return source.new_empty(sizes.shape[0], source.shape[1]), source.new_empty(source.shape)
 
 
+def _fake_members(rows: Tensor, order: Tensor, offsets: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    count = sizes.shape[0]
+    return rows.new_empty(count, dtype=torch.int64), rows.new_empty(count, 2, dtype=accumulator(rows.dtype))
+
+
 def _fake_combine(source: Tensor, index: Tensor, *rest: Tensor | None) -> Tensor:
     return source.new_empty(index.shape[0], source.shape[1])
 
@@ -215,6 +222,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "regroup": _fake_regroup,
     "segment": _fake_segment,
     "segment_residual": _fake_segment_residual,
+    "members": _fake_members,
     "combine": _fake_combine,
     "dots": _fake_dots,
     "spread": _fake_spread,

@@ -110,10 +110,29 @@ class PlainOps:
     def segment_residual(self, source: Tensor, order: Tensor, offsets: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each cluster's rows [C, D], and what each row differs from it [N, D]."""
         mean = self.segment(source, None, None, order, offsets, sizes, True)
-        numbers = torch.arange(sizes.shape[0], device=order.device)
-        cluster = torch.empty_like(order)
-        cluster[order] = numbers.repeat_interleave(sizes, output_size=order.shape[0])
-        return mean, source - mean.index_select(0, cluster)
+        return mean, source - mean.index_select(0, clustering.cluster_of_row(order, sizes))
+
+    def members(self, rows: Tensor, order: Tensor, offsets: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each cluster the row nearest to its mean, the first of equals, as those of two rows are.
+
+        Returns:
+            int64 [C]; and in the dtype of sums [C, 2], the sums of ``|x - member|^2`` and ``|x|^2`` over the cluster's rows.
+            An empty cluster has no row of its own: it gets the one at its place in the order, or the last.
+        """
+        num_rows, wide = order.shape[0], rows.to(accumulator(rows.dtype))
+        if num_rows == 0:
+            return order, wide.new_zeros(0, 2)
+        mean = PlainOps.segment(self, wide, None, None, order, offsets, sizes, True)
+        cluster = clustering.cluster_of_row(order, sizes)
+        distance, square = (t.square().sum(1) for t in (wide - mean.index_select(0, cluster), wide))
+        by_distance = torch.argsort(distance, stable=True)  # ties in the order of rows, as a cluster's rows are
+        by_distance = by_distance[torch.argsort(cluster[by_distance], stable=True)]
+        place = offsets.clamp(max=num_rows - 1)
+        member = torch.where(sizes > 2, by_distance[place], order[place])
+        # Sums of the rows' distances and squares, and of n times the member's distance to the mean.
+        sums = PlainOps.segment(self, torch.stack([distance, square], 1), None, None, order, offsets, sizes, False)
+        sums[:, 0] += torch.where(sizes > 0, sizes * distance[member], 0)
+        return member, sums
 
     def combine(
         self, source: Tensor, index: Tensor, weight: Tensor | None, row: Tensor | None, centroid: Tensor | None

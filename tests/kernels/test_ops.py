@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lsh.lsh import Clusters, cluster_by_budget, cluster_sizes, codes_of
 from megatron_lsh.moe.wire import make_codec
-from megatron_lsh.ops import accumulator, reference_only
+from megatron_lsh.ops import PlainOps, accumulator, reference_only
 from megatron_lsh.ops.clustering import refill_empty
 from megatron_lsh.ops.wire_formats import FORMATS
 from tests.kernels.cases import (
@@ -257,6 +259,77 @@ def test_segment_of_one_hot_cluster(backend: Backend) -> None:
         order = [t.to(backend.device) for t in (clusters.order_N, clusters.offsets_C, clusters.sizes_C)]
         got = backend.ops.segment(case.rows, None, None, *order, False)
         assert torch.equal(got.double(), plain_segments(case.rows, None, cluster_N.to(backend.device), 3, False))
+
+
+# Members.
+
+
+def check_members(case: Case, member: Tensor, energy: Tensor) -> None:
+    """Against distances in fp64."""
+    order, offsets, sizes = case.order
+    rows, cluster = case.rows.double(), case.clusters.cluster_N
+    means = plain_segments(rows, None, cluster, len(sizes), True)
+    distance = (rows - means[cluster]).square().sum(1)
+    numbers = torch.arange(len(sizes), device=rows.device)
+    there = sizes > 0
+    assert torch.equal(cluster[member][there], numbers[there])
+    assert torch.equal(member[~there], order[offsets.clamp(max=case.num_rows - 1)][~there])
+    least = torch.full_like(distance[:1], torch.inf).expand(len(sizes)).scatter_reduce(0, cluster, distance, "amin")
+    slack = {"rtol": 1e-5, "atol": 1e-5 * case.features} if energy.dtype == torch.float32 else {}
+    torch.testing.assert_close(distance[member][there], least[there], **slack)
+    pairs = sizes <= 2
+    assert torch.equal(member[pairs & there], order[offsets.clamp(max=case.num_rows - 1)][pairs & there]), (
+        "the first of two"
+    )
+    apart = (rows - rows[member[cluster]]).square().sum(1)
+    expected = [plain_segments(t[:, None], None, cluster, len(sizes), False) for t in (apart, rows.square().sum(1))]
+    torch.testing.assert_close(energy.double(), torch.cat(expected, 1), **slack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_members(backend: Backend, dtype: torch.dtype, counts: list[int]) -> None:
+    backend.check_dtype(dtype)
+    # The last is more than a block of threads takes at a time.
+    for features in (1, 7, 40, 2056) if dtype == torch.bfloat16 else (3, 264):
+        case = Case(counts, features, dtype, backend.device)
+        got = backend.ops.members(case.rows, *case.order)
+        assert got[1].dtype == accumulator(dtype) and got[1].shape == (case.num_clusters, 2)
+        if case.num_rows:
+            check_members(case, *got)
+            check_members(case, *PlainOps().members(case.rows, *case.order))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6),
+    features=st.sampled_from([1, 4, 5, 9]),
+    exact=st.booleans(),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=30)
+def test_members_of_any_clusters(backend: Backend, sizes: list[int], features: int, exact: bool, seed: int) -> None:
+    """Any sizes, rows that are equal, in any order."""
+    case = Case([sum(sizes)], features, torch.float32, backend.device, seed=seed, exact=exact)
+    cluster = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    cluster = cluster[torch.randperm(len(cluster), generator=case.generator)]
+    clusters = Clusters.from_assignment(cluster, torch.tensor(sizes), torch.tensor([len(sizes)]))
+    case.__dict__["clusters"] = clusters
+    if case.num_rows:
+        check_members(case, *backend.ops.members(case.rows, *case.order))
+        check_members(case, *PlainOps().members(case.rows, *case.order))
+
+
+def test_members_of_rows_that_are_no_numbers(backend: Backend) -> None:
+    """A finite distance is nearer than an infinite one, that nearer than none; all of a kind: the first."""
+    nan, inf = float("nan"), float("inf")
+    rows = torch.tensor([[nan], [1.0], [2.0], [inf], [inf], [-inf], [0.0], [0.0], [0.0]], device=backend.device)
+    order = torch.arange(9, device=backend.device)
+    sizes = torch.tensor([3, 3, 3], device=backend.device)
+    for member, energy in (
+        f(rows, order, sizes.cumsum(0) - sizes, sizes) for f in (backend.ops.members, PlainOps().members)
+    ):
+        assert member.tolist() == [0, 3, 6]
+        assert energy[0].isnan().all() and energy[2].tolist() == [0, 0]
 
 
 # Combine, dots, spread.

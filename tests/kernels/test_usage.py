@@ -44,6 +44,7 @@ def example_calls() -> dict[str, tuple]:
         "regroup": (nearest, distance, *ends, count),
         "segment": (case.rows, None, weight, *case.order, False),
         "segment_residual": (case.rows, *case.order),
+        "members": (case.rows, *case.order),
         "combine": (wire, slots, probs, x, wire),
         "dots": (c.grad, wire, slots, x, wire),
         "spread": (c.grad, probs, wire, wire, slots, sizes),

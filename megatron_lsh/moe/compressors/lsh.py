@@ -15,18 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from megatron_lsh import lsh
 from megatron_lsh.config.moe import LSHConfig
-from megatron_lsh.lsh import Clusters
+from megatron_lsh.lsh import Clusters, Members
 from megatron_lsh.moe.compressors.low_rank import LowRankResidual
 from megatron_lsh.moe.dispatcher import Restore
 from megatron_lsh.moe.gauges import Gauge, averaged, ratio
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows
-from megatron_lsh.ops import accumulator
 
 #: The parts of LSH that are timed apart.
 STAGES = ("hash", "cluster", "refine", "compress", "restore")
@@ -53,11 +51,14 @@ class Sent(NamedTuple):
         rows_CD: what travels.
         residual_ND: rows minus what is sent for them, in the rows' dtype; None where nobody asks for it.
         member_C: int64, which rows were sent, if they are rows.
+        energy: sums of |x - c|^2 and of |x|^2 over the rows x, c what is sent for x; None for means, from
+            which it follows.
     """
 
     rows_CD: Tensor
     residual_ND: Tensor | None
     member_C: Tensor | None = None
+    energy: tuple[Tensor, Tensor] | None = None
 
 
 Cluster = Callable[[Tensor, "Tensor | None", Tensor, LayerPass], Clusters]
@@ -90,7 +91,9 @@ class LSHCompressor(nn.Module):
         clusters: Clusters = p.decided[self]
         sent = p.time("lsh_compress_time_ms", self.represent, rows_ND, clusters, p)
         if not p.replay:
-            record(rows_ND.detach(), None, sent.rows_CD.detach(), clusters, p, members=sent.member_C is not None)
+            record(
+                clusters, p, *(sent.energy or lsh.residual_energy(rows_ND.detach(), sent.rows_CD.detach(), clusters))
+            )
 
         def prepare() -> Restore:
             finish = p.time("lsh_restore_time_ms", lambda: self.restore(rows_ND, sent, clusters, rows.counts_E))
@@ -99,16 +102,8 @@ class LSHCompressor(nn.Module):
         return sent.rows_CD, clusters.counts_E, prepare
 
 
-def record(
-    rows_ND: Tensor, index_N: Tensor | None, sent_CD: Tensor, clusters: Clusters, p: LayerPass, *, members: bool
-) -> None:
-    """Count rows and clusters, and the energy that the clusters miss."""
-    if members:
-        difference_ND = rows_ND - sent_CD.index_select(0, clusters.cluster_N)
-        dtype = accumulator(rows_ND.dtype)
-        missed, total = (torch.linalg.vector_norm(t, dtype=dtype).square() for t in (difference_ND, rows_ND))
-    else:
-        missed, total = lsh.residual_energy(rows_ND, sent_CD, clusters, index_N)
+def record(clusters: Clusters, p: LayerPass, missed: Tensor, total: Tensor) -> None:
+    """Count rows and clusters, and the energy that the clusters miss of the rows' total."""
     p.add(
         lsh_rows=clusters.num_rows, lsh_clusters=clusters.num_clusters, lsh_residual_energy=missed, lsh_row_energy=total
     )
@@ -178,9 +173,10 @@ def send_members(with_residual: bool) -> Represent:
 
     def represent(rows_ND: Tensor, clusters: Clusters, p: LayerPass) -> Sent:
         if not p.replay:
-            p.decided[represent] = lsh.nearest_members(rows_ND, clusters)
-        member_C: Tensor = p.decided[represent]
-        return Sent(*lsh.compress_to_members(rows_ND, clusters, member_C, with_residual=with_residual), member_C)
+            p.decided[represent] = lsh.measured_members(rows_ND.detach(), clusters)
+        found: Members = p.decided[represent]
+        sent = lsh.compress_to_members(rows_ND, clusters, found.member_C, with_residual=with_residual)
+        return Sent(*sent, found.member_C, (found.missed, found.total))
 
     return represent
 

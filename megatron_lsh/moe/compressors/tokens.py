@@ -95,7 +95,7 @@ class TokenLSHCompressor(LSHCompressor):
         clusters: Clusters = p.decided[self]
         means_CD, slots_TK = p.time("lsh_compress_time_ms", _means, x_TD, permutation, clusters)
         if not p.replay:
-            record(x_TD.detach(), index_N, means_CD.detach(), clusters, p, members=False)
+            record(clusters, p, *lsh.residual_energy(x_TD.detach(), means_CD.detach(), clusters, index_N))
 
         def restore(out_CD: Tensor) -> Rows:
             return RestoredTokens(
