@@ -86,10 +86,10 @@ class Waits(TorchFunctionMode):
         self._wait = Arrival.wait
         waits = self
 
-        def counted(arrival: Arrival, *arguments: Any) -> Any:
+        def counted(arrival: Arrival) -> Tensor:
             waits.found.append("arrival")
             _put_on_host(arrival._counts)
-            return waits._wait(arrival, *arguments)
+            return waits._wait(arrival)
 
         Arrival.wait = counted  # type: ignore[method-assign]
         super().__enter__()

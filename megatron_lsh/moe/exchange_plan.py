@@ -5,14 +5,11 @@ Legend: P ranks of the group, E experts, L those of this rank, R rows that this 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,13 @@ class Arrival:
                 self._done.record(stream)
             counts.record_stream(stream)
 
-    def wait(self, read: Callable[[Tensor], T]) -> T:
-        """What ``read`` makes of the counts, which it gets on the host."""
+    def wait(self) -> Tensor:
+        """The counts, on the host."""
         if self._done is not None:
             self._done.synchronize()
         elif self._work is not None:
             self._work.wait()
-        return read(self._counts)
+        return self._counts
 
 
 def completed(plan: Plan, counts_PE: Tensor, rank: int, routed_PE: Tensor | None = None) -> Plan:

@@ -132,9 +132,9 @@ class Transport(ABC):
 
         def arrive() -> T:
             began = p.clock()
-            found = arrival.wait(read)
+            everyone = arrival.wait()
             p.since(began, "alltoall_time_ms")
-            return found
+            return read(everyone)
 
         return functools.cache(arrive)
 
@@ -200,7 +200,7 @@ class LocalTransport(Transport):
 
     def tell(self, counts: Tensor, p: LayerPass, read: Callable[[Tensor], T]) -> Callable[[], T]:
         arrival = Arrival(counts.unsqueeze(0))
-        return functools.cache(lambda: arrival.wait(read))
+        return functools.cache(lambda: read(arrival.wait()))
 
     def start(self, rows_CD: Tensor, plan: Plan, p: LayerPass, columns: tuple[Tensor, ...] = ()) -> Flight:
         return Arrived(rows_CD, columns)
