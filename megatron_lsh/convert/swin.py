@@ -72,7 +72,8 @@ class SwinSource:
 
 
 def load_microsoft(path: Path, image_size: int | None = None) -> SwinSource:
-    """`path`: a file, or of several the beginning of their names, ``NAME.pth``. Raises CheckpointError."""
+    """`path`: a file, or of several the beginning of their names, ``NAME.pth``: of a release, whose master file has what all
+    ranks share, or of a run, where every rank's file has that too. Raises CheckpointError."""
     if path.is_file():
         return SwinSource(str(path), _model_in(path), image_size)
     master = path.with_name(path.name + ".master")
@@ -80,14 +81,16 @@ def load_microsoft(path: Path, image_size: int | None = None) -> SwinSource:
     if single.is_file():
         return SwinSource(str(single), _model_in(single), image_size)
     ranks = sorted(path.parent.glob(path.name + ".rank*"), key=lambda file: int(re.sub(r"\D", "", file.suffix) or -1))
-    if not master.is_file() or not ranks:
+    if not ranks:
         raise CheckpointError(
-            f"{path} must be a file, or the beginning of NAME.pth.master and NAME.pth.rank0, ...: give --load NAME.pth"
+            f"{path} must be a file, or the beginning of NAME.pth.rank0, ... (and NAME.pth.master): give --load NAME.pth"
         )
     missing = [number for number, file in enumerate(ranks) if file.suffix != f".rank{number}"]
     if missing:
         raise CheckpointError(f"{path}.rank{missing[0]} is not there: the experts of every rank are needed")
-    return SwinSource(str(path), with_experts(_model_in(master), [_model_in(rank) for rank in ranks]), image_size)
+    parts = [_model_in(rank) for rank in ranks]
+    shared = _model_in(master) if master.is_file() else {n: v for n, v in parts[0].items() if ".experts." not in n}
+    return SwinSource(str(path), with_experts(shared, parts), image_size)
 
 
 def with_experts(master: Mapping[str, Tensor], ranks: list[Tensors]) -> Tensors:

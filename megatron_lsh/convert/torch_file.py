@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_lsh.convert.source import TensorSpec, bytes_of
 from megatron_lsh.errors import CheckpointError, first_line
 
-# Classes that Megatron-LM's files name beside tensors: settings, random states, bookkeeping. None of it is used, so what is
-# made of them is an object that ignores its contents.
+# Classes that files of Megatron-LM and of Swin-Transformer name beside tensors: settings, random states, bookkeeping. None
+# of it is used, so what is made of them is an object that ignores its contents.
 _INERT = (
     "_io.BytesIO",
     "megatron.core.enums.ModelType",
@@ -50,6 +51,8 @@ _INERT = (
     "pathlib._local.PosixPath",
     "signal.Signals",
 )
+# Dictionaries of classes of their own, which are made as plain ones: torch sets items of no others.
+_DICTIONARIES = ("yacs.config.CfgNode",)
 
 
 class Inert:
@@ -88,7 +91,8 @@ def _allowed() -> Iterator[None]:
     """Within, torch makes the classes above and its own, but none that another library in this process has allowed."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([argparse.Namespace, *((Inert, name) for name in _INERT)])
+    plain: list[Any] = [(OrderedDict, name) for name in _DICTIONARIES]
+    torch.serialization.add_safe_globals([argparse.Namespace, *((Inert, name) for name in _INERT), *plain])
     try:
         yield
     finally:
@@ -119,7 +123,7 @@ def open_torch_file(file: Path) -> dict[str, Any]:
     if foreign:
         raise CheckpointError(
             f"{file} holds objects of {', '.join(sorted(foreign)[:3])}, which are not made from a file for safety: save it "
-            "again with Megatron-LM's --no-save-optim --no-save-rng"
+            "again without them (in Megatron-LM with --no-save-optim --no-save-rng)"
         )
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__} and not a dictionary: is it a checkpoint?")

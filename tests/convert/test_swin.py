@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -68,6 +70,28 @@ def test_a_release_of_experts_by_rank_is_read_to_the_bit(tmp_path: Path, ranks: 
     assert all(torch.equal(again.read(again.pieces(n)[0]), v) for n, v in model.state_dict().items())
     with pytest.raises(CheckpointError, match="has experts, and Hugging Face's Swin has none"):
         save_huggingface(again, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("folder", ["released", "whole_ranks"])
+def test_what_microsofts_own_code_saved_is_read(tmp_path: Path, folder: str) -> None:
+    """Files that save_checkpoint of Swin-Transformer f82860b (utils_moe.py) wrote on two ranks, as for a release and as a
+    run does, which adds the optimizer's state and a configuration of a class of yacs.
+    Tensor i of the model holds i + n % 251 / 8."""
+    with ZipFile(Path(__file__).with_name("microsoft_swin.zip")) as recorded:
+        recorded.extractall(tmp_path)
+    names = json.loads((tmp_path / "names.json").read_text())
+    source = load_microsoft(tmp_path / folder / "ckpt_epoch_7.pth", image_size=8)
+    assert (source.cfg.moe.num_experts, source.cfg.swin.swin_depths, source.cfg.moe.moe_layer_freq) == (
+        4,
+        [1, 2],
+        "[0,0,1]",
+    )
+    theirs = to_microsoft(source.weights, lambda stage: source.cfg.heads()[stage])
+    for number, (name, shape) in enumerate(names.items()):
+        if name in theirs:  # second biases of experts are zero and left out
+            expected = (torch.arange(theirs[name].numel()) % 251).float() / 8 + number
+            assert torch.equal(theirs[name], expected.reshape(shape)), name
+    assert {name for name in names if name not in theirs} == {n for n in names if n.endswith("batched_fc2_bias")}
 
 
 def test_files_that_lack_something_are_refused_by_name(tmp_path: Path) -> None:
