@@ -172,11 +172,12 @@ class SaveLock:
     def _take(self) -> None:
         path = self.root / LOCK
         seen: tuple[int, int] | None = None
+        began = time.monotonic()
         while True:
             with _alone(self.root, self._me) as now_ns:
                 touched = _touched(path)
                 owner = _read(path)
-                if touched is None or self._may_replace(owner, touched, now_ns, seen):
+                if touched is None or self._may_replace(owner, touched, now_ns, seen, began):
                     write_atomically(path, self._me.serialise())
                     return
             seen = touched
@@ -184,9 +185,15 @@ class SaveLock:
             time.sleep(1.5 * self._beat_s)
 
     def _may_replace(
-        self, owner: Owner | None, touched: tuple[int, int], now_ns: int, seen: tuple[int, int] | None
+        self, owner: Owner | None, touched: tuple[int, int], now_ns: int, seen: tuple[int, int] | None, began: float
     ) -> bool:
-        """Whether to take the lock away; False if it takes a second look. Raises CheckpointError if another run has it."""
+        """Whether to take the lock away; False if it takes another look. Raises CheckpointError if another run has it.
+
+        Args:
+            touched, seen: inode and time in ns of the file now and at the look before.
+            now_ns: the file system's time.
+            began: when we first looked, of the monotonic clock.
+        """
         if owner is not None and owner.is_process_of(self._me):
             return True
         over = None if owner is None else is_over(owner, self._me)
@@ -195,6 +202,9 @@ class SaveLock:
                 return True
             raise CheckpointError(f"another run saves there: {owner}. Stop that one first, or give another --save")
         age_s = (now_ns - touched[1]) / 1e9
+        if age_s < -self._beat_s and seen in (None, touched):
+            # Touched in the future: a clock was set back since, and only our own watching tells how long it is silent.
+            return time.monotonic() - began >= self._silent_s
         if age_s >= self._silent_s and seen in (None, touched):
             return seen is not None
         raise CheckpointError(

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,31 @@ def test_a_heartbeat_counts_even_where_clocks_differ(tmp_path: Path) -> None:
     finally:
         toucher.kill()
         toucher.wait()
+
+
+@pytest.mark.parametrize("jump_days", [-400, 400])
+def test_a_clock_that_jumps_makes_no_live_run_dead_and_no_dead_run_live(tmp_path: Path, jump_days: int) -> None:
+    """The file is older or newer than our clock allows: only whether it is touched while we look says anything."""
+    path = hold(tmp_path, owner(host=THERE, boot="b", batch="8"), age_s=jump_days * 86400)
+    stop = threading.Event()
+
+    def touch() -> None:
+        then = time.time() - jump_days * 86400
+        while not stop.wait(0.01):
+            then += 0.01
+            os.utime(path, (then, then))
+
+    alive = threading.Thread(target=touch)
+    alive.start()
+    try:
+        with pytest.raises(CheckpointError, match="another run saves there: batch job 8"):
+            SaveLock(tmp_path, ME, beat_s=0.1, silent_s=0.4)
+    finally:
+        stop.set()
+        alive.join()
+    begin = time.monotonic()
+    SaveLock(tmp_path, ME, beat_s=0.1, silent_s=0.4)
+    assert time.monotonic() - begin >= (0.4 if jump_days < 0 else 0.1)
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b"\xff", b'{"pid": "x"}'])

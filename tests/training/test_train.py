@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_lsh.checkpoint import inspect
 from megatron_lsh.config import from_dict
 from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
-from megatron_lsh.families import GPT
+from megatron_lsh.families import GPT, Losses
 from megatron_lsh.inference.generate import Sampling, draw, generate
 from megatron_lsh.models.cache import KVCache
 from megatron_lsh.observing.state import TrainState
@@ -23,7 +25,7 @@ from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.startup import refuse_to_overwrite
 from megatron_lsh.training.train import train
-from tests.training.helpers import tiny_config
+from tests.training.helpers import gpt_with, tiny_config
 
 EXACT = (
     "iteration",
@@ -196,3 +198,29 @@ def test_state_keeps_count() -> None:
     assert (state.iteration, state.consumed_samples, state.skipped_iterations) == (3, 24, 1)
     assert (state.interval_loss, state.interval_steps, state.consecutive_nan_iterations) == (6.0, 2, 0)
     assert TrainState.from_state_dict({**json.loads(json.dumps(state.state_dict())), "new": 1}) == state
+
+
+def test_a_clock_that_jumps_changes_nothing_but_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 days back in the third iteration, and 800 forward in the fifth: saved, kept, written and timed as ever."""
+    real, shift_s, count = time.time, 0.0, 0
+    monkeypatch.setattr(time, "time", lambda: real() + shift_s)
+    monkeypatch.setattr(time, "time_ns", lambda: int((real() + shift_s) * 1e9))
+
+    def losses(*arguments: Any) -> Losses:
+        nonlocal shift_s, count
+        count += 1
+        shift_s = {3: -400.0, 5: 400.0}.get(count, shift_s / 86400) * 86400
+        return GPT.losses(*arguments)
+
+    flags = "--train-iters 6 --global-batch-size 2 --eval-iters 0 --save-interval 2 --save-retain-interval 1000"
+    folders = f"--save {tmp_path}/c --metrics-jsonl {tmp_path}/m.jsonl --tensorboard-dir {tmp_path}/tb"
+    train(tiny_config(f"{flags} {folders} --exit-duration-in-mins 1000"), gpt_with(losses))
+    records = read_jsonl(tmp_path / "m.jsonl")
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < record["iteration_time_ms"] < 1e6 for record in records)
+    assert [(info.iteration, info.valid) for info in inspect(tmp_path / "c", hashes=True)] == [(6, True)]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tb"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("lm loss")] == [1, 2, 3, 4, 5, 6]

@@ -91,8 +91,8 @@ def test_damaged_files_beside(tmp_path: Path, huggingface_folder: Path, files: d
         write(tmp_path, huggingface_folder, **files)
 
 
-@pytest.mark.slow
-def test_ids_equal_transformers(tmp_path: Path, huggingface_folder: Path) -> None:
+@pytest.mark.parametrize("cases", [8, pytest.param(150, marks=pytest.mark.slow)])
+def test_ids_equal_transformers(cases: int, tmp_path: Path, huggingface_folder: Path) -> None:
     """Random declarations in all three files."""
     transformers = pytest.importorskip("transformers")
     state = np.random.RandomState(0)
@@ -105,7 +105,7 @@ def test_ids_equal_transformers(tmp_path: Path, huggingface_folder: Path) -> Non
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         return {"content": content, **{flag: bool(state.rand() < 0.5) for flag in flags}}
 
-    for _ in range(150):
+    for _ in range(cases):
         config, names = dict[str, Any](CONFIG), dict[str, Any]()
         for target in (config, names):
             for name in ("pad_token", "unk_token", "bos_token", "image_token"):
