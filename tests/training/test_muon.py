@@ -152,42 +152,42 @@ LAYOUTS = {
     "TP 2, EP 2": "--tensor-model-parallel-size 2 --expert-model-parallel-size 2",
     "DP 2, sharded": "--use-distributed-optimizer",
 }
-RUN = f"{MUON} {SHARED} --train-iters 6 --eval-iters 0"
+RUN = f"{MUON} {SHARED} --train-iters 4 --eval-iters 0"
 
 
 def losses(flags: str, world_size: int) -> list[float]:
-    """Of each iteration from where the run starts to the sixth; with --save a checkpoint is made after the third."""
+    """Of each iteration from where the run starts to the fourth; with --save a checkpoint is made after the second."""
     cfg = tiny_config(f"{RUN} {flags}", world_size)
     run = set_up(cfg, GPT, initialize(cfg.parallel, moe=True))
     found = []
     with run.batches("train", run.state.consumed_samples) as batches:
-        while run.state.iteration < 6:
+        while run.state.iteration < 4:
             result = run.step(batches, run.state.iteration, False)
             run.state.advance(result, 8)
             found.append(result.loss)
-            if run.state.iteration == 3 and cfg.checkpoint.save is not None:
+            if run.state.iteration == 2 and cfg.checkpoint.save is not None:
                 run.checkpoints.save(run.checkpoint_state(), standing(run.state))
                 run.checkpoints.wait()
     return found
 
 
 def on_two_ranks(folder: str) -> dict[str, list[float]]:
-    found = {name: losses(flags, 2) for name, flags in LAYOUTS.items()}
+    """The first layout saves, each rank a part of the momentum; what one rank saved is taken up by two."""
+    saving = {"EP 2, sharded": f" --save {folder}/two"}
+    found = {name: losses(flags + saving.get(name, ""), 2) for name, flags in LAYOUTS.items()}
     found["bf16"] = losses(f"{LAYOUTS['EP 2, sharded']} --bf16", 2)
-    # What one rank saved, taken up by two; and what two save, each with a part of the momentum.
     found["resumed"] = losses(f"{LAYOUTS['TP 2, EP 2']} --load {folder}/one", 2)
-    losses(f"{LAYOUTS['EP 2, sharded']} --save {folder}/two", 2)
     return found
 
 
 def test_every_layout_trains_alike_and_goes_on_from_the_others_checkpoints(tmp_path: Path) -> None:
     alone, half = losses(f"--save {tmp_path}/one", 1), losses("--bf16", 1)
-    assert len(alone) == 6 and alone[-1] < alone[0] - 0.5
+    assert len(alone) == 4 and alone[-1] < alone[0] - 0.3
     found = run_distributed_test(on_two_ranks, 2, str(tmp_path))
     assert found[0] == found[1], "ranks disagree"
     for layout in LAYOUTS:
         assert found[0][layout] == pytest.approx(alone, rel=1e-5), layout
     assert found[0]["bf16"] == pytest.approx(half, rel=2e-3) and half == pytest.approx(alone, rel=2e-2)
-    assert found[0]["resumed"] == pytest.approx(alone[3:], rel=1e-5)
-    assert losses(f"--load {tmp_path}/two", 1) == pytest.approx(alone[3:], rel=1e-5)
+    assert found[0]["resumed"] == pytest.approx(alone[2:], rel=1e-5)
+    assert losses(f"--load {tmp_path}/two", 1) == pytest.approx(alone[2:], rel=1e-5)
     torch.distributed.destroy_process_group()
