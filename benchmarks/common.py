@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -143,6 +144,17 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of their mean; None for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired(differences: Sequence[float]) -> str:
+    """The mean of paired differences and its standard error; a single value stands alone."""
+    error = standard_error(differences)
+    return f"{statistics.mean(differences):+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -3,7 +3,8 @@
     python -m benchmarks.muon --seeds 1 2 3 --iters 120
 
 Both optimizers get the README's learning rate: with a scale factor of 0.2 Muon's updates are as large as AdamW's
-(arXiv:2502.16982, section 2.2). Finished runs are kept in --folder, and a comparison that was stopped goes on there.
+(arXiv:2502.16982, section 2.2). Losses are given with their standard deviation over seeds, paired differences with the
+standard error of their mean. Finished runs are kept in --folder, and a comparison that was stopped goes on there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.common import (
     ROOT,
     TrainingJob,
     finished,
+    paired,
     read_metrics,
     spread,
     table,
@@ -39,6 +41,7 @@ OPTIMIZERS: dict[str, list[Any]] = {
     "Muon": ["--optimizer", "muon", "--muon-extra-scale-factor", 0.2],
 }
 DISPATCHERS: dict[str, list[Any]] = {"exact": [], "LSH": ["--moe-token-dispatcher-type", "lsh"]}
+KINDS = [(optimizer, dispatcher) for optimizer in OPTIMIZERS for dispatcher in DISPATCHERS]
 Key = tuple[str, str, int, int]
 """optimizer, dispatcher, seed, iterations"""
 
@@ -64,34 +67,27 @@ def outcome(place: Path) -> dict[str, Any]:
 
 
 def compare(runs: dict[tuple[Any, ...], dict[str, Any]], iters: int) -> tuple[str, dict[str, Any]]:
-    """The table, and by dispatcher the paired differences Muon - AdamW."""
-    rows, paired = [], {}
-    for dispatcher in DISPATCHERS:
-        found = {
-            optimizer: {
-                seed: run for (o, d, seed, n), run in runs.items() if (o, d, n) == (optimizer, dispatcher, iters)
-            }
-            for optimizer in OPTIMIZERS
-        }
-        both = sorted(found["AdamW"].keys() & found["Muon"].keys())
-        if not both:
-            continue
-        losses = {optimizer: [found[optimizer][seed]["validation_loss"] for seed in both] for optimizer in OPTIMIZERS}
-        differences = [muon - adamw for muon, adamw in zip(losses["Muon"], losses["AdamW"], strict=True)]
-        paired[dispatcher] = {"seeds": both, "differences": differences}
-        energies = [
-            statistics.mean(run["lsh_residual_energy"] or 0.0 for run in by_seed.values()) for by_seed in found.values()
-        ]
-        rows.append(
-            (
-                dispatcher,
-                *map(spread, losses.values()),
-                spread(differences),
-                "" if dispatcher == "exact" else " / ".join(f"{energy:.2f}" for energy in energies),
-            )
-        )
-    header = ("dispatcher", "AdamW", "Muon", "difference, paired", "residual energy, AdamW / Muon")
-    return table(header, rows), paired
+    """The table, and its paired differences: Muon - AdamW by dispatcher, LSH - exact by optimizer."""
+    seeds = sorted(set.intersection(*({s for o, d, s, n in runs if (o, d, n) == (*kind, iters)} for kind in KINDS)))
+
+    def column(optimizer: str, dispatcher: str, figure: str = "validation_loss") -> list[float]:
+        return [runs[optimizer, dispatcher, seed, iters][figure] or 0.0 for seed in seeds]
+
+    def less(one: list[float], other: list[float]) -> list[float]:
+        return [a - b for a, b in zip(one, other, strict=True)]
+
+    if not seeds:
+        return "no seed has all four runs yet", {}
+    muon = {d: less(column("Muon", d), column("AdamW", d)) for d in DISPATCHERS}
+    lsh = {o: less(column(o, "LSH"), column(o, "exact")) for o in OPTIMIZERS}
+    energies = " / ".join(f"{statistics.mean(column(o, 'LSH', 'lsh_residual_energy')):.2f}" for o in OPTIMIZERS)
+    rows = [
+        (d, *(spread(column(o, d)) for o in OPTIMIZERS), paired(muon[d]), energies if d == "LSH" else "")
+        for d in DISPATCHERS
+    ]
+    rows.append(("LSH - exact", *(paired(lsh[o]) for o in OPTIMIZERS), paired(less(lsh["Muon"], lsh["AdamW"])), ""))
+    header = ("validation loss", "AdamW", "Muon", "Muon - AdamW, paired", "residual energy, AdamW / Muon")
+    return table(header, rows), {"seeds": seeds, "Muon - AdamW": muon, "LSH - exact": lsh}
 
 
 def main() -> None:
@@ -110,10 +106,10 @@ def main() -> None:
     places = {key: args.folder / "-".join(map(str, key)).lower() for key in keys}
     train_all([TrainingJob(key, places[key], flags_for(key, places[key])) for key in keys], outcome, args.jobs)
     runs = finished(args.folder)
-    text, paired = compare(runs, args.iters)
+    text, differences = compare(runs, args.iters)
     print(text)
     named = {"-".join(map(str, key)): run for key, run in runs.items()}
-    print(f"wrote {write_result('muon', {'iters': args.iters, 'paired': paired, 'runs': named})}")
+    print(f"wrote {write_result('muon', {'iters': args.iters, 'paired': differences, 'runs': named})}")
 
 
 if __name__ == "__main__":

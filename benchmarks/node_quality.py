@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import time
@@ -30,6 +29,7 @@ from benchmarks.common import (
     ROOT,
     TrainingJob,
     as_they_end,
+    paired,
     progress,
     read_metrics,
     result_path,
@@ -146,10 +146,6 @@ def results(name: str) -> dict[Job, dict[str, Any]]:
     return {Job(*(run.pop(field) for field in Job._fields)): run for run in runs}
 
 
-def standard_error(values: list[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def report(found: dict[Job, dict[str, Any]]) -> str:
     """Markdown: differences to the exact run of the same seed, in nats and per cent of its loss."""
     parts = []
@@ -166,11 +162,10 @@ def report(found: dict[Job, dict[str, Any]]) -> str:
             loss = statistics.mean(run["validation_loss"] for run in runs.values())
             cells = ["", "", ""]
             if gaps and variant != base:
-                error, gap = standard_error(gaps), statistics.mean(gaps)
+                gap = statistics.mean(gaps)
                 exactly = [r["validation_loss_exact"] - pair["validation_loss"] for r, pair in pairs]
                 share = gap / statistics.mean(pair["validation_loss"] for _, pair in pairs)
-                plus = "" if error is None else f" ± {error:.3f}"
-                cells = [f"{gap:+.3f}{plus}", f"{share:+.2%}", f"{statistics.mean(exactly):+.3f}"]
+                cells = [paired(gaps), f"{share:+.2%}", f"{statistics.mean(exactly):+.3f}"]
             sent, seen = (statistics.mean(run[key] for run in runs.values()) for key in ("rows_sent", "expert_rows"))
             rows.append([variant, len(runs), f"{sent:.0%}", f"{seen:.0%}", f"{loss:.3f}", *cells])
         header = ["variant", "seeds", "rows sent", "rows at experts", "validation loss", "to exact ± standard error",
