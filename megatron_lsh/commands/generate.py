@@ -112,6 +112,7 @@ def settings_and_tokenizer(args: argparse.Namespace) -> tuple[Path, Config, Toke
     parallel.expert_model_parallel_size = args.expert_model_parallel_size
     parallel.expert_tensor_parallel_size = parallel.pipeline_model_parallel_size = parallel.context_parallel_size = 1
     parallel.device, parallel.distributed_backend, parallel.use_distributed_optimizer = args.device, "auto", False
+    parallel.moe_node_size = None
     tokenizer = build_tokenizer(_tokenizer_settings(args, cfg, folder).data, None)
     vocab = cfg.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,8 +68,9 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     folder, cfg, tokenizer = settings_and_tokenizer(args)
     if cfg.moe.num_experts is None:
         raise ConfigError(f"--load ({args.load}) must be a model with experts, and has no rows to merge: load another")
-    exact = cfg.moe.moe_token_dispatcher_type in ("alltoall", "allgather")
-    if exact:
+    trained = cfg.moe.moe_token_dispatcher_type
+    exact = trained in ("alltoall", "allgather")
+    if exact or trained == "auto":  # which has nothing to decide on one rank
         cfg.moe.moe_token_dispatcher_type = "lsh"
     _set_rate(cfg, args.lsh_target_rate)
     sequences = cfg.training.micro_batch_size if args.sequences is None else args.sequences
@@ -83,10 +85,13 @@ def prepare(arguments: Sequence[str] | None) -> Job:
 
 
 def _check_place(out: Path) -> None:
+    """That the page and the file beside it can be written, without a trace if they are not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
         for path in (out, out.with_name(FILE)):
-            path.open("a").close()
+            if path.exists():
+                path.open("r+b").close()
     except OSError as error:
         raise ConfigError(f"--out ({out}) must be a file that can be written: {error}; change it") from None
 

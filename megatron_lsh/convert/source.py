@@ -19,7 +19,7 @@ from megatron_lsh.config import Config, check_model, padded_vocab_size
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, MegatronLSHError, first_line
-from megatron_lsh.inference.load import keep_all_tokens
+from megatron_lsh.inference.load import settings_of_inference
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.models.swin import SwinModel
 from megatron_lsh.moe.telemetry import MoETelemetry
@@ -145,7 +145,7 @@ def required_vocab(cfg: Config) -> int:
 
 def plain(cfg: Config) -> Config:
     """The same model, its tokens sent to their experts exactly and none dropped: what other frameworks compute."""
-    cfg = keep_all_tokens(cfg)
+    cfg = settings_of_inference(cfg)
     cfg.moe.moe_token_dispatcher_type = "alltoall"
     return cfg
 

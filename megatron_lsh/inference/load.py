@@ -18,18 +18,20 @@ from megatron_lsh.parallel.context import ParallelContext
 _TIMEOUT = timedelta(minutes=10)
 
 
-def keep_all_tokens(cfg: Config) -> Config:
-    """A copy of the settings with which no token is dropped and each goes to the experts that the router likes best."""
+def settings_of_inference(cfg: Config) -> Config:
+    """A copy of the settings with which no token is dropped, each goes to the experts that the router likes best, and
+    nothing is asked of the ranks that the training's had, such as nodes of several."""
     cfg = copy.deepcopy(cfg)
     cfg.moe.moe_expert_capacity_factor = None
     cfg.moe.moe_router_force_load_balancing = False
+    cfg.lsh.lsh_scope, cfg.moe.moe_node_deduplication, cfg.moe.moe_overlap_chunks = None, "auto", 1
     return cfg
 
 
 def build_model(cfg: Config, ctx: ParallelContext) -> GPTModel:
     """The model with fresh fp32 weights, in evaluation mode. Raises ValueError if `cfg` has no size of the vocabulary."""
     padded = padded_vocab_size(required(cfg.model.vocab_size), cfg.model.make_vocab_size_divisible_by, ctx.tp.size)
-    return GPTModel(keep_all_tokens(cfg), padded, ctx, MoETelemetry(ctx.device)).eval()
+    return GPTModel(settings_of_inference(cfg), padded, ctx, MoETelemetry(ctx.device)).eval()
 
 
 def load_model(

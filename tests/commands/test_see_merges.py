@@ -57,7 +57,12 @@ def test_a_model_of_exact_dispatch_shows_what_lsh_would_merge(
     files = ["--file", str(tmp_path / "text.py"), "--out", str(tmp_path / "page.html"), "--device", "cpu"]
     assert see_merges.main(["--load", str(save(tmp_path / "run", small("alltoall"))), *files]) == 0
     assert "trained with exact dispatch; this is what LSH would merge" in (tmp_path / "page.html").read_text()
-    assert load(tmp_path / "merges.json")[0].largest
+    exactly = load(tmp_path / "merges.json")
+    cfg = small("auto")
+    cfg.lsh.lsh_scope, cfg.parallel.moe_node_size = "node", 2
+    assert see_merges.main(["--load", str(save(tmp_path / "auto", cfg)), *files]) == 0
+    assert "exact dispatch" not in (tmp_path / "page.html").read_text()
+    assert load(tmp_path / "merges.json") == exactly and exactly[0].largest
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +80,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     ):
         assert see_merges.main([*flags, *wrong]) == 1
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "merges.json").exists(), "nothing is left behind"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert see_merges.main(flags) == 1
     assert "must run on 1 rank, and was started on 2: start it without torchrun" in capsys.readouterr().err

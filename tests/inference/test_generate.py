@@ -18,6 +18,7 @@ from megatron_lsh.config import Config, to_dict
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.data.tokenizers import ByteTokenizer
 from megatron_lsh.inference.generate import Sampling, draw, generate, generate_batch
+from megatron_lsh.inference.load import settings_of_inference
 from megatron_lsh.models.gpt import GPTModel
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.testing import run_distributed_test
@@ -48,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save(folder: Path, cfg: Config) -> Path:
     """Two checkpoints of one random model."""
-    model = random_model(cfg)
+    model = random_model(settings_of_inference(cfg))
     manager = CheckpointManager(CheckpointConfig(save=str(folder)), CTX, notify=lambda text: None)
     tables = ("embedding.word_embeddings.weight", "output_layer.weight")
     rows = {name: 257 for name, _ in model.named_parameters() if name in tables}
@@ -249,6 +250,22 @@ def perplexity_of(flags: list[str]) -> dict[str, float]:
     with contextlib.redirect_stdout(out):
         assert perplexity.main([*flags, "--device", "cpu", "--json"]) == 0
     return json.loads(out.getvalue() or "{}")
+
+
+def test_a_model_that_was_trained_over_nodes_needs_none(tmp_path: Path) -> None:
+    """What the training's ranks were asked for is no part of the model: clusters of a node's rows, pieces, node sizes."""
+    cfg = configure()
+    cfg.lsh.lsh_residual = "interpolate"
+    (tmp_path / "text.txt").write_text("import os\n" * 4)
+    found = []
+    for name in ("rank", "node"):
+        if name == "node":
+            cfg.lsh.lsh_scope, cfg.parallel.moe_node_size, cfg.moe.moe_overlap_chunks = "node", 2, 2
+            cfg.moe.moe_node_deduplication = "on"
+        flags = ["--load", str(save(tmp_path / name, cfg)), "--device", "cpu"]
+        found.append((run_tool([*flags, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "5"]),
+                      perplexity_of([*flags, "--file", str(tmp_path / "text.txt")])))  # fmt: skip
+    assert found[0] == found[1] and found[0][0][0] == 0
 
 
 def test_perplexity_over_ranks_that_each_have_the_whole_of_an_odd_context(tmp_path: Path) -> None:
