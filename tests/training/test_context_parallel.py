@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_lsh.families import GPT
 from megatron_lsh.parallel.initialize import initialize
-from megatron_lsh.parallel.testing import run_distributed_test
+from megatron_lsh.parallel.testing import DistributedTestError, run_distributed_test
 from megatron_lsh.training.evaluate import evaluate
 from megatron_lsh.training.run import Run, set_up
 from tests.models.model_helpers import full_gradients
 from tests.training.helpers import tiny_config
+from tests.training.test_pipeline import EP2, PP2, loaded, loaded_several, whole_run
+from tests.training.test_pipeline import together as of_all
 
 CP2 = "--context-parallel-size 2"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
@@ -81,4 +85,22 @@ def test_two_ranks_that_share_sequences_are_one() -> None:
             assert step == pytest.approx(alone, rel=1e-5), name
         for layer, alone in zip(one[name]["gauges"], expected["gauges"], strict=True):
             assert layer == pytest.approx(alone, rel=1e-5), name
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_bit_and_its_checkpoint_fits_other_layouts(tmp_path: Path) -> None:
+    shared = f"{CP2} {EP2} --attention-dropout 0.1 --hidden-dropout 0.1"
+    folder, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    run_distributed_test(whole_run, 4, folder, shared, 4, 6)
+    with pytest.raises(DistributedTestError, match="exit code -9"):
+        run_distributed_test(whole_run, 4, cut, shared, 4, 6, 5)
+    assert run_distributed_test(whole_run, 4, cut, shared, 4, 6)[0][1] == 6
+    layouts = [(folder, shared), (cut, shared), (folder, f"{CP2} {PP2}"), (folder, "--tensor-model-parallel-size 2")]
+    ranks = run_distributed_test(loaded_several, 4, layouts)
+    expected, *others = (of_all([rank[n][0] for rank in ranks]) for n in range(len(layouts)))
+    for state in (*others, loaded(folder, "", 1)[0]):
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(state[name], value, err_msg=name)
     dist.destroy_process_group()

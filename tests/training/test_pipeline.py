@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_lsh.config import BertConfig, parse_args, validate
-from megatron_lsh.families import BERT, GPT
+from megatron_lsh.checkpoint.folders import TRACKER
+from megatron_lsh.commands import generate
+from megatron_lsh.config import BertConfig, Config, parse_args, validate
+from megatron_lsh.families import BERT, GPT, Losses
 from megatron_lsh.observing.writers import read_jsonl
 from megatron_lsh.parallel.data_parallel import counted_parameters, global_norm
 from megatron_lsh.parallel.initialize import initialize
+from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.parameters import is_copy
-from megatron_lsh.parallel.testing import run_distributed_test
+from megatron_lsh.parallel.testing import DistributedTestError, run_distributed_test
 from megatron_lsh.training.evaluate import evaluate
 from megatron_lsh.training.run import Run, set_up
 from megatron_lsh.training.train import train
-from tests.training.helpers import TINY, copy_state, tiny_config
+from tests.training.helpers import TINY, copy_state, gpt_with, tiny_config
 
-BASE = "--num-layers 4 --moe-layer-freq [0,0,1,1] --train-iters 6 --global-batch-size 8 --eval-iters 1"
+BASE = (
+    "--num-layers 4 --moe-layer-freq [0,0,1,1] --train-iters 6 --global-batch-size 8 --eval-iters 1 --vocab-size 1023"
+)
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
 PP2 = "--pipeline-model-parallel-size 2"
 PP4 = "--pipeline-model-parallel-size 4"
@@ -71,7 +78,18 @@ def together(ranks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 # What is logged, saved and resumed
 
 
-def whole_run(folder: str, flags: str, world_size: int, length: int) -> tuple[str, int]:
+def whole_run(folder: str, flags: str, world_size: int, length: int, killed_in: int = 0) -> tuple[str, int]:
+    """What is printed, and the last iteration. In iteration `killed_in`, if any, all ranks are killed."""
+    calls = 0
+
+    def fatal(cfg: Config, model: nn.Module, batch: Any) -> Losses:
+        nonlocal calls
+        calls += model.training
+        per_iteration = 4 // ParallelLayout.from_config(cfg.parallel, world_size).dp
+        if killed_in and calls > (killed_in - 1) * per_iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return GPT.losses(cfg, model, batch)
+
     cfg = tiny_config(
         f"{BASE} {BIAS} {flags} --train-iters {length} --save {folder}/c --load {folder}/c --save-interval 2 "
         f"--save-retain-interval 2 --metrics-jsonl {folder}/m.jsonl --moe-per-layer-logging --log-params-norm "
@@ -80,8 +98,16 @@ def whole_run(folder: str, flags: str, world_size: int, length: int) -> tuple[st
     )
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        state = train(cfg, GPT)
+        state = train(cfg, gpt_with(fatal))
     return out.getvalue(), state.iteration
+
+
+def continued(folder: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        flags = ["--prompt", "1 2 3", "--max-new-tokens", "5", "--temperature", "0", "--device", "cpu"]
+        assert generate.main(["--load", folder, *flags]) == 0
+    return out.getvalue()
 
 
 def loaded_several(checkpoints: list[tuple[str, str]]) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
@@ -133,8 +159,9 @@ def test_a_run_on_stages_logs_and_saves_what_one_rank_does_and_goes_on_to_the_bi
             assert_close(stages[key], value, key)
         assert "lm_loss" not in alone or len(stages["load_balancing_loss_per_layer"]) == 2
 
-    # Killed after the fourth iteration, as far as the checkpoint knows, and resumed.
-    run_distributed_test(whole_run, 4, cut, PP2_EP2, 4, 4)
+    with pytest.raises(DistributedTestError, match="exit code -9"):
+        run_distributed_test(whole_run, 4, cut, PP2_EP2, 4, 6, 5)
+    assert (Path(cut) / "c" / TRACKER).read_text() == "4"
     assert run_distributed_test(whole_run, 4, cut, PP2_EP2, 4, 6)[0][1] == 6
     ranks = run_distributed_test(loaded_several, 4, [(four, PP2_EP2), (cut, PP2_EP2), (four, PP4), (one, PP2)])
     uninterrupted, resumed, on_four, of_one = (together([rank[n][0] for rank in ranks]) for n in range(4))
@@ -149,6 +176,8 @@ def test_a_run_on_stages_logs_and_saves_what_one_rank_does_and_goes_on_to_the_bi
         assert state.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(state[name], value, err_msg=name)
+    written = run_distributed_test(continued, 1, f"{four}/c")[0]
+    assert len(written.split()) == 8, f"the checkpoint of stages continues a text on one rank: {written}"
 
 
 # What is skipped, cast, compressed and decided

@@ -198,7 +198,7 @@ def lost_rank(folder: str, how: str) -> None:
     log = Path(folder) / f"rank{rank}.log"
     sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     timeout = 0.1 if how == "frozen" else 1.0
-    stages = "--pipeline-model-parallel-size 2 --micro-batch-size 4" if how == "killed" else ""
+    stages = "--pipeline-model-parallel-size 2 --micro-batch-size 4" if how != "frozen" else ""
     try:
         status = run(f"--distributed-timeout-minutes {timeout} --save {folder}/s {stages}", During(3, 1, lose), 2)
         assert status == 1
@@ -216,7 +216,7 @@ def lost_rank(folder: str, how: str) -> None:
             "last heard of in iteration 3, training step of pipeline stage 1, is gone; a process that the system kills says "
             "nothing",
         ),
-        ("failed", "failed in iteration 3, training step: ZeroDivisionError: a bug"),
+        ("failed", "failed in iteration 3, training step of pipeline stage 1: ZeroDivisionError: a bug"),
         (
             "frozen",
             "last heard of in iteration 3, training step, does not answer any more; it was frozen, and has been killed",
@@ -230,7 +230,7 @@ def test_a_lost_rank_is_named(how: str, said: str, tmp_path: Path) -> None:
     except DistributedTestError as error:
         assert how != "failed", error  # rank 1 left no report
     text = (tmp_path / "rank0.log").read_text()
-    where = "training step of pipeline stage 0" if how == "killed" else "training step"
+    where = "training step of pipeline stage 0" if how != "frozen" else "training step"
     assert f"error: [rank 0] lost contact with another rank in iteration 3, {where}: rank 1 (process " in text
     assert said in text and "Resume from the last checkpoint (" in text and "Traceback" not in text
 
