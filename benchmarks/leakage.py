@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import ROOT, progress, table, write_result
+from benchmarks.common import ROOT, progress, result_path, table, write_result
 from benchmarks.quality import BUCKET, IDENTITY, INTERPOLATE, LSH, NONE
 from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.families import GPT
@@ -343,7 +343,15 @@ def main() -> None:
     if missing := missing_power(results):
         raise SystemExit("no result, because a control that leaks was not found out:\n" + "\n".join(missing))
     print(report(results))
-    print(f"log V = {math.log(Size.vocab):.4f}; wrote {write_result('leakage', {'runs': results})}")
+    path = write_result("leakage", {"runs": merged(result_path("leakage"), results)})
+    print(f"log V = {math.log(Size.vocab):.4f}; wrote {path}")
+
+
+def merged(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of a file of results, those of them that were made again replaced, and the new ones behind."""
+    earlier = json.loads(path.read_text())["runs"] if path.exists() else []
+    named = {(run["variant"], run["task"], run["seed"], str(run["size"])): run for run in [*earlier, *results]}
+    return list(named.values())
 
 
 if __name__ == "__main__":

@@ -136,11 +136,11 @@ def convert(args: argparse.Namespace) -> None:
     if args.reference is not None:
         source = with_reference(source, args.reference)
     print(_summary(source))
+    if not args.verify:
+        print("WARNING: --no-verify: the result is not compared with the source", file=sys.stderr)
     if isinstance(source.cfg, SwinConfig):
         _save_swin(source, args)
         return
-    if not args.verify:
-        print("WARNING: --no-verify: the result is not compared with the source", file=sys.stderr)
     checks = Checks(verify=args.verify, logits=args.logits, logits_with=compare, progress=not args.quiet)
     if args.target == "hf":
         save_hf(source, args.save, model_type=args.model_type, max_shard=args.max_shard_size, checks=checks)
@@ -175,7 +175,7 @@ def _save_swin(source: Source, args: argparse.Namespace) -> None:
             f"{source.what} is a Swin: it is converted to hf (a dense one) and to native, without --reference"
         )
     if args.target == "hf":
-        save_huggingface(source, args.save)
+        save_huggingface(source, args.save, verify=args.verify)
         print(f"saved {args.save}: transformers.SwinForImageClassification.from_pretrained reads it")
         return
     save_native(source, args.save, checks=Checks(verify=args.verify, logits=False, progress=not args.quiet))

@@ -21,7 +21,17 @@ from megatron_lsh.config.swin_presets import PRESETS
 from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.output import new_folder
 from megatron_lsh.convert.safetensors import SafetensorsReader, SafetensorsWriter
-from megatron_lsh.convert.source import Origin, Rows, Source, TensorSpec, check_shapes, model_shapes, whole
+from megatron_lsh.convert.source import (
+    Origin,
+    Rows,
+    Source,
+    TensorSpec,
+    bytes_of,
+    check_shapes,
+    fail,
+    model_shapes,
+    whole,
+)
 from megatron_lsh.convert.swin_names import (
     Tensors,
     from_huggingface,
@@ -145,10 +155,13 @@ def load_huggingface(folder: Path) -> SwinSource:
     return SwinSource(str(folder), theirs, config.get("image_size"))
 
 
-def save_huggingface(source: Source, folder: Path) -> None:
+def save_huggingface(source: Source, folder: Path, *, verify: bool = True) -> None:
     """Write a dense model as a folder of ``SwinForImageClassification``; position networks become their tables.
 
-    Raises CheckpointError: experts, or windows of different sides, which Hugging Face's Swin does not have.
+    Args:
+        verify: read back what was written, and compare it to the bit before the folder gets its name.
+
+    Raises CheckpointError: experts, or windows of different sides, which Hugging Face's Swin does not have; a difference.
     """
     cfg = source.cfg
     assert isinstance(cfg, SwinConfig)
@@ -180,6 +193,15 @@ def save_huggingface(source: Source, folder: Path) -> None:
                 writer.write(name, value)
             writer.finish()
         write_json(partial / "config.json", config)
+        if verify:
+            _compare(partial, weights, folder)
+
+
+def _compare(written: Path, weights: Tensors, folder: Path) -> None:
+    """Raises CheckpointError naming what is not in the files to the bit."""
+    reader = SafetensorsReader(sorted(written.glob("*.safetensors")))
+    wrong = [name for name, value in weights.items() if bytes_of(reader.read(name)) != bytes_of(value)]
+    fail(str(folder), [f"{name} differs from what was read" for name in wrong], "the disk is at fault; convert again")
 
 
 def _with_tables(theirs: Tensors, cfg: SwinConfig) -> Tensors:

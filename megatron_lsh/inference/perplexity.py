@@ -48,7 +48,9 @@ def predict(model: GPTModel, ids: list[int], context: int, stride: int) -> Predi
             window = ids[begin : begin + context + 1]
             padding = -(len(window) - 1) % multiple  # what follows a token changes nothing
             padded = torch.tensor([window + window[-1:] * padding], device=ctx.device)
-            loss_BS, _ = model(padded[:, :-1], padded[:, 1:])
+            positions = torch.arange(padded.shape[1] - 1, device=ctx.device)[None]
+            # Padding may lie beyond the last position that the model knows.
+            loss_BS, _ = model(padded[:, :-1], padded[:, 1:], position_ids_BS=positions.clamp(max=context - 1))
             new = begin + len(window) - 1 - counted
             total += float(loss_BS[0, len(window) - 1 - new : len(window) - 1].double().sum())
             counted += new

@@ -27,9 +27,9 @@ class PositionEmbedding(nn.Module):
         self.weight = parameter((positions, hidden), ctx, init=init)
 
     def forward(self, positions_S_or_BS: Tensor) -> Tensor:
-        """int64 [S] or [B, S] -> [s, 1 or B, D]: the vectors of this rank's share of the sequence."""
+        """int64 [S], 0 to S-1, or any [B, S] -> [s, 1 or B, D]: the vectors of this rank's share of the sequence."""
         positions = positions_S_or_BS if positions_S_or_BS.dim() == 2 else positions_S_or_BS.unsqueeze(0)
-        if positions.shape[1] > self.positions:
+        if positions_S_or_BS.dim() == 1 and positions.shape[1] > self.positions:
             raise ValueError(
                 f"a sequence of {positions.shape[1]} tokens is longer than --max-position-embeddings ({self.positions})"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from megatron_lsh.commands import convert_checkpoint
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.convert import load_native
+from megatron_lsh.convert.safetensors import SafetensorsWriter
 from megatron_lsh.convert.swin import SwinSource, load_huggingface, load_microsoft, load_timm, save_huggingface
 from megatron_lsh.convert.swin_names import from_huggingface, to_huggingface, to_microsoft
 from megatron_lsh.errors import CheckpointError
@@ -144,6 +146,30 @@ def test_huggingface_and_back(tmp_path: Path, bias: str) -> None:
     with torch.no_grad():
         logits = reference((images / 255.0 - model.mean) / model.std).logits
         torch.testing.assert_close(model(images)[0], logits, rtol=0, atol=1e-5)
+
+
+def test_what_is_written_for_hugging_face_is_compared_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk that flips a bit in every file that is closed."""
+    torch.save({"model": microsofts(FLAGS)[2]}, tmp_path / "swin.pth")
+    words = ["--from", "microsoft", "--to", "hf", "--image-size", "32", "--load", str(tmp_path / "swin.pth")]
+    real = SafetensorsWriter.finish
+
+    def finish(writer: SafetensorsWriter) -> None:
+        real(writer)
+        with open(writer._folder / "model.safetensors", "r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            last = stream.read(1)[0]
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr(SafetensorsWriter, "finish", finish)
+    assert convert_checkpoint.main([*words, "--save", str(tmp_path / "hf")]) == 1
+    assert "differs from what was read: the disk is at fault" in capfd.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    assert convert_checkpoint.main([*words, "--save", str(tmp_path / "hf"), "--no-verify"]) == 0
+    assert "WARNING: --no-verify" in capfd.readouterr().err and (tmp_path / "hf").is_dir()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -268,15 +269,20 @@ def test_a_model_that_was_trained_over_nodes_needs_none(tmp_path: Path) -> None:
     assert found[0] == found[1] and found[0][0][0] == 0
 
 
-def test_perplexity_over_ranks_that_each_have_the_whole_of_an_odd_context(tmp_path: Path) -> None:
-    """Dense layers alone do not cut the sequence, so nothing is padded beyond the table of positions."""
-    cfg = make_config(seq_length=15, max_position_embeddings=15, vocab_size=257)
+@pytest.mark.parametrize("kind", [{}, MOE], ids=["dense", "experts"])
+def test_perplexity_over_ranks_where_the_context_is_odd(kind: dict[str, Any], tmp_path: Path) -> None:
+    """Layers with experts cut the sequence, which is padded then, beyond the table of positions; dense ones alone do not."""
+    cfg = make_config(**kind, seq_length=15, max_position_embeddings=15, vocab_size=257)
+    assert cfg.model.position_embedding_type == "learned_absolute"
     cfg.data.tokenizer_type = "ByteTokenizer"
     (tmp_path / "text.txt").write_text("import os\n" * 4)
     flags = ["--load", str(save(tmp_path / "run", cfg)), "--file", str(tmp_path / "text.txt")]
     alone = perplexity_of(flags)
     together = run_distributed_test(perplexity_of, 2, [*flags, "--tensor-model-parallel-size", "2"])
     assert together == [pytest.approx(alone, rel=1e-5), {}]
+    flags = [*flags[:2], "--prompt", "import os, sys", "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
+    found = run_distributed_test(run_tool, 2, [*flags, "--tensor-model-parallel-size", "2"])
+    assert found == [run_tool(flags), (0, "")], "generation, at the end of the context"
 
 
 def test_perplexity_over_ranks_that_share_layers_and_experts(checkpoint: Path, tmp_path: Path) -> None:

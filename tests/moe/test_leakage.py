@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from benchmarks.leakage import (
     build,
     channel,
     losses,
+    merged,
     once,
     run,
 )
@@ -54,6 +58,17 @@ def test_the_channel_is_there_and_closes_when_every_row_is_sent() -> None:
     for variant in ("interpolate 20%", "none 50%", "paper"):
         assert 1e-4 < channel(build(variant, SMALL, 1), SMALL, 1) < 1.0
     assert channel(build("exact", SMALL, 1), SMALL, 1) < 1e-6
+
+
+def test_results_of_other_runs_stay_in_the_file(tmp_path: Path) -> None:
+    def found(variant: str, seed: int, value: float) -> dict[str, Any]:
+        return {"variant": variant, "task": "once", "seed": seed, "size": {"steps": 4}, "below_log_v": value}
+
+    path = tmp_path / "leakage.json"
+    first = merged(path, [found("exact", 1, 0.1), found("paper", 1, 0.2)])
+    path.write_text(json.dumps({"runs": first}))
+    again = merged(path, [found("paper", 1, 0.3), found("paper", 2, 0.4)])
+    assert again == [found("exact", 1, 0.1), found("paper", 1, 0.3), found("paper", 2, 0.4)]
 
 
 @pytest.mark.slow
