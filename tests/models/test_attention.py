@@ -60,9 +60,9 @@ def test_fewer_queries_than_keys_are_the_last_ones_on_a_gpu(dtype: torch.dtype, 
     q, (k, v) = torch.randn(64, 2, 4, 64), torch.randn(2, 192, 2, groups, 64)
     found = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
-        inputs = [x.to(device, kind).requires_grad_() for x in (q, k, v)]
+        queries, keys, values = inputs = [x.to(device, kind).requires_grad_() for x in (q, k, v)]
         ctx = offline_context(device=device)
-        out = core_attention(*inputs, ctx, causal=True, mask=None, dropout=0.0)  # type: ignore[misc]
+        out = core_attention(queries, keys, values, ctx, causal=True, mask=None, dropout=0.0)
         found.append((out, *torch.autograd.grad(out.float().sin().sum(), inputs)))
     for expected, actual in zip(*found, strict=True):
         error = (actual.cpu().float() - expected).norm() / expected.norm()
