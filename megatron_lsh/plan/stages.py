@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from megatron_lsh.config.config import Config
+from megatron_lsh.config.config import Config, required
 from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.families import Family
+from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.pipeline import bubble_share, passes_at_once
@@ -61,6 +62,11 @@ def crossing_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[
         sent = experts * mean(rates.at(layer, 0) for layer in layers)
         parts[0] += f" if all travel, {sent:.1f} under LSH at --lsh-target-rate {rates}"
     parts += [f"{stages:.1f} between pipeline stages"] if layout.pp > 1 else []
+    if layout.cp > 1:
+        shape, keys = ModelShape.from_config(cfg.model), rows_to_sharers(cfg, layout, node_of_rank)
+        parts.append(
+            f"{keys:.1f} of keys and values, {shape.query_groups * shape.head_dim} wide, to ranks of the sequence"
+        )
     return [
         f"Rows per token that leave a node of {size} ranks{whose}, forward and backward: {'; '.join(parts)}"
     ] if parts else []  # fmt: skip
@@ -74,6 +80,16 @@ def rows_to_experts(layers: int, topk: int, layout: ParallelLayout, node_of_rank
         for rank in group
     ]
     return 4.0 * layers * topk * mean(shares)
+
+
+def rows_to_sharers(cfg: Config, layout: ParallelLayout, node_of_rank: Sequence[int]) -> float:
+    """In each layer a token's key and its value go to the ranks of its sequence, and their gradients come back."""
+    others = [
+        sum(node_of_rank[other] != node_of_rank[rank] for other in group)
+        for group in layout.groups("cp")
+        for rank in group
+    ]
+    return 4.0 * required(cfg.model.num_layers) * mean(others)
 
 
 def rows_to_stages(layout: ParallelLayout, stages: Stages, node_of_rank: Sequence[int]) -> float:

@@ -113,6 +113,9 @@ def test_a_dry_run_lays_it_out() -> None:
     assert shared[0] == "Layout of 4 ranks (rank = dp * 4 + cp * 1 + tp = edp * 1 + ep)"
     assert "  context parallel:     1 groups of 4: [0 1 2 3]" in shared
     assert any("data parallel 1 x 4 micro-batches; 65,536 tokens" in line for line in shared)
+    # 8 layers, key and value to two ranks of the other node, and their gradients.
+    crossing = dry_run(checked(f"4 {big} --moe-node-size 2", 4)).splitlines()
+    assert any(line.endswith("64.0 of keys and values, 2048 wide, to ranks of the sequence") for line in crossing)
     # Of what a rank keeps only the keys and values are those of whole sequences.
     assert activations(1) / 4 < activations(4) < activations(1) / 2.5
     sharded = [[line for line in lines(size) if line.startswith("  sharded")] for size in (1, 4)]
