@@ -1,6 +1,6 @@
 """Let a native checkpoint continue texts, token by token as they are drawn.
 
-    python -m megatron_lsh generate --load runs/gpt-moe-lsh --prompt "import numpy" "def main("
+    python -m megatron_lsh generate --load runs/gpt-moe-lsh/checkpoints --prompt "import numpy" "def main("
     torchrun --nproc-per-node 4 -m megatron_lsh generate --load checkpoints/mixtral --expert-model-parallel-size 4 --bf16 \\
         --prompt "The capital of France is" --temperature 0
 

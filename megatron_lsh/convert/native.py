@@ -5,6 +5,7 @@ Written ones are ``SAVE/release``: weights without a training state, of which a 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -222,8 +223,20 @@ def find_native(folder: Path, step: int | None) -> Path:
         return found
     candidates = folders.candidates(folder, folders.read_tracker(folder))
     if not candidates:
-        raise CheckpointError(f"{folder} holds no native checkpoint: --load takes what --save was in training")
+        below = _folder_below(folder)
+        remedy = "--load takes what --save was in training" if below is None else f"{below} does: name that"
+        raise CheckpointError(f"{folder} holds no native checkpoint: {remedy}")
     return candidates[0][1]
+
+
+def _folder_below(folder: Path) -> Path | None:
+    """One with checkpoints, as a run's folder has."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError):
+                if folders.list_folders(path):
+                    return path
+    return None
 
 
 def _verify_manifest(folder: Path, hashes: bool) -> None:

@@ -185,7 +185,8 @@ def test_the_tool(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ([*flags, "--seed", "9" * 20], "--seed (99999999999999999999) must be of 64 bits"),
         ([*flags, "--ckpt-step", "9"], "has no iteration 9; there are [1, 2]"),
         ([*flags, "--tensor-model-parallel-size", "2"], "must divide the number of ranks"),
-        ([*flags, "--load", str(tmp_path)], "holds no native checkpoint"),
+        ([*flags, "--load", str(tmp_path)], "holds no native checkpoint: --load takes what --save was"),
+        ([*flags, "--load", str(checkpoint.parent)], f"holds no native checkpoint: {checkpoint} does: name that"),
     ):
         assert generate_command.main(wrong) == 1
         assert message in capsys.readouterr().err
