@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_lsh.config.model import ModelConfig
@@ -146,6 +147,40 @@ def event_order_on_four_ranks() -> None:
             other.grad = None
 
 
+class Issued(TorchDispatchMode):
+    """The collectives that this rank issues, in order, whichever communicator they are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.names.append(function._schema.name.removeprefix("c10d::").strip("_"))
+        return function(*args, **(kwargs or {}))
+
+
+def collectives_are_issued_in_one_order() -> None:
+    """Rows are under way while ``fully_shard`` gathers parameters and reduces gradients on other communicators. On GPUs
+    ranks that issue these in different orders may wait for each other for ever: there is one order, that of the program."""
+    for sharded in (False, True):
+        ctx = initialize(ParallelConfig(expert_model_parallel_size=2, use_distributed_optimizer=sharded))
+        reduction = "reduce_scatter_base" if sharded else "allreduce"
+        for recompute in (False, True):
+            unit = a_unit(ctx, [], shard=True)
+            counts_E, other = torch.tensor(COUNTS[ctx.rank]), torch.ones(3, D, requires_grad=True)
+            arguments = (rows_of(ctx.rank), counts_E, other, ReplayMemo())
+            with Issued() as issued:
+                loss = checkpoint(unit, *arguments, use_reentrant=False) if recompute else unit(*arguments)
+                loss.backward()
+            everyone: list[Any] = [None] * 4
+            dist.all_gather_object(everyone, issued.names)
+            assert all(names == issued.names for names in everyone), everyone
+            # The experts' gradients are reduced while those of rows travel.
+            place = issued.names.index(reduction)
+            assert "alltoall_base" in issued.names[:place] and "alltoall_base" in issued.names[place:], issued.names
+
+
 def columns_travel_beside_rows() -> None:
     """Ids and weights arrive with their rows, and the gradients of weights come back with theirs."""
     ctx = initialize(ParallelConfig(expert_model_parallel_size=4))
@@ -204,6 +239,7 @@ def nothing_is_kept_after_arrival() -> None:
 
 def all_of_them() -> None:
     event_order_on_four_ranks()
+    collectives_are_issued_in_one_order()
     columns_travel_beside_rows()
     abandoned_flights_arrive()
     nothing_is_kept_after_arrival()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import families, layouts, overhead, peers, quality, slow_network, time_to_loss, vision
+from benchmarks import against, families, layouts, overhead, peers, quality, slow_network, time_to_loss, vision
 from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
@@ -29,7 +29,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text(json.dumps(result, default=str))
         return path
 
-    for module in (overhead, peers, slow_network):
+    for module in (against, overhead, peers, slow_network):
         monkeypatch.setattr(module, "write_result", write)
         monkeypatch.setattr(module, "ROOT", tmp_path, raising=False)  # not all of them write figures
     return tmp_path
@@ -45,6 +45,14 @@ def test_overhead(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
             sum(size["ms"][s] for s in ("hash", "cluster", "refine", "compress", "restore"))
         )
     assert "| 64 | 256 | 8 | 16 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # two interpreters that import torch
+def test_against_itself(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    against.main([str(Path(__file__).parents[2]), "--tokens", "64", "--hidden", "32", "--repeats", "2"])
+    (size,) = json.loads((results / "against.json").read_text())["sizes"]
+    assert size["ratio"] > 0 and min(size["ms"].values()) > 0 and set(size["ms"]) == set(size["before_ms"])
+    assert "wrote" in capsys.readouterr().out
 
 
 def test_names_of_variants() -> None:
