@@ -51,6 +51,12 @@ def exit_status(work: Callable[[], None], interrupted: str = "nothing was writte
     except MegatronLSHError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a name too long, a loop of links, no permission: wherever a path is first looked at
+        if error.filename is None:
+            raise
+        name = repr(str(error.filename)[:80])
+        print(f"error: {name} cannot be used: {error.strerror}: give another path, or change that", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from megatron_lsh.checkpoint.folders import read_tracker
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect, inspect_folder
 from megatron_lsh.checkpoint.manifest import MANIFEST, ManifestError, read_manifest
 from megatron_lsh.checkpoint.metadata import read_metadata
+from megatron_lsh.errors import exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per checkpoint")
     args = parser.parse_args(arguments)
 
-    found = find(args.folder, hashes=not args.quick)
+    found: list[CheckpointInfo] = []
+    if status := exit_status(lambda: found.extend(find(args.folder, hashes=not args.quick))):
+        return status
     if not found:
         print(f"{args.folder} holds no checkpoint", file=sys.stderr)
         return 1
