@@ -160,6 +160,7 @@ def _failures(root: Path) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 def test_one_rank_fails_and_all_know(tmp_path: Path) -> None:
     messages = run_distributed_test(_failures, 2, tmp_path)
     assert messages[0] == messages[1]

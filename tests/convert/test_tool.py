@@ -98,6 +98,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert contents(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_killed(tmp_path: Path) -> None:
     """A conversion that is ended from outside leaves nothing, or nothing that looks finished; the next one succeeds."""
     save_tiny(

@@ -62,7 +62,8 @@ def test_every_row_against_its_expert_called_alone(residual: str) -> None:
         assert float(merges.missed_N[row]) == pytest.approx(
             float((x_TD[token] - mean_D).square().sum()), rel=1e-3, abs=1e-9
         )
-        nearest = mates[(rows_MD - mean_D).square().sum(1).argmin()]
+        # Two rows are equally near to their mean: the first one travels, whatever rounding says.
+        nearest = mates[0 if len(mates) == 2 else (rows_MD - mean_D).square().sum(1).argmin()]
         assert int(merges.sent_C[cluster]) == int(nearest)
 
 

@@ -94,6 +94,7 @@ def test_two_ranks_equal_one() -> None:
     run_distributed_test(two_ranks, 2)
 
 
+@pytest.mark.slow
 def test_six_ranks_with_uneven_shards() -> None:
     """DP and expert DP are 3, which divides no dimension of the model."""
     run_distributed_test(train_like_reference, 6, 2, 2, True)

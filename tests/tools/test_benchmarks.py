@@ -138,6 +138,7 @@ def test_flags_of_the_families_are_valid() -> None:
             validate(parse_args([*map(str, job.flags), "--metrics-jsonl", os.devnull], config_class), job.ranks)
 
 
+@pytest.mark.slow
 def test_training_jobs_are_done_once(tmp_path: Path) -> None:
     flags = [*TINY.split(), "--train-iters", "2", "--eval-interval", "2", "--metrics-jsonl"]
     jobs = [TrainingJob(("tiny", n), tmp_path / str(n), [*flags, tmp_path / str(n) / "metrics.jsonl"]) for n in (1, 2)]

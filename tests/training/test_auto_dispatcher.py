@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_lsh.families import GPT
 from megatron_lsh.moe import schedule
 from megatron_lsh.observing.writers import read_jsonl
@@ -37,6 +39,7 @@ def _ran_lsh(path: Path) -> list[list[bool]]:
     return [[rate is not None for rate in record["lsh_compression_rate_per_layer"]] for record in records]
 
 
+@pytest.mark.slow
 def test_measures_decides_together_and_remembers(tmp_path: Path) -> None:
     lengths = (3, 12, 14)  # ends while measuring; measures from the start and decides; goes on as decided
     rank0, rank1 = zip(*(run_distributed_test(_run, 2, str(tmp_path), -1e9, n) for n in lengths), strict=True)

@@ -166,6 +166,7 @@ def test_it_learns_and_keeps_the_best(
                 torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{MODEL} {RUN} {sets(folder, 'train', 'valid')} --epochs 4 --early-stopping-patience 3 --pooling mean"
     for name, stops in (("one", [""]), ("two", ["--exit-interval 10", "--exit-interval 13", "--exit-interval 27", ""])):
@@ -179,6 +180,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, tmp_path: Path, mo
     assert watchers[0] == watchers[1] and watchers[0]["best_iteration"] is not None
 
 
+@pytest.mark.slow
 def test_epochs_stay_epochs_under_another_batch_size(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,7 +199,7 @@ def test_epochs_stay_epochs_under_another_batch_size(
     assert f"test after epoch {best['epoch']:g} (iteration {best['iteration']})" in out
 
 
-@pytest.mark.parametrize("backbone", ["bert", "t5"])
+@pytest.mark.parametrize("backbone", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_other_backbones_learn(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
     positions = "--position-embedding-type relative" if backbone == "t5" else ""
     finetune(
@@ -239,6 +241,7 @@ def _on_two_ranks(arguments: str) -> tuple[int, dict[str, Any]]:
     return train(*configure(parse_classification_args(arguments.split()))).iteration, seen
 
 
+@pytest.mark.slow
 def test_two_ranks_with_lsh_learn_and_agree(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EP 2, compressed. Of 20 texts, in micro-steps of 2 x 4, the last leaves one rank nothing but padding."""
     common = f"{MODEL} --micro-batch-size 4 {RUN} {sets(folder, 'train', 'valid', 'test')} --early-stopping-patience 2"

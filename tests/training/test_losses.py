@@ -116,6 +116,7 @@ def curves(layouts: tuple[str, ...], world_size: int) -> dict[str, list[tuple[fl
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds_with_calculate_per_token_loss(one_rank_at_a_time: None) -> None:
     layouts = ("--micro-batch-size 1 --expert-model-parallel-size 2", "--tensor-model-parallel-size 2")
     # The balancing loss of a micro-batch depends on what it is, so micro-batches have the same size on both sides.

@@ -180,6 +180,7 @@ def on_two_ranks(folder: str) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_layout_trains_alike_and_goes_on_from_the_others_checkpoints(tmp_path: Path) -> None:
     alone, half = losses(f"--save {tmp_path}/one", 1), losses("--bf16", 1)
     assert len(alone) == 4 and alone[-1] < alone[0] - 0.3

@@ -248,6 +248,7 @@ def tied(world_size: int) -> tuple[float, list[str]]:
     return norm, [name for name, param in run.model.named_parameters() if is_copy(param)]
 
 
+@pytest.mark.slow
 def test_stages_skip_cast_and_compress_as_one_rank_does() -> None:
     ranks = run_distributed_test(several_things, 4, 4)
     assert all(rank["skips"] == [True, True, False] for rank in ranks)
