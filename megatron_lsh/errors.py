@@ -36,6 +36,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def reason(error: MegatronLSHError | OSError) -> str:
+    """What to tell the user. An OSError is a loop of links, a missing permission, a full disk, wherever it was met."""
+    if isinstance(error, MegatronLSHError):
+        return str(error)
+    what = "a file" if error.filename is None else repr(str(error.filename)[:80])
+    return f"{what} cannot be used: {error.strerror or first_line(error)}: give another path, or change that"
+
+
 def exit_status(work: Callable[[], None], interrupted: str = "nothing was written") -> int:
     """Do the work of a tool and return its exit status: 0, 1 after an error, 130 if stopped.
 
@@ -48,14 +56,8 @@ def exit_status(work: Callable[[], None], interrupted: str = "nothing was writte
     former = signal.signal(signal.SIGTERM, stop)
     try:
         work()
-    except MegatronLSHError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a name too long, a loop of links, no permission: wherever a path is first looked at
-        if error.filename is None:
-            raise
-        name = repr(str(error.filename)[:80])
-        print(f"error: {name} cannot be used: {error.strerror}: give another path, or change that", file=sys.stderr)
+    except (MegatronLSHError, OSError) as error:
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)

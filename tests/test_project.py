@@ -32,7 +32,7 @@ ALLOWED = {
     "lsh": {"errors", "ops"},
     "moe": {"errors", "config", "parallel", "ops", "lsh"},
     "models": {"errors", "config", "parallel", "ops", "lsh", "moe"},
-    "data": {"errors", "config"},
+    "data": {"errors", "config", "parallel"},
     "checkpoint": {"errors", "config", "parallel"},
     "inference": {"errors", "config", "parallel", "moe", "models", "checkpoint"},
     # builds models to fill them, and tokenizers to compare them

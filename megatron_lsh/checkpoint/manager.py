@@ -124,11 +124,15 @@ class CheckpointManager:
         if result is None and cfg.pretrained_checkpoint is not None:
             result = self._load_newest(Path(cfg.pretrained_checkpoint), None, state, weights_only=True)
             if result is None:
-                raise CheckpointError(f"--pretrained-checkpoint {cfg.pretrained_checkpoint} has no checkpoint in it")
+                raise CheckpointError(
+                    f"--pretrained-checkpoint {cfg.pretrained_checkpoint} has no checkpoint in it: give the --save folder "
+                    "of a run or of a conversion"
+                )
         if result is None and cfg.load is not None:
             if cfg.exit_on_missing_checkpoint:
                 raise CheckpointError(
-                    f"--load {cfg.load} has no checkpoint in it, and --exit-on-missing-checkpoint is set"
+                    f"--load {cfg.load} has no checkpoint in it, and --exit-on-missing-checkpoint is set: give another "
+                    "--load, or drop that flag"
                 )
             self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
         return result

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,30 @@ from megatron_lsh.checkpoint.folders import read_tracker
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect, inspect_folder
 from megatron_lsh.checkpoint.manifest import MANIFEST, ManifestError, read_manifest
 from megatron_lsh.checkpoint.metadata import read_metadata
-from megatron_lsh.errors import exit_status
+from megatron_lsh.config.tool_flags import ToolParser, a_path
+from megatron_lsh.errors import CheckpointError, exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a save folder, or one checkpoint in it")
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=a_path, help="a save folder, or one checkpoint in it")
     parser.add_argument("--quick", action="store_true", help="check the manifest and file sizes only, not the SHA-256")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with shape and type")
     parser.add_argument("--json", action="store_true", help="one JSON object per checkpoint")
-    args = parser.parse_args(arguments)
-
     found: list[CheckpointInfo] = []
-    if status := exit_status(lambda: found.extend(find(args.folder, hashes=not args.quick))):
-        return status
-    if not found:
-        print(f"{args.folder} holds no checkpoint", file=sys.stderr)
-        return 1
-    for info in found:
-        facts = describe(info)
-        if args.tensors and info.valid:
-            facts["tensors"] = tensors(info.folder)
-        print(json.dumps(facts) if args.json else text(facts))
-    return 0 if all(info.valid for info in found) else 1
+
+    def work() -> None:
+        args = parser.parse_args(arguments)
+        found.extend(find(args.folder, hashes=not args.quick))
+        if not found:
+            raise CheckpointError(f"{args.folder} holds no checkpoint: give a --save folder, or one checkpoint in it")
+        for info in found:
+            facts = describe(info)
+            if args.tensors and info.valid:
+                facts["tensors"] = tensors(info.folder)
+            print(json.dumps(facts) if args.json else text(facts))
+
+    return exit_status(work) or int(not all(info.valid for info in found))
 
 
 def find(folder: Path, hashes: bool) -> list[CheckpointInfo]:

@@ -17,12 +17,13 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from megatron_lsh.config import MoEConfig
+from megatron_lsh.config.settings import shown
 from megatron_lsh.config.swin import SwinConfig, odd_blocks
+from megatron_lsh.config.tool_flags import ToolParser, a_path, integer
 from megatron_lsh.convert import (
     CastSource,
     Checks,
@@ -52,17 +53,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
-    return exit_status(lambda: convert(args))
+    return exit_status(lambda: convert(parse(arguments)))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--from", dest="source", choices=(*FORMATS, *PICTURES), required=True, help="format of --load")
     add("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
-    add("--load", type=Path, required=True, help="folder to read")
-    add("--save", type=Path, required=True, help="folder to write; must not hold anything yet")
+    add("--load", type=a_path, required=True, help="folder to read")
+    add("--save", type=a_path, required=True, help="folder to write; must not hold anything yet")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="read back and compare (default: on)")
     add(
         "--logits",
@@ -73,8 +73,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="type of the written weights (default: as they are)")
     add("--quiet", action="store_true", help="no progress line")
     reading = parser.add_argument_group("reading")
-    reading.add_argument("--ckpt-step", type=int, help="iteration to read (default: what the tracker file says)")
-    reading.add_argument("--max-position-embeddings", type=int, help="from hf: use the model for shorter contexts only")
+    reading.add_argument("--ckpt-step", type=integer(0), help="iteration to read (default: what the tracker file says)")
+    reading.add_argument(
+        "--max-position-embeddings", type=integer(1), help="from hf: use the model for shorter contexts only"
+    )
     reading.add_argument(
         "--ignore-settings",
         nargs="+",
@@ -84,15 +86,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "know that they change nothing",
     )
     reading.add_argument(
-        "--image-size", type=int, help="from microsoft or timm: side of the pictures (default: what the windows say)"
+        "--image-size",
+        type=integer(1),
+        help="from microsoft or timm: side of the pictures (default: what the windows say)",
     )
-    reading.add_argument("--vocab-size", type=int, help="from megatron: tokens before padding (default: all rows)")
+    reading.add_argument(
+        "--vocab-size", type=integer(1), help="from megatron: tokens before padding (default: all rows)"
+    )
     writing = parser.add_argument_group("writing")
     writing.add_argument("--model-type", help="to hf: the architecture (default: the one that fits)")
     writing.add_argument("--max-shard-size", type=_bytes, default="5GB", help="to hf: largest file (default: 5GB)")
-    writing.add_argument("--reference", type=Path, help="folder of a Hugging Face model whose tokenizer files to copy")
-    writing.add_argument("--target-tensor-parallel-size", type=int, default=1, help="to megatron: TP (default: 1)")
-    writing.add_argument("--target-expert-parallel-size", type=int, default=1, help="to megatron: EP (default: 1)")
+    writing.add_argument(
+        "--reference", type=a_path, help="folder of a Hugging Face model whose tokenizer files to copy"
+    )
+    writing.add_argument(
+        "--target-tensor-parallel-size", type=integer(1), default=1, help="to megatron: TP (default: 1)"
+    )
+    writing.add_argument(
+        "--target-expert-parallel-size", type=integer(1), default=1, help="to megatron: EP (default: 1)"
+    )
     writing.add_argument(
         "--spelling",
         choices=("local", "te"),
@@ -102,16 +114,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     moe = parser.add_argument_group("upcycling: a dense model becomes a mixture of experts")
     moe.add_argument("--moe-use-upcycling", action="store_true", help="turn on")
     moe.add_argument(
-        "--moe-upcycling-granularity", type=int, default=1, help="experts this many times narrower (default: 1)"
+        "--moe-upcycling-granularity", type=integer(1), default=1, help="experts this many times narrower (default: 1)"
     )
-    moe.add_argument("--num-experts", type=int, help="number of experts")
-    moe.add_argument("--moe-router-topk", type=int, default=2, help="experts per token (default: 2)")
+    moe.add_argument("--num-experts", type=integer(1), help="number of experts")
+    moe.add_argument("--moe-router-topk", type=integer(1), default=2, help="experts per token (default: 2)")
     moe.add_argument(
         "--moe-layer-freq",
         help="which layers, as in training (default: all; of Swin every second of the last two stages)",
     )
     moe.add_argument("--moe-router-pre-softmax", action="store_true", help="weights that do not add up to one")
-    moe.add_argument("--seed", type=int, default=1234, help="of the routers' weights (default: 1234)")
+    moe.add_argument("--seed", type=integer(), default=1234, help="of the routers' weights (default: 1234)")
     args = parser.parse_args(arguments)
     if not args.moe_use_upcycling and args.num_experts is not None:
         parser.error("--num-experts needs --moe-use-upcycling: an existing model knows its number of experts")
@@ -213,8 +225,8 @@ def _summary(source: Source) -> str:
 
 def _bytes(text: str) -> int:
     """``5GB``, ``200MB`` or a number of bytes."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d*)?|\.\d+)\s*([KMGT]?)B?", text.strip().upper(), re.ASCII)
     size = float(match[1]) * 1000 ** " KMGT".index(match[2] or " ") if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no size such as 5GB or 200MB")
+        raise argparse.ArgumentTypeError(f"({shown(text)}) must be a size such as 5GB or 200MB: change it")
     return int(size)

@@ -10,7 +10,6 @@ Model and tokenizer are those of the checkpoint's config.json. Runs on a GPU if 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron_lsh.config import Config
+from megatron_lsh.config.tool_flags import ToolParser, a_name, a_path, a_text, integer, real
 from megatron_lsh.convert.files import read_json
 from megatron_lsh.convert.native import HF, find_native, read_config
 from megatron_lsh.convert.source import VOCABULARY
@@ -50,29 +50,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_model_flags(parser)
-    add("--prompt", nargs="+", default=[], help="texts to continue, all at once")
-    add("--prompt-file", type=Path, help="further texts, one per line")
-    add("--max-new-tokens", type=int, default=100, help="tokens to add at most (default: 100)")
-    add("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)")
-    add("--top-k", type=int, default=40, help="draw among the k most probable tokens, 0: all (default: 40)")
-    add("--top-p", type=float, default=1.0, help="draw among the most probable with this probability (default: 1)")
-    add("--seed", type=int, default=1234, help="the same seed draws the same text (default: 1234)")
+    add("--prompt", nargs="+", type=a_text, default=[], help="texts to continue, all at once")
+    add("--prompt-file", type=a_path, help="further texts, one per line")
+    add("--max-new-tokens", type=integer(1), default=100, help="tokens to add at most (default: 100)")
+    add("--temperature", type=real(at_least=0), default=0.8, help="0 takes the most probable token (default: 0.8)")
+    add("--top-k", type=integer(0), default=40, help="draw among the k most probable tokens, 0: all (default: 40)")
+    add(
+        "--top-p",
+        type=real(above=0, at_most=1),
+        default=1.0,
+        help="draw among the most probable with this probability (default: 1)",
+    )
+    add("--seed", type=integer(), default=1234, help="the same seed draws the same text (default: 1234)")
     return parser.parse_args(arguments)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, ranks: bool = True) -> None:
     """Which checkpoint, and how it is run; over several ranks where that is possible."""
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="save folder of a run or a conversion, or one checkpoint in it")
-    add("--ckpt-step", type=int, help="iteration to load (default: what the tracker file says)")
-    add("--tokenizer-type", help="as in training (default: the checkpoint's)")
-    add("--tokenizer-model", help="as in training (default: the checkpoint's)")
+    add("--load", type=a_path, required=True, help="save folder of a run or a conversion, or one checkpoint in it")
+    add("--ckpt-step", type=integer(0), help="iteration to load (default: what the tracker file says)")
+    add("--tokenizer-type", type=a_name, help="as in training (default: the checkpoint's)")
+    add("--tokenizer-model", type=a_name, help="as in training (default: the checkpoint's)")
     if ranks:
-        add("--tensor-model-parallel-size", type=int, default=1, help="ranks that share a dense layer (default: 1)")
-        add("--expert-model-parallel-size", type=int, default=1, help="ranks that share the experts (default: 1)")
+        add(
+            "--tensor-model-parallel-size",
+            type=integer(1),
+            default=1,
+            help="ranks that share a dense layer (default: 1)",
+        )
+        add(
+            "--expert-model-parallel-size", type=integer(1), default=1, help="ranks that share the experts (default: 1)"
+        )
     else:
         parser.set_defaults(tensor_model_parallel_size=1, expert_model_parallel_size=1)
     add(
@@ -81,7 +93,11 @@ def add_model_flags(parser: argparse.ArgumentParser, ranks: bool = True) -> None
         default="auto",
         help="where to run (default: a GPU if there is one)",
     )
-    add("--moe-token-dispatcher-type", help="a module:factory that the checkpoint names is imported only if named here")
+    add(
+        "--moe-token-dispatcher-type",
+        type=a_name,
+        help="a module:factory that the checkpoint names is imported only if named here",
+    )
     add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (default: as it was trained)")
 
 
@@ -90,16 +106,6 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     args = parse(arguments)
     folder, cfg, tokenizer = settings_and_tokenizer(args)
     prompts = [prompt_ids(tokenizer, text) for text in read_prompts(args.prompt, args.prompt_file)]
-    for value, allowed, rule in (
-        ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= args.temperature < math.inf, "at least 0 and finite"),
-        ("top_k", args.top_k >= 0, "at least 0"),
-        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("seed", -(2**63) <= args.seed < 2**63, "of 64 bits"),
-    ):
-        if not allowed:
-            flag = "--" + value.replace("_", "-")
-            raise ConfigError(f"{flag} ({getattr(args, value)}) must be {rule}: change it")
     return Job(args, folder, cfg, tokenizer, prompts)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_lsh.commands.generate import add_model_flags, context_length, load, settings_and_tokenizer
 from megatron_lsh.config import Config
+from megatron_lsh.config.tool_flags import ToolParser, a_path, integer
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.errors import ConfigError, DataError
 from megatron_lsh.inference.perplexity import predict
@@ -45,18 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(arguments: Sequence[str] | None) -> Job:
     """Settings, tokenizer and token ids. Raises ConfigError, CheckpointError, DataError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    parser.add_argument("--file", type=Path, required=True, help="text in UTF-8")
+    parser.add_argument("--file", type=a_path, required=True, help="text in UTF-8")
     parser.add_argument(
-        "--stride", type=int, help="tokens from one window to the next (default: half of the model's length)"
+        "--stride", type=integer(1), help="tokens from one window to the next (default: half of the model's length)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a line")
     args = parser.parse_args(arguments)
     _, cfg, tokenizer = settings_and_tokenizer(args)
     context = context_length(cfg)
     args.stride = max(context // 2, 1) if args.stride is None else args.stride
-    if not 0 < args.stride <= context:
+    if args.stride > context:
         raise ConfigError(
             f"--stride ({args.stride}) must be at least 1 and at most the model's length ({context}): change it"
         )

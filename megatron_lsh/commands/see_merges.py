@@ -23,6 +23,7 @@ import torch
 from megatron_lsh.commands.generate import add_model_flags, context_length, load, settings_and_tokenizer
 from megatron_lsh.commands.perplexity import read_text, tokens_of
 from megatron_lsh.config import Config
+from megatron_lsh.config.tool_flags import ToolParser, a_path, integer
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.data.tokenizers.pieces import pieces
 from megatron_lsh.errors import ConfigError
@@ -52,13 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(arguments: Sequence[str] | None) -> Job:
     """Settings, tokenizer and token ids. Raises ConfigError, CheckpointError, DataError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, ranks=False)
-    parser.add_argument("--file", type=Path, required=True, help="text in UTF-8")
+    parser.add_argument("--file", type=a_path, required=True, help="text in UTF-8")
     parser.add_argument(
-        "--out", type=Path, default=Path("merges.html"), help="where to write the page (default: merges.html)"
+        "--out", type=a_path, default=Path("merges.html"), help="where to write the page (default: merges.html)"
     )
-    parser.add_argument("--sequences", type=int, help="of the micro-batch (default: the training's --micro-batch-size)")
+    parser.add_argument(
+        "--sequences", type=integer(1), help="of the micro-batch (default: the training's --micro-batch-size)"
+    )
     parser.add_argument("--lsh-target-rate", help="share of the rows that is sent (default: as in training)")
     args = parser.parse_args(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from megatron_lsh.config.saved_paths import PATHS
 from megatron_lsh.config.settings import named, settings_of
 from megatron_lsh.errors import ConfigError
 
@@ -15,6 +16,14 @@ class Checked(Protocol):
 
     derived: dict[str, Any]
     notices: list[str]
+
+
+def _no_path(name: str, value: Any) -> str | None:
+    """The rule that an empty path breaks, such as that of `--save "$SAVE"`: it would be the current folder."""
+    words = value if isinstance(value, list) else [value]
+    if name in PATHS and any(isinstance(word, str) and not word.strip() for word in words):
+        return "must not be an empty path (. is the current folder)"
+    return None
 
 
 class Checker:
@@ -40,7 +49,7 @@ class Checker:
             rule: str | None
             try:
                 converted = setting.convert(value)
-                rule = setting.complaint(converted)
+                rule = setting.complaint(converted) or _no_path(name, converted)
             except ValueError as error:
                 rule = str(error)
             if rule is None:

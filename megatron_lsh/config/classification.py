@@ -282,11 +282,17 @@ def check_classification(cfg: ClassificationConfig, check: Checker) -> None:
     tune = cfg.finetune
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         check.rule(
-            f"{{{name}}} must not be given", lambda _: False, "labelled texts are given by --train-data or --hf-dataset"
+            f"{{{name}}} must not be given",
+            lambda _: False,
+            f"drop --{name.replace('_', '-')}, and give labelled texts by --train-data or --hf-dataset",
         )
-    check.rule("{mock_data} must be off", lambda on: not on, "classification needs labelled texts: give --train-data")
     check.rule(
-        "{sample_prompt} must not be given", lambda _: False, "a classifier writes no text: use tools/generate.py"
+        "{mock_data} must be off", lambda on: not on, "drop --mock-data, and give labelled texts by --train-data"
+    )
+    check.rule(
+        "{sample_prompt} must not be given to a classifier, which writes no text",
+        lambda _: False,
+        "drop --sample-prompt",
     )
     check.rule("{moe_use_upcycling} must be off", lambda on: not on, "upcycle with tools/convert_checkpoint.py first")
     for name in ("train_data", "valid_data", "test_data"):
@@ -338,7 +344,9 @@ def _check_zero_shot(cfg: ClassificationConfig, check: Checker) -> None:
             )
         check.rule("{class_texts} must not be given without --zero-shot", lambda _: False, "set --zero-shot or drop it")
         return
-    check.rule("{zero_shot} must be off with {backbone}", lambda _, kind: kind == "gpt", "a prompt needs a GPT")
+    check.rule(
+        "{zero_shot} must be off with {backbone}", lambda _, kind: kind == "gpt", "drop it: only a GPT reads prompts"
+    )
     check.rule("{class_texts} must be as many as {classes}", lambda texts, names: len(texts) == len(names))
     if "{text}" not in tune.prompt_template:
         check.problems.append(

@@ -73,30 +73,34 @@ def read_document(path: str) -> Any:
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a readable file of text: {error.strerror}"
+            f"--config ({shown(path, 1000)}) must be a readable file of text: {error.strerror}: give another"
         ) from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a readable file of text: line {line}: {error}"
+            f"--config ({shown(path, 1000)}) must be a readable file of text: line {line}: {error}: correct it"
         ) from error
     except ValueError as error:  # a null byte in the name
-        raise ConfigError(f"--config ({shown(path, 1000)}) must be a readable file of text: {error}") from error
+        raise ConfigError(
+            f"--config ({shown(path, 1000)}) must be a readable file of text: {error}: give another"
+        ) from error
     try:
         return json.loads(text, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply"
+            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply: make it flatter"
         ) from error
     except ValueError:
         pass
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config ({shown(path, 1000)}) must be a YAML file: {_where(error, text)}") from error
+        raise ConfigError(
+            f"--config ({shown(path, 1000)}) must be a YAML file: {_where(error, text)}: correct it"
+        ) from error
     except RecursionError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply"
+            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply: make it flatter"
         ) from error
 
 
@@ -132,7 +136,9 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ConfigError(f"--config ({path}) must hold a mapping from settings to values, not {shown(document)}")
+        raise ConfigError(
+            f"--config ({path}) must hold a mapping from settings to values, not {shown(document)}: correct it"
+        )
     if is_saved_config(document):
         document = settings_given_in(document)
     if isinstance(document.get("data"), dict) and (folder / "manifest.json").exists():  # the one of a checkpoint
@@ -142,7 +148,9 @@ def read_config_file(path: str, sections: Mapping[str, type]) -> dict[str, Any]:
     for key, value in document.items():
         nested = isinstance(value, dict)
         if nested and key not in sections:
-            raise ConfigError(f"--config ({path}): section {shown(key)} must be one of {', '.join(sections)}")
+            raise ConfigError(
+                f"--config ({path}): section {shown(key)} must be one of {', '.join(sections)}: rename it"
+            )
         for name, entry in value.items() if nested else [(key, value)]:
             if as_key(str(name)) in flat:
                 raise ConfigError(f"--config ({path}): {shown(name)} is given twice; keep one")

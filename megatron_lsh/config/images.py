@@ -86,7 +86,7 @@ def check_images(cfg: SwinConfig, check: Checker) -> None:
             "change --micro-batch-size, or set --mixup 0 --cutmix 0",
         )
     check.rule("{random_shift} must be less than {img_h}", lambda shift, height: shift < height)
-    check.rule("{mock_data} must be off", lambda on: not on, "give pictures with --data-path")
+    check.rule("{mock_data} must be off", lambda on: not on, "drop it, and give pictures with --data-path")
     if "train_samples" not in cfg.derived:
         for name in ("train_iters", "train_samples"):
             check.rule(f"{{epochs}} and {{{name}}} must not both be given", lambda *_: False, "drop one of them")

@@ -16,6 +16,8 @@ _PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path"
 _HUB = "hf:"  # in front of a data set of pictures: a name on the hub, or a folder
 # Where there is no such file, the value is a name on the Hugging Face hub, or a mistake to be told as it was written.
 _FILES = (*TOKENIZER_FILES, "train_data", "valid_data", "test_data", "hf_dataset")
+PATHS = frozenset((*_OF_THE_RUN, *_PREFIXES, *_FILES))
+"""settings whose text, or each of whose texts, names a file or a folder"""
 
 
 def with_full_paths(document: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,9 @@ def from_dict(document: Mapping[str, Any], config_class: type[C] = Config) -> C:
         ConfigError: if the document is not a saved configuration, is of a newer format, or holds a value of another type.
     """
     if not is_saved_config(document):
-        raise ConfigError("a saved configuration must hold 'version' and 'config': was this file written by hand?")
+        raise ConfigError(
+            "a saved configuration must hold 'version' and 'config': give the config.json of a run or of a checkpoint"
+        )
     if document["version"] > FORMAT_VERSION:
         raise ConfigError(
             f"the configuration's version ({document['version']}) must be at most {FORMAT_VERSION}: update megatron_lsh"

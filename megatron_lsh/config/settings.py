@@ -187,14 +187,16 @@ def _unwrap(annotation: Any) -> tuple[type, bool, bool]:
     return (typing.get_args(annotation)[0] if is_list else annotation), is_list, optional
 
 
-def _to_bool(value: Any) -> bool:
+def to_bool(value: Any) -> bool:
+    """As a switch. Raises ValueError with the rule, as the three below do."""
     text = str(value).lower()
     if isinstance(value, bool | str) and text in ("true", "false"):
         return text == "true"
     raise ValueError("must be true or false")
 
 
-def _to_int(value: Any) -> int:
+def to_int(value: Any) -> int:
+    """What was written as a whole number of 64 bits."""
     if isinstance(value, int | str) and not isinstance(value, bool):
         try:
             number = int(value)  # no text of thousands of digits: Python refuses those
@@ -206,7 +208,8 @@ def _to_int(value: Any) -> int:
     raise ValueError("must be an integer")
 
 
-def _to_float(value: Any) -> float:
+def to_float(value: Any) -> float:
+    """As a finite number."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -217,9 +220,12 @@ def _to_float(value: Any) -> float:
     raise ValueError("must be a finite number")
 
 
-def _to_str(value: Any) -> str:
+def to_str(value: Any) -> str:
+    """As a text that can be printed, and be the name of a file."""
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         text = str(value)
+        if "\0" in text:  # a name with one reaches no operating system
+            raise ValueError("must not contain a null character")
         if text.isascii() or text.encode("utf-8", "replace").decode() == text:
             return text
         raise ValueError("must be UTF-8")  # other bytes of a command line arrive as halves of surrogate pairs
@@ -227,5 +233,5 @@ def _to_str(value: Any) -> str:
 
 
 _CONVERTERS: Mapping[type, Callable[[Any], Any]] = types.MappingProxyType(
-    {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+    {bool: to_bool, int: to_int, float: to_float, str: to_str}
 )

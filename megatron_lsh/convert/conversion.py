@@ -155,7 +155,9 @@ def with_reference(source: Source, folder: str | Path) -> Source:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"--reference {folder} has no readable config.json: {error}") from None
+        raise CheckpointError(
+            f"--reference {folder} has no readable config.json ({error}): give a model's folder"
+        ) from None
     result: Any = copy.copy(source)
     result.origin = Origin(config, small_files(folder), source.origin.dtypes)
     return result  # type: ignore[no-any-return]

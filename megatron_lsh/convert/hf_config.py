@@ -385,7 +385,7 @@ def misfits(cfg: Config, family: Family, document: Mapping[str, Any] | None = No
 def choose_family(cfg: Config, wanted: str | None = None) -> Family:
     """The family `wanted`, or else the first that fits. Raises CheckpointError saying what does not fit."""
     if wanted is not None and wanted not in FAMILIES:
-        raise CheckpointError(f"--model-type ({wanted}) must be one of {', '.join(FAMILIES)}")
+        raise CheckpointError(f"--model-type ({wanted}) must be one of {', '.join(FAMILIES)}: change it")
     candidates = [FAMILIES[wanted]] if wanted else list(FAMILIES.values())
     reasons = {family.model_type: misfits(cfg, family) for family in candidates}
     for family in candidates:

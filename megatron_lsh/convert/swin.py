@@ -142,7 +142,9 @@ def load_huggingface(folder: Path) -> SwinSource:
     """A folder of ``SwinForImageClassification``. Raises CheckpointError."""
     config = read_json(folder / "config.json")
     if config.get("model_type") != "swin":
-        raise CheckpointError(f"{folder} holds a {config.get('model_type')} model, not a Swin: check --load")
+        raise CheckpointError(
+            f"{folder} holds a {config.get('model_type')} model, not a Swin: give the folder of a Swin by --load"
+        )
     for key, usual in (
         ("use_absolute_embeddings", False),
         ("hidden_act", "gelu"),
@@ -172,7 +174,8 @@ def save_huggingface(source: Source, folder: Path, *, verify: bool = True) -> No
     sides = {Windows.of(*grid, cfg.swin.swin_window_size, shifted=False).side for grid in stage_grids(cfg)}
     if len(sides) > 1:
         raise CheckpointError(
-            f"{source.what} has windows of {sorted(sides)} patches, and Hugging Face's Swin one size: --img-h is too small"
+            f"{source.what} has windows of {sorted(sides)} patches, and Hugging Face's Swin one size: only a Swin of larger "
+            "--img-h and --img-w, whose last stage has whole windows, is exported"
         )
     ours = {name: source.read(Rows(name, 0, spec.shape[0])) for name, spec in source.tensors.items()}
     theirs = _with_tables(to_microsoft(ours, lambda stage: cfg.heads()[stage]), cfg)

@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -25,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_lsh.data.mapped import MappedFile
+from megatron_lsh.parallel.owner import Owner, is_over
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ Build = Callable[[], Rows]
 
 CHECKSUMS = "checksums.json"
 READ_BYTES = 1 << 24
-ABANDONED_S = 24 * 3600.0  # nobody builds an entry for a day without writing to it
+OWNER = "owner.json"  # who builds an entry, until it is complete
+ABANDONED_S = 24 * 3600.0  # no builder of whom nothing is known, on another host, goes for a day without writing
 
 
 def cache_key(**facts: object) -> str:
@@ -126,9 +127,11 @@ class _ChecksummedFile:
 
 def _write(entry: Path, layout: Layout, build: Build) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(entry.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name[:8]}-", suffix=".tmp", dir=entry.parent))
     try:
+        me = Owner.here()
+        (temporary / OWNER).write_bytes(me.serialise())
+        _remove_abandoned(entry.parent, me, now_s=(temporary / OWNER).stat().st_mtime)
         files = {name: _ChecksummedFile(temporary / f"{name}.npy") for name in layout}
         try:
             for file, (shape, dtype) in zip(files.values(), layout.values(), strict=True):
@@ -143,6 +146,7 @@ def _write(entry: Path, layout: Layout, build: Build) -> None:
         # Nothing is forced to disk: what a crash of the machine takes away, the checksums find missing.
         record = _record(entry.name, {name: file.checksum for name, file in files.items()})
         (temporary / CHECKSUMS).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        (temporary / OWNER).unlink()
         temporary.chmod(0o755)  # mkdtemp makes private folders; other users may share the cache
         if os.path.lexists(entry) and _load(entry, layout) is None:
             _remove(entry)
@@ -195,12 +199,18 @@ def _remove(entry: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what builders that were killed have left behind."""
+def _remove_abandoned(folder: Path, me: Owner, now_s: float) -> None:
+    """Remove what builders that were killed have left behind.
+
+    Args:
+        now_s: the file system's time; no other clock is compared with its times.
+    """
     for left in folder.glob(".*.tmp"):
         with suppress(OSError):
-            touched = max(path.stat().st_mtime for path in (left, *left.iterdir()))
-            if touched < time.time() - ABANDONED_S:
+            touched_s = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            owner = Owner.parse((left / OWNER).read_bytes()) if (left / OWNER).is_file() else None
+            over = None if owner is None else is_over(owner, me)
+            if over or (over is None and touched_s < now_s - ABANDONED_S):
                 _remove(left)
 
 

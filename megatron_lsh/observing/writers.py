@@ -122,7 +122,9 @@ class JsonlFile:
                 self.notice = self._cut_back(iteration) if iteration > 0 else self._set_aside()
             self._file = AppendedFile(self.path, "--metrics-jsonl", warn)
         except OSError as error:
-            raise ConfigError(f"--metrics-jsonl ({self.path}) must be a file that can be written: {error}") from error
+            raise ConfigError(
+                f"--metrics-jsonl ({self.path}) must be a file that can be written ({error}): change it"
+            ) from error
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.append((json.dumps(record, allow_nan=False) + "\n").encode())
@@ -273,4 +275,6 @@ def open_tensorboard(cfg: LoggingConfig, iteration: int, warn: Callable[[str], N
             f"--tensorboard-dir needs the package tensorboard: pip install tensorboard ({error})"
         ) from error
     except OSError as error:
-        raise ConfigError(f"--tensorboard-dir ({cfg.tensorboard_dir}) must be a writable folder: {error}") from error
+        raise ConfigError(
+            f"--tensorboard-dir ({cfg.tensorboard_dir}) must be a writable folder ({error}): change it"
+        ) from error

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_lsh.config.training import TrainingConfig
-from megatron_lsh.errors import MegatronLSHError
+from megatron_lsh.errors import MegatronLSHError, reason
 from megatron_lsh.observing.writers import SteadyStream
 from megatron_lsh.parallel.launcher import adopt
 
@@ -112,17 +112,18 @@ def launch(prepare: Callable[[], Result], run: Callable[[Result], object]) -> in
 
     An error that every rank knows is reported once: one in `prepare`, which needs no process group, by the first rank of
     each node; one that went through `together` by the rank that met it. Other errors tell which rank they are from.
-    Exceptions that are not MegatronLSHError are bugs, or accidents of the machine, and pass with their traceback.
+    Exceptions that are not MegatronLSHError are bugs, or accidents of the machine, and pass with their traceback; in
+    `prepare` a file that cannot be used is told, too.
     """
     _keep_streams()
     try:
         adopt(os.environ)
         prepared = prepare()
-    except MegatronLSHError as error:
+    except (MegatronLSHError, OSError) as error:
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
             # torchrun ends all ranks as soon as one exits: leave the first one the time to speak.
             time.sleep(PATIENCE_S)
-        tell(str(error))
+        tell(reason(error))
         return 1
     try:
         run(prepared)

@@ -163,7 +163,9 @@ def save_config(cfg: Config, ctx: ParallelContext) -> None:
         ):  # the one of before is still there, and checkpoints have their own
             print(f"WARNING: {folder / 'config.json'} could not be written ({error}): the run goes on", flush=True)
             return
-        raise ConfigError(f"{folder} must be a folder that can be written, for config.json: {error}") from error
+        raise ConfigError(
+            f"{folder} must be a folder that can be written, for config.json ({error}): change it"
+        ) from error
 
 
 def _run_folder(cfg: Config) -> Path | None:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lsh.checkpoint.lock import LOCK, Owner, SaveLock, is_over
+from megatron_lsh.checkpoint.lock import LOCK, SaveLock
 from megatron_lsh.errors import CheckpointError
 from megatron_lsh.parallel.context import offline_context
+from megatron_lsh.parallel.owner import Owner, is_over
 from tests.checkpoint.toy import Trainer, manager
 
 DEAD = 2**22 + 1

@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 from megatron_lsh.config import BertConfig, Config, T5Config, describe, from_dict, parse_args, to_json, validate
 from megatron_lsh.config.classification import ClassificationConfig, parse_classification_args
 from megatron_lsh.config.settings import Setting, named, settings_of
+from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.errors import ConfigError
 from tests.config.command_lines import SMALL, small
+from tests.fuzzing import cases
 
+_SWIN = """
+--img-h 16 --patch-dim 2 --swin-depths 1 2 --swin-window-size 4 --hidden-size 16 --num-attention-heads 2 --num-experts 4
+--moe-aux-loss-coeff 0.01 --micro-batch-size 2 --lr 1e-3 --train-iters 10 --data-path pictures
+"""
 FAMILIES: dict[type[Config], list[str]] = {
     Config: SMALL,
     BertConfig: SMALL,
@@ -27,6 +33,7 @@ FAMILIES: dict[type[Config], list[str]] = {
         "--task",
         "cola",
     ],
+    SwinConfig: _SWIN.split(),
 }
 INTEGERS = [
     *"01234578",
@@ -99,7 +106,7 @@ def check_message(error: ConfigError) -> None:
         assert "must be :" not in line and "must be  " not in line, line
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=cases(100), suppress_health_check=[HealthCheck.too_slow])
 @given(command_lines(), st.sampled_from([1, 2, 3, 4, 8, 10**6]))
 def test_any_command_line_is_valid_or_refused_in_readable_lines(
     line: tuple[type[Config], list[str]], ranks: int

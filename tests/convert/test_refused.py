@@ -20,12 +20,13 @@ pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_lsh.checkpoint.lock import Owner, SaveLock
+from megatron_lsh.checkpoint.lock import SaveLock
 from megatron_lsh.convert import Checks, load_hf, load_native, save_hf, save_megatron, save_native
 from megatron_lsh.convert.logits import our_logits
 from megatron_lsh.convert.safetensors import SafetensorsReader
 from megatron_lsh.convert.source import Rows, Source
 from megatron_lsh.errors import CheckpointError
+from megatron_lsh.parallel.owner import Owner
 from tests.checkpoint.disks import tmpfs
 from tests.convert.helpers import QUIET, contents, hf_tensors
 from tests.convert.tiny import hf_logits, load_pretrained, prompts, save_tiny

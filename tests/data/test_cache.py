@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lsh.data.cache import CHECKSUMS, ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.data.cache import CHECKSUMS, OWNER, ArrayCache, Layout, Rows, cache_key
+from megatron_lsh.parallel.owner import Owner
 
 LAYOUT: Layout = {"a": ((3, 4), np.dtype("<i8")), "b": ((3,), np.dtype("<u2")), "empty": ((3, 0), np.dtype("<i4"))}
 
@@ -95,14 +97,29 @@ def test_entry_of_another_key_is_built_again(tmp_path: Path) -> None:
     check(cache.get("key", LAYOUT, rows))
 
 
-def test_what_killed_builders_left_is_removed_after_a_day(tmp_path: Path) -> None:
-    for name, age in ((".old-1.tmp", 2 * 24 * 3600), (".new-1.tmp", 3600)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.npy").write_bytes(b"half")
-        for path in (tmp_path / name / "a.npy", tmp_path / name):
+def test_what_killed_builders_left_is_removed_and_what_live_ones_build_is_not(tmp_path: Path) -> None:
+    """On one machine the process decides, not the clock, which may be set forward by days; elsewhere a day of silence."""
+    day, me = 24 * 3600, Owner.here()
+    elsewhere = replace(me, boot="another", host="another")
+    builders = {
+        "live": (me, 9 * day),
+        "dead": (replace(me, started=me.started - 1), 0),
+        "far": (elsewhere, day / 2),
+        "far and silent": (elsewhere, 2 * day),
+        "unknown": (None, day / 2),
+        "unknown and silent": (None, 2 * day),
+    }
+    for name, (owner, age) in builders.items():
+        folder = tmp_path / f".{name}.tmp"
+        folder.mkdir()
+        (folder / "a.npy").write_bytes(b"half")
+        if owner is not None:
+            (folder / OWNER).write_bytes(owner.serialise())
+        for path in (*folder.iterdir(), folder):
             os.utime(path, (time.time() - age,) * 2)
-    ArrayCache(tmp_path).get("key", LAYOUT, rows)
-    assert {path.name for path in tmp_path.iterdir()} == {".new-1.tmp", "key"}
+    check(ArrayCache(tmp_path).get("key", LAYOUT, rows))
+    assert {path.name for path in tmp_path.iterdir()} == {".live.tmp", ".far.tmp", ".unknown.tmp", "key"}
+    assert not (tmp_path / "key" / OWNER).exists()
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path) -> None:

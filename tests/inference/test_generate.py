@@ -180,9 +180,9 @@ def test_the_tool(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     for wrong, message in (
         (flags[:2], "--prompt (absent) must be given"),
-        ([*flags, "--top-p", "0"], "--top-p (0.0) must be above 0"),
-        ([*flags, "--temperature", "nan"], "--temperature (nan) must be at least 0 and finite"),
-        ([*flags, "--seed", "9" * 20], "--seed (99999999999999999999) must be of 64 bits"),
+        ([*flags, "--top-p", "0"], "--top-p (0) must be above 0 and at most 1: change it"),
+        ([*flags, "--temperature", "nan"], "--temperature (nan) must be a finite number: change it"),
+        ([*flags, "--seed", "9" * 20], "--seed (99999999999999999999) must be an integer below 2^63: change it"),
         ([*flags, "--ckpt-step", "9"], "has no iteration 9; there are [1, 2]"),
         ([*flags, "--tensor-model-parallel-size", "2"], "must divide the number of ranks"),
         ([*flags, "--load", str(tmp_path)], "holds no native checkpoint: --load takes what --save was"),

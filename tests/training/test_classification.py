@@ -271,7 +271,10 @@ def test_two_ranks_with_lsh_learn_and_agree(folder: Path, tmp_path: Path, monkey
     [
         ("--train-iters 5", r"training.train_iters \(5\) must not be given: set --epochs"),
         ("--eval-interval 5", r"training.eval_interval \(5\) must not be given"),
-        ("--data-path x", r"data.data_path \(\['x'\]\) must not be given: labelled texts are given by --train-data"),
+        (
+            "--data-path x",
+            r"data.data_path \(\['x'\]\) must not be given: drop --data-path, and give labelled texts by",
+        ),
         ("--mock-data", r"data.mock_data \(True\) must be off"),
         ("--sample-prompt x", r"logging.sample_prompt \(x\) must not be given"),
         ("--hf-dataset x", r"finetune.train_data .* must not be given with finetune.hf_dataset"),

@@ -50,7 +50,7 @@ class Reader:
             picture = self._open(place)
             if picture is not None:
                 return for_training(picture, self.size, self.cfg, rng), int(self.part.labels[place])
-        raise DataError(f"{self.part.pictures.what} has no picture that can be read")
+        raise DataError(f"{self.part.pictures.what} has no picture that can be read: check --data-path")
 
     def __len__(self) -> int:
         return len(self.part)

@@ -66,7 +66,8 @@ def _refuse(picture: Any, what: str, most_pixels: int) -> None:
     width, height = picture.size
     if width * height > most_pixels:
         raise DataError(
-            f"{what} has {width} x {height} pixels, and --max-image-pixels allows {most_pixels}: make it smaller"
+            f"{what} has {width} x {height} pixels, and --max-image-pixels allows {most_pixels}: make it smaller, or "
+            "raise that"
         )
     if picture.mode in _DEEP or ";16" in str(getattr(picture, "tile", "")):
         raise DataError(f"{what} has 16 or more bits per channel (mode {picture.mode}): convert it to 8 bits")

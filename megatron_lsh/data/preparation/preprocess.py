@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 import numpy as np
 
 from megatron_lsh.config.data import TOKENIZER_TYPES
+from megatron_lsh.config.tool_flags import ToolParser, a_name, a_text, integer
 from megatron_lsh.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_lsh.data.preparation.encoder import EncodedChunk, EncoderSettings, make_encoder
 from megatron_lsh.data.preparation.progress import Progress
@@ -30,6 +31,7 @@ from megatron_lsh.data.preparation.sources import TEXT_UNITS, Chunk, Source, ope
 from megatron_lsh.data.vocabulary import description_path, write_description
 from megatron_lsh.errors import ConfigError, DataError, exit_status
 
+MOST_WORKERS = 4096
 CHUNKS_AHEAD = 4  # per worker, so that memory stays bounded however large the input
 
 
@@ -125,7 +127,10 @@ def preprocess(args: argparse.Namespace) -> list[IndexedDataset]:
             progress.update(float(before[number]) + chunk.position, chunk.documents, chunk.size)
         for key, writer in writers.items():
             if not writer.num_documents:
-                raise DataError(f"--input {' '.join(args.input)} has no text under the key {key}: nothing was written")
+                raise DataError(
+                    f"--input {' '.join(args.input)} has no text under the key {key}, and nothing was written: give other "
+                    "files, or another of --json-keys"
+                )
             description_path(writer.prefix).unlink(missing_ok=True)  # of older data under this name
     datasets = [IndexedDataset(prefix) for prefix in prefixes.values()]
     for dataset in datasets:
@@ -157,9 +162,9 @@ def _summarize(args: argparse.Namespace, datasets: list[IndexedDataset], progres
     print(f"train on it with --data-path {datasets[0].prefix} --tokenizer-type {args.tokenizer_type}{model}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ToolParser:
     """Megatron's flags, and those for inputs other than JSON lines."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="preprocess_data.py",
         description="Tokenize documents into PREFIX_KEY_document.bin and .idx, the files that training reads.",
         allow_abbrev=False,
@@ -168,12 +173,13 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--input",
         nargs="+",
+        type=a_name,
         required=True,
         help="Files, globs or folders of JSON lines (.gz too), text or Parquet; or hf:NAME, a data set of "
         "the Hugging Face datasets package",
     )
-    add("--output-prefix", required=True, help="Start of the names of the output files")
-    add("--json-keys", nargs="+", default=["text"], help="Keys (columns) to tokenize; one output each")
+    add("--output-prefix", type=a_name, required=True, help="Start of the names of the output files")
+    add("--json-keys", nargs="+", type=a_text, default=["text"], help="Keys (columns) to tokenize; one output each")
     add("--append-eod", action="store_true", help="End every document with the end-of-document token")
     add(
         "--input-format",
@@ -200,16 +206,26 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Keep the white space between sentences: put together they are the document",
     )
-    add("--hf-config", help="Configuration of a hf: data set")
-    add("--hf-split", default="train", help="Split of a hf: data set")
+    add("--hf-config", type=a_name, help="Configuration of a hf: data set")
+    add("--hf-split", type=a_name, default="train", help="Split of a hf: data set")
     add("--tokenizer-type", required=True, help=f"One of {', '.join(TOKENIZER_TYPES)}")
-    add("--tokenizer-model", help="Tokenizer file, or folder of a Hugging Face tokenizer")
-    add("--vocab-file", help="Vocabulary of a BertWordPiece tokenizer, or of GPT2BPETokenizer")
-    add("--merge-file", help="Merges of GPT2BPETokenizer")
-    add("--vocab-size", type=int, help="Vocabulary of the NullTokenizer")
-    add("--vocab-extra-ids", type=int, default=0, help="Sentinel tokens appended to the vocabulary; text has none")
-    add("--workers", type=int, default=_cpus(), help="Processes that tokenize (default: one per usable CPU)")
-    add("--log-interval", type=int, default=1000, help="Documents between progress lines")
+    add("--tokenizer-model", type=a_name, help="Tokenizer file, or folder of a Hugging Face tokenizer")
+    add("--vocab-file", type=a_name, help="Vocabulary of a BertWordPiece tokenizer, or of GPT2BPETokenizer")
+    add("--merge-file", type=a_name, help="Merges of GPT2BPETokenizer")
+    add("--vocab-size", type=integer(1), help="Vocabulary of the NullTokenizer")
+    add(
+        "--vocab-extra-ids",
+        type=integer(0),
+        default=0,
+        help="Sentinel tokens appended to the vocabulary; text has none",
+    )
+    add(
+        "--workers",
+        type=integer(1, MOST_WORKERS),
+        default=_cpus(),
+        help="Processes that tokenize (default: one per usable CPU)",
+    )
+    add("--log-interval", type=integer(1), default=1000, help="Documents between progress lines")
     unused = parser.add_argument_group("accepted from Megatron-LM command lines, without effect here")
     for name in ("--partitions", "--dataset-impl"):
         unused.add_argument(name, help=argparse.SUPPRESS)
@@ -231,10 +247,9 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) != off and not args.split_sentences:
             raise ConfigError(f"--{name.replace('_', '-')} must not be given without --split-sentences: add that")
     if args.tokenizer_type not in TOKENIZER_TYPES:
-        raise ConfigError(f"--tokenizer-type ({args.tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}")
-    for name in ("workers", "log_interval"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least 1")
+        raise ConfigError(
+            f"--tokenizer-type ({args.tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}: change it"
+        )
     twice = [key for key in args.json_keys if args.json_keys.count(key) > 1]
     if twice:
         raise ConfigError(f"--json-keys names {twice[0]} more than once: name it once")
@@ -246,12 +261,13 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = make_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = get_close_matches(unknown[0], [name for action in parser._actions for name in action.option_strings], 1)
-        parser.error(f"unknown argument {unknown[0]}{f': did you mean {near[0]}?' if near else ''}")
 
     def work() -> None:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in parser._actions for flag in action.option_strings]
+            near = get_close_matches(unknown[0], flags, 1)
+            parser.error(f"unknown argument {unknown[0]}{f': did you mean {near[0]}?' if near else ''}")
         check_flags(args)
         preprocess(args)
 

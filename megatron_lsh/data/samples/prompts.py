@@ -22,7 +22,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     if file is not None:
         texts += _lines(file)
     if not texts:
-        raise ConfigError("--prompt (absent) must be given: what shall the model continue?")
+        raise ConfigError("--prompt (absent) must be given: give the texts to continue, or --prompt-file")
     return texts
 
 
@@ -30,7 +30,7 @@ def _lines(file: Path) -> list[str]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--prompt-file ({file}) must be a readable file: {error.strerror}") from error
+        raise ConfigError(f"--prompt-file ({file}) must be a readable file ({error.strerror}): give another") from error
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # not splitlines, which also ends lines at form feeds
     if not lines[-1]:
         lines.pop()

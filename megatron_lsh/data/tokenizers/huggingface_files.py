@@ -73,11 +73,15 @@ class FilesBeside:
         found: dict[int, AddedToken] = {}
         for number, value in _mapping(self._config.get("added_tokens_decoder", {}), self._folder / CONFIG).items():
             if not str(number).isdecimal():
-                raise DataError(f"{self._folder / CONFIG}: added_tokens_decoder ({number}) must have ids as keys")
+                raise DataError(
+                    f"{self._folder / CONFIG}: added_tokens_decoder ({number}) must have ids as keys: copy the folder again"
+                )
             found[int(number)] = self._token(value, "added_tokens_decoder")
         for content, number in self._added.items():
             if type(number) is not int:
-                raise DataError(f"{self._folder / ADDED}: the id of {content} ({number!r:.40}) must be an integer")
+                raise DataError(
+                    f"{self._folder / ADDED}: the id of {content} ({number!r:.40}) must be an integer: copy the folder again"
+                )
             named = content in special
             found[number] = AddedToken(content, normalized=not named, special=named)
         tokens = [found[number] for number in sorted(found)]
