@@ -209,14 +209,14 @@ def to_int(value: Any) -> int:
 
 
 def to_float(value: Any) -> float:
-    """As a finite number."""
+    """As a finite number; -0 is 0, which some libraries take for a negative number."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
-            return number
+            return number + 0.0
     raise ValueError("must be a finite number")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,11 @@ def test_everything_wrong_is_reported_at_once() -> None:
 def test_numbers_must_be_finite(number: str) -> None:
     shown = number or "''"
     assert problems(f"--lr={number}") == [f"optimizer.lr ({shown}) must be a finite number: change --lr"]
+
+
+def test_minus_zero_is_zero() -> None:
+    """Random generators refuse a standard deviation of -0 as a negative one."""
+    assert math.copysign(1.0, parse_args(["--weight-decay=-0.0"]).optimizer.weight_decay) == 1.0
 
 
 def test_stray_words_and_missing_values() -> None:

@@ -119,3 +119,33 @@ def test_sinkhorn_chooses_by_the_plan_in_training_and_by_score_in_evaluation(top
     loads = router.train()(x).tokens_per_expert_E
     assert int(loads.max()) < int(router.eval()(x).tokens_per_expert_E.max())
     assert torch.autograd.grad(routing.probs_TK.sum(), x)[0].abs().sum() > 0
+
+
+BIASED = json.loads((Path(__file__).parent / "megatron_router_bias.json").read_text())
+"""what megatron-core's TopKRouter with --add-bias-linear answers, and its gradients of sum(probs * (1, 2, ...) / 10)"""
+
+
+@pytest.mark.parametrize("case", BIASED["cases"], ids=lambda c: f"{c['score_function']}-{c['pre_softmax']}")
+def test_a_router_with_bias_is_megatrons(case: dict[str, Any]) -> None:
+    weight, bias = torch.tensor(BIASED["weight"]), torch.tensor(BIASED["bias"])
+    experts, hidden = weight.shape
+    moe = MoEConfig(
+        num_experts=experts,
+        moe_router_load_balancing_type="none",
+        moe_router_topk=case["topk"],
+        moe_router_score_function=case["score_function"],
+        moe_router_pre_softmax=case["pre_softmax"],
+    )
+    router = TopKRouter(ModelConfig(hidden_size=hidden), moe, offline_context(device="cpu"))
+    assert router.bias is not None, "as in megatron-core, biases of linear layers are on unless they are switched off"
+    with torch.no_grad():
+        router.weight.copy_(weight)
+        router.bias.copy_(bias)
+    routing = router(torch.tensor(BIASED["x"]))
+    ids = routing.expert_ids_TK
+    probs_TE = torch.zeros(ids.shape[0], experts).scatter(1, ids, routing.probs_TK)
+    torch.testing.assert_close(probs_TE, torch.tensor(case["probs"]), rtol=0, atol=1e-6)
+    assert (probs_TE > 0).int().tolist() == case["chosen"]
+    (probs_TE * (torch.arange(1, probs_TE.numel() + 1).view_as(probs_TE) / 10)).sum().backward()
+    torch.testing.assert_close(router.bias.grad, torch.tensor(case["grad_bias"]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(router.weight.grad, torch.tensor(case["grad_weight"]), rtol=0, atol=2e-5)
