@@ -16,6 +16,7 @@ from megatron_lsh.config import Config, parse_args
 from megatron_lsh.data.loader import Datasets, build_datasets
 from megatron_lsh.data.samples.dataset import SampleKind
 from megatron_lsh.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_lsh.errors import ConfigError, first_line
 from megatron_lsh.families.losses import Losses
 from megatron_lsh.families.scores import Judge
 from megatron_lsh.models.model import Model
@@ -29,6 +30,8 @@ Batch: TypeAlias = Mapping[str, Any]
 """samples stacked to tensors, by name"""
 Counts: TypeAlias = tuple[int, int, int]
 """wanted numbers of samples to train on, to validate on and to test on"""
+_TOO_LARGE = ("allocate memory", "out of memory", "calculation overflowed")
+"""what torch says of sizes beyond a machine's memory, or beyond 64 bits"""
 
 
 class Head(NamedTuple):
@@ -120,10 +123,18 @@ class Family:
             vocab_size: padded vocabulary.
 
         Raises:
-            ConfigError: for sizes that are missing or do not fit together.
+            ConfigError: for sizes that are missing, do not fit together, or do not fit into memory.
         """
-        model = self.model(cfg, vocab_size, ctx, telemetry)
-        initialize_parameters(model, cfg.training.seed)
+        try:
+            model = self.model(cfg, vocab_size, ctx, telemetry)
+            initialize_parameters(model, cfg.training.seed)
+        except (MemoryError, RuntimeError) as error:  # of which torch's OutOfMemoryError is one
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TOO_LARGE):
+                raise
+            raise ConfigError(
+                f"the model does not fit into the memory of {ctx.device} ({first_line(error)}): make it smaller, or "
+                "spread it over more ranks; --dry-run says what it takes"
+            ) from None
         return model
 
     def tokens_per_sample(self, cfg: Config) -> float:

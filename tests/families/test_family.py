@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_lsh.config import Config, validate
 from megatron_lsh.config.reference import SCRIPTS
 from megatron_lsh.data.loader import Datasets
-from megatron_lsh.families import FAMILIES, Batch, Criterion, Family, Head, Losses, Mean, family_of
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.families import FAMILIES, GPT, Batch, Criterion, Family, Head, Losses, Mean, family_of
 from megatron_lsh.families.scores import ClassJudge
 from megatron_lsh.models.bert import Dense
 from megatron_lsh.models.model import Model
@@ -24,9 +25,10 @@ from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import TransformerBlock
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.observing.writers import read_jsonl
-from megatron_lsh.parallel.context import ParallelContext
+from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.parameters import Init
 from megatron_lsh.training.train import train
+from tests.training.helpers import tiny_config
 
 
 def records() -> Iterator[Family]:
@@ -114,6 +116,15 @@ PICTURES = Family(
     judge=lambda cfg: ClassJudge(PATCHES, lambda model, batch: model(batch["patches"])[0]),
     criterion=lambda cfg: Criterion("accuracy"),
 )
+
+
+@pytest.mark.parametrize("width", [1 << 40, 1 << 61])
+def test_a_model_beyond_any_memory_is_refused(width: int) -> None:
+    cfg = tiny_config()
+    cfg.model.ffn_hidden_size, cfg.moe.num_experts = width, None
+    ctx = offline_context(device="cpu")
+    with pytest.raises(ConfigError, match=r"does not fit into the memory of cpu \(.+\): make it smaller"):
+        GPT.build(cfg, 64, ctx, MoETelemetry(ctx.device))
 
 
 def test_a_family_without_a_tokenizer_trains_and_is_judged_by_its_own_figures(
