@@ -23,8 +23,10 @@ def values_of(setting: Setting) -> st.SearchStrategy:
     kinds = {
         bool: st.booleans(),
         int: st.integers(-(2**63), 2**63 - 1),
-        float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.sampled_from(setting.choices) if setting.choices else st.text(),
+        float: st.floats(allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0),  # no setting is -0
+        str: st.sampled_from(setting.choices)
+        if setting.choices
+        else st.text(st.characters(codec="utf-8", min_codepoint=1)),
     }
     values = st.lists(kinds[setting.kind]) if setting.is_list else kinds[setting.kind]
     return st.none() | values if setting.optional else values

@@ -24,8 +24,8 @@ def test_what_is_no_prompt(tmp_path: Path) -> None:
     for given_, name, message in (
         ([], None, r"--prompt .absent. must be given"),
         ([], "empty", r"--prompt .absent. must be given"),
-        ([], "gone", r"--prompt-file .*gone. must be a readable file: No such file"),
-        ([], ".", r"must be a readable file: Is a directory"),
+        ([], "gone", r"--prompt-file .*gone. must be a readable file \(No such file"),
+        ([], ".", r"must be a readable file \(Is a directory"),
         ([], "p", r"--prompt-file .*p., line 2 must be UTF-8"),
         (["a", "b\udcff"], None, r"--prompt: text 2 .*b.udcff.* must be UTF-8"),
     ):
