@@ -47,18 +47,20 @@ def derive_context_parallel(cfg: Config, check: Checker) -> None:
         check.notice("context parallelism gathers keys and values: every --cp-comm-type runs as all_gather")
 
 
+def _must_be_1(check: Checker, size: str, why: str, instead: str) -> None:
+    """Refuse a kind of parallelism that a family does not have."""
+    flag = f"--{size.replace('_', '-')}"
+    check.rule(f"{{{size}}} must be 1: {why}", lambda _: False, f"set {flag} 1, and use {instead}")
+
+
 def check_context_parallel(cfg: Config, check: Checker, world_size: int) -> None:
     """Rules of ranks that share every sequence."""
     parallel, size = cfg.parallel, "context_parallel_size"
     if parallel.context_parallel_size == 1:
         return
     if cfg.why_no_context_parallel is not None:
-        check.rule(
-            f"{{{size}}} must be 1: {cfg.why_no_context_parallel}",
-            lambda _: False,
-            "set --context-parallel-size 1, and use --tensor-model-parallel-size with --sequence-parallel",
-        )
-        return
+        instead = "--tensor-model-parallel-size with --sequence-parallel"
+        return _must_be_1(check, size, cfg.why_no_context_parallel, instead)
     sizes = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
     others = [f"{{{name}}}" for name in sizes if getattr(parallel, name) > 1]
     check.rule(
@@ -90,12 +92,8 @@ def check_pipeline(cfg: Config, check: Checker, world_size: int) -> None:
     if parallel.pipeline_model_parallel_size == 1:
         return
     if cfg.why_no_pipeline is not None:
-        check.rule(
-            f"{{pipeline_model_parallel_size}} must be 1: {cfg.why_no_pipeline}",
-            lambda _: False,
-            "set --pipeline-model-parallel-size 1, and use --expert-model-parallel-size and --tensor-model-parallel-size",
-        )
-        return
+        instead = "--expert-model-parallel-size and --tensor-model-parallel-size"
+        return _must_be_1(check, "pipeline_model_parallel_size", cfg.why_no_pipeline, instead)
     check.rule(
         f"world size ({world_size}) must be divisible by {{pipeline_model_parallel_size}}",
         lambda stages: world_size % stages == 0,

@@ -13,7 +13,8 @@ _OF_THE_RUN = (
     "flight_recorder_dump_path", "memory_snapshot_path", "picture_sheet",
 )  # fmt: skip
 _PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-_HUB = "hf:"  # in front of a data set of pictures: a name on the hub, or a folder
+HUB_PREFIX = "hf:"
+"""in front of a data set of the Hugging Face hub, or of a folder that holds one"""
 # Where there is no such file, the value is a name on the Hugging Face hub, or a mistake to be told as it was written.
 _FILES = (*TOKENIZER_FILES, "train_data", "valid_data", "test_data", "hf_dataset")
 PATHS = frozenset((*_OF_THE_RUN, *_PREFIXES, *_FILES))
@@ -34,7 +35,7 @@ def _full(name: str, value: Any) -> Any:
         return [_full(name, entry) for entry in value]
     if not isinstance(value, str) or not value:
         return value
-    kind = _HUB if name in _PREFIXES and value.startswith(_HUB) else ""
+    kind = HUB_PREFIX if name in _PREFIXES and value.startswith(HUB_PREFIX) else ""
     path = Path(value.removeprefix(kind))
     certain = name in _OF_THE_RUN or (name in _PREFIXES and not kind and not is_number(value))
     if certain or ((name in _FILES or kind) and path.exists()):

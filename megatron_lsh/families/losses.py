@@ -32,8 +32,7 @@ class Mean:
         if mask is None:
             return cls(values.mean(), values.numel())
         mask = mask.to(values.dtype)
-        count = mask.sum()
-        return cls((values * mask).sum() / count.clamp(min=1.0), count)
+        return cls.share(values, mask, mask.sum(), parts=1)
 
     @classmethod
     def share(cls, values: Tensor, mask: Tensor, count: Tensor, parts: int) -> Mean:

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_lsh.config.data_paths import SPLITS, parse_split
+from megatron_lsh.config.saved_paths import HUB_PREFIX
 from megatron_lsh.data.images.decode import ENDINGS, pillow
 from megatron_lsh.data.images.idx import read_idx
-from megatron_lsh.data.preparation.input_files import HUB_PREFIX
 from megatron_lsh.data.preparation.sources import load_split, require_datasets
 from megatron_lsh.data.samples.classification import numbers_first, some_names
 from megatron_lsh.errors import DataError, first_line

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_lsh.config.saved_paths import HUB_PREFIX
 from megatron_lsh.errors import DataError
 
 FORMATS = {
@@ -17,7 +18,6 @@ FORMATS = {
     ".md": "text",
     ".parquet": "parquet",
 }
-HUB_PREFIX = "hf:"
 # Files of a data set's folder that describe it.
 ABOUT_THE_DATA = ("readme", "license", "licence", "notice", "changelog", "citation", "dataset_info", "dataset_dict")
 

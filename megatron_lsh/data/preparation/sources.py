@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_lsh.data.preparation.input_files import FORMATS, HUB_PREFIX, format_of, input_files
+from megatron_lsh.config.saved_paths import HUB_PREFIX
+from megatron_lsh.data.preparation.input_files import FORMATS, format_of, input_files
 from megatron_lsh.data.preparation.text_lines import FileLines, parse_json_line, utf8_lines
 from megatron_lsh.errors import DataError, first_line
 

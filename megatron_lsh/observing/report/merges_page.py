@@ -7,7 +7,7 @@ from html import escape
 
 from megatron_lsh.observing.report.charts import NUM_COLOURS, short
 from megatron_lsh.observing.report.merges import NO_CLUSTER, Cluster, Excerpt, LayerMerges
-from megatron_lsh.observing.report.style import STYLE
+from megatron_lsh.observing.report.style import document
 
 _SIGNS = {" ": "·", "\t": "→", "\n": "↵", "\r": "←"}
 MERGES_STYLE = """
@@ -31,10 +31,7 @@ def render(layers: Sequence[LayerMerges], title: str, notes: Sequence[str]) -> s
     said = "".join(f"<p>{escape(note)}</p>" for note in notes)
     body = f"<h1>{escape(title)}</h1>{said}<section><h2>Layers</h2>{_overview(layers)}</section>"
     body += "".join(map(_layer, layers))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}{MERGES_STYLE}</style></head>\n<body><main>{body}</main></body></html>\n"
-    )
+    return document(title, body, MERGES_STYLE)
 
 
 def section(found: Sequence[tuple[str, Sequence[LayerMerges]]]) -> str:

@@ -10,7 +10,7 @@ from megatron_lsh.observing.report.charts import Point, Series, line_chart, shor
 from megatron_lsh.observing.report.labels import further_gauges, label_of
 from megatron_lsh.observing.report.merges_page import section as merges_section
 from megatron_lsh.observing.report.runs import REST, STEP_PARTS, RunData, differing_settings, pick
-from megatron_lsh.observing.report.style import STYLE
+from megatron_lsh.observing.report.style import document
 
 NONE = "\N{EN DASH}"
 AXES = {"steps": "iterations", "tokens": "tokens", "seconds": "seconds of training", "bytes": "bytes sent, all ranks"}
@@ -69,11 +69,7 @@ def render(runs: Sequence[RunData], title: str, note: str = "") -> str:
         _section("Settings that differ", "All others are equal, where they were found.", _settings(runs)),
     ]
     body = "".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>{body}{_footer()}</main></body></html>\n"
-    )
+    return document(title, body + _footer())
 
 
 def _section(title: str, text: str, content: str) -> str:

@@ -1,6 +1,8 @@
-"""The style sheet of the page, light and dark."""
+"""What pages share: the frame of the document, and the style sheet, light and dark."""
 
 from __future__ import annotations
+
+from html import escape
 
 #: Classes c0 ... c7 colour runs, p0 ... p8 the parts of a step (k0 ... k8 in the key).
 STYLE = (
@@ -55,3 +57,12 @@ dd { margin: 0; }
     + "".join(f".c{i} {{ color: var(--c{i}); }}\n" for i in range(8))
     + "".join(f"svg .p{i} {{ fill: var(--p{i}); }}\n.k{i} {{ color: var(--p{i}); }}\n" for i in range(9))
 )
+
+
+def document(title: str, body: str, more_style: str = "") -> str:
+    """A whole page as one HTML text that needs no other file."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}{more_style}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
+    )
