@@ -149,6 +149,14 @@ class LSHConfig:
         "with the iterations from which they hold: 0.1,0.2@1000",
         parse=rate_text,
     )
+    lsh_target_energy: float | None = flag(
+        None,
+        "With budget clustering, let the rate of every layer follow its residual energy |x-c|^2/|x|^2, so that this much is "
+        "missed: --lsh-target-rate is the most that is sent then, and where each layer begins (absent: rates are fixed)",
+        above=0,
+        below=1,
+    )
+    lsh_least_rate: float = flag(0.05, "The lowest rate under --lsh-target-energy", above=0, at_most=1)
     lsh_refine_steps: int = flag(
         1, "With budget clustering, reassign rows to their nearest centroid this many times", at_least=0
     )
@@ -219,10 +227,16 @@ class LSHConfig:
         "Every so many iterations, also run the exact experts on one micro-batch and log the error of the restored rows",
         at_least=1,
     )
+    lsh_probe_warn: float = flag(
+        0.05,
+        "Say in the log when the error of the restored rows of a layer, found by --lsh-probe-interval, rises above this "
+        "(0: never)",
+        at_least=0,
+    )
 
     def rates(self) -> Rates:
-        """--lsh-target-rate as an object."""
-        return Rates.of(self.lsh_target_rate)
+        """What is sent, by layer and by iteration."""
+        return Rates.of(self.lsh_target_rate).following(self.lsh_target_energy, self.lsh_least_rate)
 
     def sends_members(self) -> bool:
         """--lsh-representative with its default filled in."""

@@ -1,20 +1,28 @@
-"""``--lsh-target-rate``: which part of the rows is sent, by layer and by iteration: one object, :class:`Rates`.
+"""Which part of the rows is sent, by layer and by iteration: one object, :class:`Rates`, made of ``--lsh-target-rate``
+and, where rates follow the residual energy, ``--lsh-target-energy`` and ``--lsh-least-rate``.
 
 0.2                                 everywhere and always
 [0.1]*2+[0.2]*18                    one rate per layer of the model, numbered through all its stacks
 [0.1,0.3]                           one per stack (T5: encoder, decoder), if it has so many
 0.1,0.2@1000,[0.2,0.3]@5000         from iteration 1000 on another, and from 5000 on by layer again
+
+With a target energy these are the most that is sent, and where each layer begins: after an iteration its rate rises if its
+residual energy was above the target, and falls if it was below. Energy falls roughly as exp(-5 rate) on the models of
+docs/results.md, so a step of a quarter of the distance in logarithms neither overshoots nor follows single batches.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _MOST = 10_000  # entries of a list; keeps [0.1]*10000000000 from eating the memory
 _RULE = "must be above 0 and at most 1"
+_GAIN, _MOST_STEP = 0.25, 0.1
+"""of log(energy / target) that is added to log(rate), and at most how much of it in an iteration"""
 _FORM = "must be a number, a list of one per layer such as [0.1]*2+[0.2]*10, or several of these as in 0.1,0.2@1000"
 
 
@@ -24,9 +32,13 @@ class Rates:
 
     Attributes:
         phases: (first iteration, rates) in rising order, the first from 0 on; one rate, or one per layer of the model.
+        energy: the residual energy that rates follow; None where they are as they stand.
+        least: the lowest rate to which they fall then.
     """
 
     phases: tuple[tuple[int, tuple[float, ...]], ...]
+    energy: float | None = None
+    least: float = 0.0
 
     @staticmethod
     def of(value: Any) -> Rates:
@@ -49,23 +61,35 @@ class Rates:
                 raise ValueError(_RULE if len(pairs) == len(pairs[0][1]) == 1 else f"{_RULE}, which {rate:g} is not")
         return Rates(tuple(pairs))
 
+    def following(self, energy: float | None, least: float) -> Rates:
+        """The same as the most that is sent, where rates follow this residual energy (None: they do not)."""
+        return self if energy is None else replace(self, energy=energy, least=least)
+
+    def followed(self, layer: int, iteration: int, rate: float, energy: float | None) -> float:
+        """The rate of a layer in this iteration, after one with that rate and residual energy (None: nobody knows)."""
+        if self.energy is not None and energy is not None:
+            step = _GAIN * math.log(max(energy, 1e-9) / self.energy)
+            rate *= math.exp(min(max(step, -_MOST_STEP), _MOST_STEP))
+        return min(max(rate, self.least), self.at(layer, iteration))
+
     def at(self, layer: int, iteration: int) -> float:
-        """Of the layer with this number in the model, in this iteration (counted from 0)."""
+        """Of the layer with this number in the model, in this iteration (counted from 0); the most, if rates follow."""
         rates = next(rates for start, rates in reversed(self.phases) if start <= iteration)
         return rates[0] if len(rates) == 1 else rates[layer]
 
     def of_layer(self, layer: int) -> tuple[float, ...]:
-        """All rates that a layer ever has, in their order."""
-        return tuple(self.at(layer, start) for start, _ in self.phases)
+        """All rates that a layer ever has, in their order; with those to which it may fall."""
+        return tuple(self.at(layer, start) for start, _ in self.phases) + self._lowest()
 
     def span(self) -> tuple[float, float]:
         """The smallest and the largest."""
-        every = [rate for _, rates in self.phases for rate in rates]
+        every = [*(rate for _, rates in self.phases for rate in rates), *self._lowest()]
         return min(every), max(every)
 
     def times(self, factor: float) -> Rates:
-        """All rates multiplied."""
-        return Rates(tuple((start, tuple(rate * factor for rate in rates)) for start, rates in self.phases))
+        """All rates multiplied, none above 1."""
+        phases = tuple((start, tuple(min(rate * factor, 1.0) for rate in rates)) for start, rates in self.phases)
+        return replace(self, phases=phases)
 
     def by_layer(self, layers_of_stacks: Sequence[int]) -> Rates:
         """One rate per stack becomes one per layer.
@@ -86,7 +110,10 @@ class Rates:
                     f"has a list of {len(rates)} and must have {layers}, one per layer of the model{per_stack}"
                 )
             phases.append((start, rates))
-        return Rates(tuple(phases))
+        return replace(self, phases=tuple(phases))
+
+    def _lowest(self) -> tuple[float, ...]:
+        return () if self.energy is None else (self.least,)
 
     def __str__(self) -> str:
         """What :meth:`of` reads."""

@@ -13,6 +13,7 @@ from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.layout_rules import check_context_parallel, check_pipeline, model_parallel_size
+from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.config.settings import shown
 from megatron_lsh.errors import ConfigError
 
@@ -202,6 +203,26 @@ def _check_rates(cfg: Config, check: Checker) -> None:
         check.problems.append(
             f"lsh.lsh_target_rate ({shown(cfg.lsh.lsh_target_rate)}) {error}: change --lsh-target-rate"
         )
+        return
+    if cfg.lsh.lsh_probe_interval is None and cfg.lsh.lsh_probe_warn != LSHConfig.lsh_probe_warn:
+        check.notice("no effect without --lsh-probe-interval: --lsh-probe-warn")
+    if cfg.lsh.lsh_target_energy is None:
+        if cfg.lsh.lsh_least_rate != LSHConfig.lsh_least_rate:
+            check.notice("no effect without --lsh-target-energy: --lsh-least-rate")
+        return
+    if cfg.moe.num_experts is None or cfg.moe.moe_token_dispatcher_type in ("alltoall", "allgather"):
+        check.notice("no effect without --num-experts and --moe-token-dispatcher-type lsh: --lsh-target-energy")
+        return
+    check.rule(
+        "{lsh_target_energy} must not be given with {lsh_clustering} clustering, whose rate follows from the data",
+        lambda energy, clustering: clustering == "budget",
+        "drop --lsh-target-energy or --lsh-clustering",
+    )
+    check.rule(
+        "{lsh_least_rate} must be at most {lsh_target_rate}",
+        lambda least, _: least <= min(rate for _, phase in rates.phases for rate in phase),
+        "lower --lsh-least-rate or raise --lsh-target-rate",
+    )
 
 
 def _check_groups(cfg: Config, check: Checker) -> None:

@@ -260,6 +260,18 @@ def describe_restoration(spec: DispatcherSpec) -> str | None:
     )
 
 
+def describe_rates(spec: DispatcherSpec) -> str | None:
+    """One line for the log where rates follow the residual energy."""
+    rates = spec.lsh.rates()
+    if rates.energy is None or spec.moe.moe_token_dispatcher_type in ("alltoall", "allgather"):
+        return None
+    least, most = rates.span()
+    return (
+        f"LSH sends between {least:.1%} and {most:.1%} of the rows of each layer, so that its residual energy stays near "
+        f"{rates.energy:g} (--lsh-target-energy)"
+    )
+
+
 def lsh_compressor(
     spec: DispatcherSpec,
     *,

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from megatron_lsh.config.logging import LoggingConfig
+from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.moe.telemetry import LayerReport
 from megatron_lsh.observing.log_line import accuracy_line, evaluation_line, figures_text, perplexity
 from megatron_lsh.observing.metrics import IntervalMetrics, finite
+from megatron_lsh.observing.restored_error import RestoredErrors
 from megatron_lsh.observing.state import StepResult, TrainState
 from megatron_lsh.observing.summary import Payload
 from megatron_lsh.observing.trackers import RunFacts, Writer, open_writers
@@ -64,14 +66,22 @@ class Stopwatch:
 class Reporter:
     """The last rank writes, as in Megatron; the others only keep the totals for the closing report."""
 
-    def __init__(self, cfg: LoggingConfig, ctx: ParallelContext, figures: RunFigures, per_layer: bool = False) -> None:
-        """`per_layer`: --moe-per-layer-logging. Nothing is opened before `open`."""
+    def __init__(
+        self,
+        cfg: LoggingConfig,
+        ctx: ParallelContext,
+        figures: RunFigures,
+        per_layer: bool = False,
+        lsh: LSHConfig | None = None,
+    ) -> None:
+        """`per_layer`: --moe-per-layer-logging. `lsh`: settings of its probe. Nothing is opened before `open`."""
         self.cfg = cfg
         self.ctx = ctx
         self.figures = figures
         self.per_layer = per_layer
         self.writes = ctx.rank == ctx.world.size - 1
         self.watch = Stopwatch()
+        self.restored_errors = RestoredErrors(lsh or LSHConfig())
         self.payload = Payload()
         """over the intervals of this process, for the closing report"""
         self.validation: list[tuple[int, float]] = []
@@ -173,8 +183,12 @@ class Reporter:
         self.print(str(metrics.log_line(self.cfg.log_throughput)))
         if self.cfg.progress:
             self.print(metrics.progress_line(self._seconds_left(state.iteration)))
+        warning, errors = self.restored_errors.look(layers), self.restored_errors
+        if warning is not None:
+            self.print(warning)
         if self._jsonl is not None:
-            self._jsonl.write(metrics.record(self.per_layer))
+            above = {"lsh_layers_above_probe_warn": sorted(errors.above)} if errors.watched else {}
+            self._jsonl.write(metrics.record(self.per_layer) | above)
         self._points(state.iteration, metrics.scalars(self.per_layer), flush=True)
 
     def evaluation(self, iteration: int, name: str, losses: Mapping[str, float], *, final: bool) -> None:

@@ -82,6 +82,11 @@ def _advice(cfg: Config, layers: Sequence[LayerReport], uncompressed: float) -> 
     control = "the exact control is --moe-token-dispatcher-type alltoall"
     if cfg.lsh.lsh_clustering == "budget":
         half, steps = cfg.lsh.rates().times(0.5), cfg.lsh.lsh_refine_steps
+        if half.energy is not None:
+            return (
+                f"next: --lsh-target-energy {min(2 * half.energy, 0.99):g} sends fewer rows, within --lsh-least-rate and "
+                f"--lsh-target-rate; {control}"
+            )
         return (
             f"next: --lsh-target-rate {half} sends half as many rows, --lsh-refine-steps {steps + 1} finds closer "
             f"centroids for more arithmetic; {control}"

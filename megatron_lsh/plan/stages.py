@@ -60,7 +60,9 @@ def crossing_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[
     if layers and cfg.moe.moe_token_dispatcher_type == "lsh":
         rates = cfg.lsh.rates()
         sent = experts * mean(rates.at(layer, 0) for layer in layers)
-        parts[0] += f" if all travel, {sent:.1f} under LSH at --lsh-target-rate {rates}"
+        parts[0] += (
+            f" if all travel, {'' if rates.energy is None else 'at most '}{sent:.1f} under LSH at --lsh-target-rate {rates}"
+        )
     parts += [f"{stages:.1f} between pipeline stages"] if layout.pp > 1 else []
     if layout.cp > 1:
         shape, keys = ModelShape.from_config(cfg.model), rows_to_sharers(cfg, layout, node_of_rank)

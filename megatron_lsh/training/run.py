@@ -19,6 +19,8 @@ from megatron_lsh.errors import DataError
 from megatron_lsh.families import Family, Judge
 from megatron_lsh.families.scores import LossJudge
 from megatron_lsh.models.model import Model
+from megatron_lsh.moe.compressors.lsh import ClusterByHash
+from megatron_lsh.moe.rates import LayerRates
 from megatron_lsh.moe.schedule import restore_decisions, save_decisions, trials
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.observing.reporter import Reporter, RunFigures
@@ -122,6 +124,7 @@ class Run:
                 "lsh_seed": self.cfg.lsh.lsh_seed,
                 "loss_scale": self.step.loss_scale.state_dict(),
                 "auto_dispatcher": save_decisions(self.model),
+                "lsh_rates": None if self.step.rates is None else self.step.rates.state_dict(),
                 "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             },
             padded_rows=dict.fromkeys(_vocabulary_parameters(self.model), self.cfg.model.vocab_size or 0),
@@ -155,7 +158,7 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
     shard_model(model, ctx, cfg.precision)
     describe_model(model, cfg.model.vocab_size, padded, ctx)
     describe_dispatch(cfg, ctx)
-    reporter = Reporter(cfg.logging, ctx, _figures(cfg, family, ctx, padded), cfg.moe.moe_per_layer_logging)
+    reporter = Reporter(cfg.logging, ctx, _figures(cfg, family, ctx, padded), cfg.moe.moe_per_layer_logging, cfg.lsh)
     step = _step(cfg, family, model, reporter)
     checkpoint = start_from_dense(cfg, ctx)
     timeout = timedelta(minutes=cfg.parallel.distributed_timeout_minutes)
@@ -234,8 +237,17 @@ def _step(cfg: Config, family: Family, model: Model, reporter: Reporter) -> Step
         total_iterations=required(cfg.training.train_iters),
         loss_tokens=family.loss_tokens if cfg.training.calculate_per_token_loss else None,
         loss_scale=LossScale.of(cfg.precision),
+        rates=_rates(cfg, model),
         tell=reporter.print_of_stage,
     )
+
+
+def _rates(cfg: Config, model: Model) -> LayerRates | None:
+    """What moves them, under --lsh-target-energy."""
+    if cfg.lsh.lsh_target_energy is None or cfg.moe.num_experts is None:
+        return None
+    held = [m.followed for m in model.modules() if isinstance(m, ClusterByHash) and m.followed is not None]
+    return LayerRates(cfg.lsh.rates(), sum(cfg.layers_of_stacks()), held)
 
 
 def _samples(cfg: Config, train: int) -> tuple[int, int, int]:
@@ -271,6 +283,8 @@ def _restore(run: Run) -> None:
         _set_length(run, result)
         _compare_data(run, result)
         _restore_dispatchers(run, result)
+        if run.step.rates is not None and result.extra.get("lsh_rates") is not None:
+            run.step.rates.load_state_dict(result.extra["lsh_rates"], run.state.iteration)
         if run.early_stopping is not None and result.extra.get("early_stopping") is not None:
             run.early_stopping.load_state_dict(result.extra["early_stopping"])
     if result is not None and result.rng is not None:

@@ -20,7 +20,7 @@ from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.serialize import describe, to_saved
 from megatron_lsh.errors import CheckpointError, ConfigError
-from megatron_lsh.moe.registry import DispatcherSpec, describe_restoration
+from megatron_lsh.moe.registry import DispatcherSpec, describe_rates, describe_restoration
 from megatron_lsh.moe.registry import describe as describe_dispatcher
 from megatron_lsh.parallel.agreement import exchange
 from megatron_lsh.parallel.context import ParallelContext
@@ -131,7 +131,7 @@ def describe_dispatch(cfg: Config, ctx: ParallelContext) -> None:
     if cfg.moe.num_experts is None or ctx.rank != 0:
         return
     spec = DispatcherSpec.of(cfg.model, cfg.moe, cfg.lsh, ctx, layer=0)
-    for line in (describe_dispatcher(spec), describe_restoration(spec)):
+    for line in (describe_dispatcher(spec), describe_restoration(spec), describe_rates(spec)):
         if line is not None:
             print(line, flush=True)
 

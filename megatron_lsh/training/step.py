@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from megatron_lsh.families import Batch, Losses
 from megatron_lsh.families.losses import MAIN, mean_of
 from megatron_lsh.models.model import Model
+from megatron_lsh.moe.rates import LayerRates
 from megatron_lsh.moe.schedule import decide, trials
 from megatron_lsh.observing.state import StepResult
 from megatron_lsh.parallel.collectives import all_reduce_
@@ -45,6 +46,8 @@ class Step:
     (--calculate-per-token-loss); None gives every micro-batch the same weight"""
     loss_scale: LossScale = field(default_factory=LossScale)
     """multiplies the loss for the backward pass, so that gradients in fp16 stand"""
+    rates: LayerRates | None = None
+    """moves the rates of LSH by the residual energy (--lsh-target-energy)"""
     tell: Callable[[str], None] = _say_nothing
     """writes a line to the log; called on every rank"""
 
@@ -65,7 +68,7 @@ class Step:
         sum_tied_gradients(self.model.tied_parameters(), self.ctx)
         finalize_gradients(self.model, self.ctx, scale)
         grad_norm = clip_grad_norm(self.model, self.clip_grad, self.ctx)
-        means, bad_loss, bad_gradient, stop = self._agree(sums, grad_norm, stop)
+        means, bad_loss, bad_gradient, stop, energies = self._agree(sums, grad_norm, stop)
         finite = not (bad_loss or bad_gradient)
         overflow = bad_gradient and not bad_loss and self.loss_scale.can_fall
         self.loss_scale.update(not finite)
@@ -73,6 +76,8 @@ class Step:
             self.optimizer.step()
             self.model.update_expert_bias()
             self.schedule.step(self.global_batch_size)
+            if self.rates is not None:
+                self.rates.move(energies, iteration + 1)
         else:
             self.model.discard_expert_load()
         self.optimizer.zero_grad(set_to_none=True)
@@ -104,14 +109,18 @@ class Step:
 
     def _agree(
         self, sums: Mapping[str, Tensor], grad_norm: Tensor, stop: bool
-    ) -> tuple[dict[str, float], bool, bool, bool]:
-        """(mean losses by name; whether on any rank a loss is not finite, the gradient norm is not, someone wants to stop).
+    ) -> tuple[dict[str, float], bool, bool, bool, list[float]]:
+        """(mean losses by name; whether on any rank a loss is not finite, the gradient norm is not, someone wants to stop;
+        the sums of what the ranks have seen of LSH's energies).
 
         One all-reduce. Ranks decide by counts of flags, which are exact, so they cannot disagree.
         """
         found = torch.cat(list(sums.values()))
         flags = torch.stack([~torch.isfinite(found).all(), ~torch.isfinite(grad_norm)]).double()
-        values = torch.cat([found, flags, torch.tensor([float(stop)], dtype=torch.float64).to(flags.device)])
-        *pairs, bad_losses, bad_gradients, stop_ranks = all_reduce_(values, self.ctx.world).tolist()
+        told = torch.tensor([float(stop)], dtype=torch.float64).to(flags.device)
+        seen = found.new_zeros(0) if self.rates is None else self.rates.seen(found.device)
+        values = all_reduce_(torch.cat([found, flags, told, seen]), self.ctx.world).tolist()
+        pairs, energies = values[: len(found)], values[len(found) + 3 :]
+        bad_losses, bad_gradients, stop_ranks = values[len(found) : len(found) + 3]
         means = {name: mean_of(pairs[2 * place : 2 * place + 2]) for place, name in enumerate(sums)}
-        return means, bad_losses > 0, bad_gradients > 0, stop_ranks > 0
+        return means, bad_losses > 0, bad_gradients > 0, stop_ranks > 0, energies

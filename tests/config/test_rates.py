@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -119,3 +121,48 @@ def test_a_layer_sends_what_its_rate_says_now() -> None:
     assert seen[5] == seen[9] == 1.0
     exact = run(make_layer(single())[0], x)
     assert all(torch.equal(last[name], value) for name, value in exact.items())
+
+
+def test_a_rate_follows_the_energy_within_its_bounds() -> None:
+    """Of a layer whose energy falls with its rate as 0.21 exp(-4.8 rate), from above and from below."""
+    for start, energy in ((0.9, 0.1), (0.1, 0.04), (0.3, 0.001), (0.3, 0.5)):
+        rates = Rates.of("0.1,0.6@100,0.5@200").following(energy, 0.05)
+        rate, seen = start, []
+        for iteration in range(101, 200):
+            rate = rates.followed(2, iteration, rate, 0.21 * math.exp(-4.8 * rate))
+            seen.append(rate)
+        wanted = min(max(math.log(0.21 / energy) / 4.8, 0.05), 0.6)
+        assert rate == pytest.approx(wanted, rel=0.01)
+        steps = [abs(math.log(b / a)) for a, b in itertools.pairwise(seen)]
+        assert max(steps) <= 0.1001
+        assert rates.followed(2, 200, 0.6, energy) == 0.5  # the next bound holds at once
+    assert rates.followed(2, 101, 0.3, None) == 0.3
+    assert rates.followed(2, 101, 0.3, 0.0) == pytest.approx(0.3 * math.exp(-0.1))
+    assert (rates.span(), rates.of_layer(0)) == ((0.05, 0.6), (0.1, 0.6, 0.5, 0.05))
+    assert Rates.of("0.2").following(None, 0.05) == Rates.of("0.2")
+
+
+def test_what_cannot_follow_an_energy_is_refused() -> None:
+    lsh = "--moe-token-dispatcher-type lsh --lsh-target-energy"
+    rates = tiny_config(f"{lsh} 0.1 --lsh-target-rate [0.2,0.4] --lsh-least-rate 0.2").lsh.rates()
+    assert (rates.energy, rates.least, rates.at(1, 0)) == (0.1, 0.2, 0.4)
+    for flags, rule in (
+        (
+            "0.1 --lsh-clustering bucket",
+            r"lsh_target_energy \(0.1\) must not be given with lsh.lsh_clustering \(bucket\)",
+        ),
+        (
+            "0.1 --lsh-target-rate [0.3,0.1] --lsh-least-rate 0.2",
+            r"lsh_least_rate \(0.2\) must be at most lsh.lsh_target",
+        ),
+        ("1", r"lsh_target_energy \(1.0\) must be above 0 and below 1: change --lsh-target-energy"),
+        ("0.1 --lsh-least-rate 0", r"lsh_least_rate \(0.0\) must be above 0 and at most 1: change --lsh-least-rate"),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            tiny_config(f"{lsh} {flags}")
+    for flags, notice in (
+        ("--lsh-target-energy 0.1", "no effect without --num-experts and --moe-token-dispatcher-type lsh"),
+        ("--lsh-least-rate 0.1", "no effect without --lsh-target-energy"),
+        ("--lsh-probe-warn 0.1", "no effect without --lsh-probe-interval"),
+    ):
+        assert any(line.startswith(notice) for line in tiny_config(flags).notices)

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_lsh.config import LoggingConfig
+from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
 from megatron_lsh.moe.layer import GAUGES
 from megatron_lsh.moe.telemetry import LayerReport
 from megatron_lsh.observing.metrics import IntervalMetrics, duration
 from megatron_lsh.observing.plot import plot_losses
+from megatron_lsh.observing.restored_error import RestoredErrors
 from megatron_lsh.observing.summary import Payload, byte_count, closing_lines
 from megatron_lsh.observing.writers import JsonlFile, open_tensorboard, read_jsonl
 from tests.training.helpers import tiny_config
@@ -194,3 +196,31 @@ def test_plot(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_losses(path)
+
+
+def test_a_layer_that_comes_above_the_probes_threshold_is_told_once() -> None:
+    def errors(*of_layers: float | None) -> list[LayerReport]:
+        reports = [layer(number) for number in range(len(of_layers))]
+        return [
+            LayerReport(report.layer, report.gauges, {**report.figures, "lsh_restored_error": error})
+            for report, error in zip(reports, of_layers, strict=True)
+        ]
+
+    cfg = LSHConfig(lsh_probe_interval=10, lsh_probe_warn=0.05, lsh_target_rate="[0.2,0.7]", lsh_residual="none")
+    watch = RestoredErrors(cfg)
+    assert watch.look(errors(0.05, 0.01)) is None
+    line = watch.look(errors(0.0512, 0.01)) or ""
+    assert "--lsh-probe-warn 0.05 (error over energy of the exact outputs; layer 0: 0.051)" in line
+    assert "--lsh-target-rate [0.4,1.0] sends twice the rows; --lsh-residual interpolate restores closer" in line
+    assert watch.look(errors(0.3, 0.01)) is None and watch.above == {0}
+    assert watch.look(errors(None, None)) is None and watch.above == {0}  # no probe in this interval
+    assert "layer 0: 0.300, layer 1: 0.060" in (watch.look(errors(0.3, 0.06)) or "")
+    assert watch.look(errors(0.04, 0.06)) is None and watch.above == {1}
+    assert "layer 0: nan" in (watch.look(errors(float("nan"), None)) or "") and watch.above == {0, 1}
+    for other, fix in (
+        (LSHConfig(lsh_probe_interval=1, lsh_target_energy=0.2), "--lsh-target-energy 0.1 sends more rows"),
+        (LSHConfig(lsh_probe_interval=1, lsh_clustering="bucket"), "--lsh-clustering budget sends"),
+    ):
+        assert fix in (RestoredErrors(other).look(errors(0.9)) or "")
+    assert RestoredErrors(LSHConfig()).look(errors(0.9)) is None
+    assert RestoredErrors(LSHConfig(lsh_probe_interval=1, lsh_probe_warn=0)).look(errors(0.9)) is None

@@ -19,8 +19,9 @@ NODES = (
     "--micro-batch-size 1 --global-batch-size 8 --moe-layer-freq ([0]+[1])"
 )
 WAYS = {
-    "node scope": "--moe-token-dispatcher-type lsh --lsh-target-rate 0.3,0.5@2 --lsh-probe-interval 1 --lsh-wire-dtype "
-    "int4x32 --lsh-wire-dtype-backward fp8 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "node scope": "--moe-token-dispatcher-type lsh --lsh-target-rate 0.3,0.5@2 --lsh-target-energy 0.1 --lsh-least-rate 0.1 "
+    "--lsh-probe-interval 1 --lsh-wire-dtype int4x32 --lsh-wire-dtype-backward fp8 "
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "de-duplicated": "--moe-overlap-chunks 2",
 }
 FAMILIES = {"gpt": GPT, "bert": BERT, "t5": T5}

@@ -61,6 +61,27 @@ def test_a_signal_leaves_the_validation_that_is_due_to_the_resumed_run(
     assert len(values(tmp_path / "two", "validation_loss")) == 4
 
 
+def test_rates_that_follow_the_energy_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the bit; in the second part rates are those of the first. The probe tells of layers that are far off."""
+    flags = (
+        f"{EVALUATED} --moe-token-dispatcher-type lsh --lsh-target-rate 0.9 --lsh-target-energy 0.3 --lsh-eval both "
+    )
+    flags += "--moe-per-layer-logging --lsh-probe-interval 1 --lsh-probe-warn 1e-6"
+    go(tmp_path / "one", flags)
+    go(tmp_path / "two", f"{flags} --exit-interval 3")
+    told = capsys.readouterr().out
+    go(tmp_path / "two", flags)
+    keys = ("lm_loss", "grad_norm", "lsh_compression_rate_per_layer", "lsh_layers_above_probe_warn")
+    whole = values(tmp_path / "one", *keys)
+    assert whole == values(tmp_path / "two", *keys)
+    assert values(tmp_path / "one", "validation_loss") == values(tmp_path / "two", "validation_loss")
+    rates = [per_layer for _, _, _, per_layer, _ in whole]
+    assert rates[0] != rates[3] != rates[-1] and max(map(max, rates[-2:])) < min(rates[0])
+    assert "LSH sends between 5.0% and 90.0% of the rows of each layer" in told
+    assert told.count("WARNING: restored rows are off by more than --lsh-probe-warn 1e-06") == 2  # once a run
+    assert [above for *_, above in whole] == [[0, 1]] * 8
+
+
 def test_a_complete_run_says_that_nothing_is_left_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     go(tmp_path, "--train-iters 2 --eval-iters 0")
     go(tmp_path, "--train-iters 2 --eval-iters 0")

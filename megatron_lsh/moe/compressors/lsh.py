@@ -25,6 +25,7 @@ from megatron_lsh.moe.dispatcher import Restore
 from megatron_lsh.moe.gauges import Gauge, averaged, ratio
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows
+from megatron_lsh.moe.rates import FollowedRate
 
 #: The parts of LSH that are timed apart.
 STAGES = ("hash", "cluster", "refine", "compress", "restore")
@@ -91,7 +92,7 @@ class LSHCompressor(nn.Module):
         clusters: Clusters = p.decided[self]
         sent = p.time("lsh_compress_time_ms", self.represent, rows_ND, clusters, p)
         if not p.replay:
-            record(
+            self.record(
                 clusters, p, *(sent.energy or lsh.residual_energy(rows_ND.detach(), sent.rows_CD.detach(), clusters))
             )
 
@@ -101,12 +102,15 @@ class LSHCompressor(nn.Module):
 
         return sent.rows_CD, clusters.counts_E, prepare
 
-
-def record(clusters: Clusters, p: LayerPass, missed: Tensor, total: Tensor) -> None:
-    """Count rows and clusters, and the energy that the clusters miss of the rows' total."""
-    p.add(
-        lsh_rows=clusters.num_rows, lsh_clusters=clusters.num_clusters, lsh_residual_energy=missed, lsh_row_energy=total
-    )
+    def record(self, clusters: Clusters, p: LayerPass, missed: Tensor, total: Tensor) -> None:
+        """Count rows and clusters, and the energy that the clusters miss of the rows' total."""
+        p.add(
+            lsh_rows=clusters.num_rows, lsh_clusters=clusters.num_clusters, lsh_residual_energy=missed,
+            lsh_row_energy=total,
+        )  # fmt: skip
+        followed: FollowedRate | None = getattr(self.cluster, "followed", None)
+        if followed is not None and self.training:
+            followed.see(clusters.num_rows, missed, total)
 
 
 class ClusterByHash(nn.Module):
@@ -122,13 +126,15 @@ class ClusterByHash(nn.Module):
         """
         super().__init__()
         self._cfg, self._layer, self._rates = cfg, layer, cfg.rates()
+        self.followed = None if self._rates.energy is None else FollowedRate(layer, self._rates.at(layer, 0))
         self.set_iteration(0)
         self._num_hashes, self._width = cfg.hash_shape()
         # Not saved: it is a pure function of the configuration, which every checkpoint carries.
         self.register_buffer("rotation_DQW", rotation_DQW, persistent=False)
 
     def set_iteration(self, iteration: int, total: int | None = None) -> None:
-        self._rate = self._rates.at(self._layer, iteration)
+        most = self._rates.at(self._layer, iteration)
+        self._rate = most if self.followed is None else min(self.followed.rate, most)
 
     def forward(self, rows_ND: Tensor, index_N: Tensor | None, counts_E: Tensor, p: LayerPass) -> Clusters:
         projection_NP = p.time("lsh_hash_time_ms", lsh.project, rows_ND, self.rotation_DQW)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_lsh import lsh
 from megatron_lsh.lsh import Clusters
-from megatron_lsh.moe.compressors.lsh import Cluster, LSHCompressor, Represent, RestoreRows, record
+from megatron_lsh.moe.compressors.lsh import Cluster, LSHCompressor, Represent, RestoreRows
 from megatron_lsh.moe.dispatcher import Restore
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Permutation, Rows
@@ -95,7 +95,7 @@ class TokenLSHCompressor(LSHCompressor):
         clusters: Clusters = p.decided[self]
         means_CD, slots_TK = p.time("lsh_compress_time_ms", _means, x_TD, permutation, clusters)
         if not p.replay:
-            record(clusters, p, *lsh.residual_energy(x_TD.detach(), means_CD.detach(), clusters, index_N))
+            self.record(clusters, p, *lsh.residual_energy(x_TD.detach(), means_CD.detach(), clusters, index_N))
 
         def restore(out_CD: Tensor) -> Rows:
             return RestoredTokens(
