@@ -157,6 +157,29 @@ def paired(differences: Sequence[float]) -> str:
     return f"{statistics.mean(differences):+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
+#: 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom: what a 95% interval is made of.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95% interval of the mean of paired differences (Student's t); None for a single one.
+
+    A bar holds if the upper end is below it.
+    """
+    error = standard_error(differences)
+    if error is None:
+        return None
+    # A quantile of fewer degrees of freedom is larger: more than 16 seeds get a little too wide an interval.
+    half = _STUDENT[min(len(differences) - 1, len(_STUDENT)) - 1] * error
+    return statistics.mean(differences) - half, statistics.mean(differences) + half
+
+
+def mean_and_interval(differences: Sequence[float], digits: int = 3) -> str:
+    """``+0.050 (-0.004 to +0.104)``; a single difference stands alone."""
+    mean, ends = f"{statistics.mean(differences):+.{digits}f}", interval(differences)
+    return mean if ends is None else f"{mean} ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

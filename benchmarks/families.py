@@ -11,6 +11,7 @@ all that are there: a long comparison can be made in parts.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.common import (
     DATA,
     ROOT,
     TrainingJob,
     finished,
     read_metrics,
+    result_path,
     spread,
     table,
     train_all,
@@ -177,18 +180,13 @@ def report(runs: Runs) -> str:
     return table(header, rows)
 
 
-def plot(runs: Runs, path: Path) -> None:
+def plot(runs: Runs) -> Any:
     """Training loss of every family over the iterations: the mean over the seeds, and their range as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     longest = max(iters for *_, iters in runs)
     shown = {kind: list(found.values()) for kind, found in groups(runs).items() if kind[2] == longest}
     names = list(dict.fromkeys(name for name, _, _ in shown))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    figure, axes = figures.panels(len(names), 4.2 * len(names), 3.6)
+    for axis, name in zip(axes, names, strict=True):
         for (family, dispatcher, _), found in shown.items():
             if family != name:
                 continue
@@ -199,11 +197,15 @@ def plot(runs: Runs, path: Path) -> None:
             axis.fill_between(iterations, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(xlabel="iteration", title=name.upper())
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("training loss, nats per predicted token")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("training loss, nats per predicted token")
+    return figure
+
+
+def drawn() -> Any:
+    """The figure of the recorded runs."""
+    runs = json.loads(result_path("families").read_text())["runs"]
+    return plot({(run["model"], run["dispatcher"], run["seed"], run["iters"]): run for run in runs})
 
 
 def main(words: list[str] | None = None) -> None:
@@ -221,7 +223,7 @@ def main(words: list[str] | None = None) -> None:
     train_all([job_for(key, options.folder) for key in keys], outcome)
     runs = {k: run for k, run in finished(options.folder).items() if k[0] in FAMILIES and k[1] in DISPATCHERS}
     print(f"\n{report(runs)}")
-    plot(runs, ROOT / "docs" / "figures" / "families.png")
+    figures.save(plot(runs), "families")
     rows = [{"model": m, "dispatcher": d, "seed": s, "iters": i} | run for (m, d, s, i), run in sorted(runs.items())]
     print(f"\nwrote {write_result('families', {'runs': rows})}")
 

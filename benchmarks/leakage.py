@@ -74,6 +74,13 @@ RESTORATIONS: dict[str, list[Any]] = {
     "paper": BUCKET,
 }
 RATES = (5, 20, 50)
+#: Whose rows cluster together, on 2 nodes of 2 ranks that one process emulates (benchmarks/emulation.py).
+SCOPES = {
+    f"{name} 50% per {scope}": ["--moe-token-dispatcher-type", f"benchmarks.emulation:{way}_2x2", *flags[len(LSH) :],
+                                "--lsh-target-rate", 0.5]
+    for name, flags in RESTORATIONS.items() if name != "lowrank"  # whose maps are a rank's own
+    for scope, way in (("rank", "rank"), ("rank, own node exact", "rank_own_exact"), ("node", "node"))
+}  # fmt: skip
 VARIANTS: dict[str, list[Any]] = {
     "exact": [],
     "expert choice": [],
@@ -85,7 +92,13 @@ VARIANTS: dict[str, list[Any]] = {
         for rate in RATES
     },
     "paper": BUCKET,
-}
+    # the remedy: what is sent are rows of the micro-batch before
+    **{f"past {rate}%": ["--moe-token-dispatcher-type", "benchmarks.past:past", "--lsh-target-rate", rate / 100]
+       for rate in RATES},
+    **SCOPES,
+}  # fmt: skip
+#: What has no rows of twins in one cluster.
+ONLY_ONCE = {"expert choice", *SCOPES}
 
 
 class Control(nn.Module):
@@ -327,7 +340,7 @@ def main() -> None:
         for seed in arguments.seeds
         for task in arguments.tasks
         for variant in variants
-        if task == "once" or variant != "expert choice"
+        if task == "once" or variant not in ONLY_ONCE
     ]
     results, started = [], time.monotonic()
     for done, (variant, task, seed) in enumerate(jobs, 1):

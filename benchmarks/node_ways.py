@@ -5,9 +5,9 @@ python -m benchmarks.node_ways
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.common import ROOT
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8621b", "#666666"
@@ -16,14 +16,14 @@ WIDTH, HEIGHT = 2.3, 1.0
 
 
 def _ranks(axis: Any, title: str, inside: dict[tuple[int, int], str]) -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     for node, name in enumerate("nm"):
         corner = (0.2 + 6.2 * node, 0.5)
-        axis.add_patch(plt.Rectangle(corner, WIDTH + 0.6, 4.0, facecolor="#f3f3ef", edgecolor=GREY, linewidth=0.8))
+        axis.add_patch(Rectangle(corner, WIDTH + 0.6, 4.0, facecolor="#f3f3ef", edgecolor=GREY, linewidth=0.8))
         axis.text(corner[0] + 0.1, 4.58, f"node {name}", fontsize=9, color=GREY)
     for (node, local), (x, y) in PLACES.items():
-        axis.add_patch(plt.Rectangle((x, y), WIDTH, HEIGHT, facecolor="white", edgecolor="black", linewidth=0.9))
+        axis.add_patch(Rectangle((x, y), WIDTH, HEIGHT, facecolor="white", edgecolor="black", linewidth=0.9))
         label = f"rank ({'nm'[node]},{local})\n{inside[node, local]}"
         axis.text(x + WIDTH / 2, y + HEIGHT / 2, label, ha="center", va="center", fontsize=7.5)
     axis.set(xlim=(0, 9.6), ylim=(0.2, 5.3), aspect="equal")
@@ -49,10 +49,9 @@ def _ways(axis: Any, *, gathers_first: bool) -> None:
     axis.text(x1 + WIDTH / 2, (y0 + y1 + HEIGHT) / 2, "all rows", ha="center", va="center", fontsize=7.5, color=BLUE)
 
 
-def main() -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.9))
+def drawn() -> Any:
+    """The figure: it shows the ways of rows, and no measurement."""
+    figure, axes = figures.panels(2, 12, 3.9)
     sends = "all rows of node n for\n(m,{}): clusters them"
     _ranks(
         axes[0],
@@ -75,10 +74,11 @@ def main() -> None:
     axes[1].text(
         4.85, 3.12, "one weighted sum per\n(token, node) back", ha="center", va="top", fontsize=7.5, color=GREY
     )
-    figure.tight_layout()
-    path: Path = ROOT / "docs" / "figures" / "node_ways.png"
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT)}")
+    return figure
+
+
+def main() -> None:
+    print(f"wrote {figures.save(drawn(), 'node_ways').relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

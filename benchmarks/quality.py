@@ -12,17 +12,22 @@ kept in --folder, and tables, JSON and plot are made of all that are there: a lo
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.common import (
     DATA_FLAGS,
     ROOT,
     TrainingJob,
     finished,
+    interval,
+    mean_and_interval,
     read_metrics,
+    result_path,
     spread,
     table,
     train_all,
@@ -178,63 +183,92 @@ def summarize(results: Mapping[Any, dict[str, Any]], iters: int) -> list[dict[st
 
 
 def report(entries: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; a single run proves nothing and has no interval."""
     header = (
-        "variant", "seeds", "rows sent", "bytes", "validation loss", "gap to its control", "evaluated exactly",
-        "residual energy",
+        "variant", "seeds", "rows sent", "bytes", "validation loss", "above its control (95% interval)",
+        "evaluated exactly", "residual energy",
     )  # fmt: skip
     rows = [
         (
             entry["variant"], len(entry["seeds"]), f"{100 * entry['rows_sent']:.1f}%", f"{100 * entry['bytes']:.1f}%",
-            spread(entry["loss"]), *(spread(entry[key], digits) if entry[key] else "" for key, digits in
-                                     (("gap", 3), ("exactly", 3), ("energy", 2))),
+            spread(entry["loss"]), mean_and_interval(entry["gap"]) if any(entry["gap"]) else "", spread(entry["exactly"]),
+            spread(entry["energy"], 2) if entry["energy"] else "",
         )
         for entry in entries
     ]  # fmt: skip
     return table(header, rows)
 
 
-def plot(by_length: dict[int, list[dict[str, Any]]], path: Path) -> None:
-    """The frontier: gap to exact training against bytes; bars are standard deviations over seeds."""
-    import matplotlib.pyplot as plt
+#: Panels of the figure: title, steps, and its series of variants.
+PANELS: tuple[tuple[str, int, dict[str, list[str]]], ...] = (
+    (
+        "what is restored, 250 steps",
+        250,
+        {
+            "nothing (none)": ["none 10%", "none", "none 35%", "none 50%", "none 75%"],
+            "interpolated (default)": [
+                "interpolate 10%", "interpolate", "interpolate 35%", "interpolate 50%", "interpolate 75%",
+            ],
+            "own difference (identity)": ["budget 10%", "budget", "budget 35%", "budget 50%", "budget 75%"],
+            "learned map (lowrank)": ["lowrank"],
+            "the paper's buckets": ["paper"],
+        },
+    ),
+    (
+        "numbers of fewer bits, 250 steps",
+        250,
+        {
+            "all rows in int4, int8, fp8": ["int4", "int8", "fp8"],
+            "20% interpolated, in int4, fp8, bf16": ["interpolate int4", "interpolate fp8", "interpolate"],
+            "20% interpolated, exact finish": ["interpolate finish"],
+        },
+    ),
+    (
+        "what is restored, 500 steps",
+        500,
+        {
+            "interpolated (default)": ["interpolate"],
+            "own difference (identity)": ["budget"],
+            "the paper's buckets": ["paper"],
+        },
+    ),
+)  # fmt: skip
 
-    families = {
-        "budget, identity": ["budget 10%", "budget", "budget 35%", "budget 50%", "budget 75%"],
-        "budget, none": ["none 10%", "none", "none 35%", "none 50%", "none 75%"],
-        "budget, interpolate": [
-            "interpolate 10%",
-            "interpolate",
-            "interpolate 35%",
-            "interpolate 50%",
-            "interpolate 75%",
-        ],
-        "interpolate in fp8, int4": ["interpolate int4", "interpolate fp8"],
-        "interpolate, exact finish": ["interpolate finish"],
-        "shortcut on both sides": ["shortcut 10%", "shortcut", "shortcut 35%", "shortcut 50%", "shortcut 75%"],
-        "paper": ["paper", "paper, finer hashes"],
-        "fp8, int8, int4 rows": ["int4", "int8", "fp8"],
-        "budget in fp8, int8, int4": ["budget int4", "budget int8", "budget fp8"],
-        "identity, exact finish": ["finish"],
-    }
-    figure, axes = plt.subplots(1, len(by_length), figsize=(5.5 * len(by_length), 4), sharey=True, squeeze=False)
-    for axis, (iters, entries) in zip(axes[0], sorted(by_length.items()), strict=True):
-        known = {entry["variant"]: entry for entry in entries if entry["gap"]}
-        for label, variants in families.items():
+
+def plot(by_length: Mapping[int, list[dict[str, Any]]]) -> Any:
+    """Gap to exact training against bytes; bars are 95% intervals. What has one seed is left out.
+
+    Points of as many bytes stand side by side; a series looks the same in all panels.
+    """
+    looks: dict[str, int] = {}
+    shown = [panel for panel in PANELS if panel[1] in by_length]
+    figure, axes = figures.panels(len(shown), 4.6 * len(shown), 5.2)
+    for axis, (title, iters, series) in zip(axes, shown, strict=True):
+        known = {entry["variant"]: entry for entry in by_length[iters] if len(entry["gap"]) > 1}
+        for place, (label, variants) in enumerate(series.items()):
             points = [known[variant] for variant in variants if variant in known]
             if points:
+                means = [statistics.mean(entry["gap"]) for entry in points]
+                ends = [interval(entry["gap"]) or (0.0, 0.0) for entry in points]
+                look = looks.setdefault(label, len(looks))
                 axis.errorbar(
-                    [100 * entry["bytes"] for entry in points],
-                    [statistics.mean(entry["gap"]) for entry in points],
-                    [statistics.stdev(entry["gap"]) if len(entry["gap"]) > 1 else 0 for entry in points],
-                    marker="o", markersize=4, capsize=2, label=label, linewidth=1,
+                    [100 * entry["bytes"] + 0.7 * (place - len(series) // 2) for entry in points], means,
+                    [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
+                    color=f"C{look}", marker="os^DvPX*"[look], markersize=5, capsize=3, label=label, linewidth=1,
                 )  # fmt: skip
         axis.axhline(0, color="black", linewidth=0.7)
-        axis.set(xlabel="bytes, % of all rows in bf16", title=f"{iters} iterations")
-    axes[0][0].set_ylabel("validation loss above exact, nats")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+        axis.set(xlabel="bytes, % of all rows in bf16", title=title, xlim=(0, None))
+        axis.grid(alpha=0.3)
+        figures.legend_below(axis)
+    axes[0].set_ylabel("validation loss above exact, nats")
+    return figure
+
+
+def drawn(name: str = "quality") -> Any:
+    """The figure of the recorded runs."""
+    runs = json.loads(result_path(name).read_text())["runs"]
+    results = {(run["variant"], run["seed"], run["iters"]): run for run in runs}
+    return plot({iters: summarize(results, iters) for iters in sorted({job[2] for job in results})})
 
 
 def main() -> None:
@@ -253,9 +287,10 @@ def main() -> None:
     by_length = {iters: summarize(results, iters) for iters in sorted({job[2] for job in results})}
     for iters, entries in by_length.items():
         print(f"\n{iters} iterations\n\n{report(entries)}")
-    plot(by_length, ROOT / "docs" / "figures" / f"{arguments.name}.png")
     rows = [{"variant": v, "seed": s, "iters": i} | result for (v, s, i), result in sorted(results.items())]
     print(f"\nwrote {write_result(arguments.name, {'runs': rows})}")
+    if any(panel[1] in by_length for panel in PANELS):
+        figures.save(plot(by_length), arguments.name)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ benchmarks/results/readme_model.json and docs/figures/readme_model.png.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, read_metrics, table, write_result
+from benchmarks import figures
+from benchmarks.common import ROOT, read_metrics, result_path, table, write_result
 
 DISPATCHERS: dict[str, list[str]] = {
     "alltoall": ["--moe-token-dispatcher-type", "alltoall"],
@@ -50,24 +52,22 @@ def train(name: str, iters: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(results: dict[str, dict[str, Any]]) -> Any:
     """Training and validation loss of every run against the iteration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = figures.panels(2, 10, 4, sharey=True)
     for axis, kind in zip(axes, ("training", "validation"), strict=True):
         for name, result in results.items():
             axis.plot(*zip(*result[kind], strict=True), label=name, marker="o" if kind == "validation" else None)
         axis.set(xlabel="iteration", title=f"{kind} loss")
         axis.grid(alpha=0.3)
+        axis.legend()
     axes[0].set_ylabel("cross-entropy, nats per token")
-    axes[1].legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
+
+
+def drawn() -> Any:
+    """The figure of the recorded runs."""
+    return plot(json.loads(result_path("readme_model").read_text())["runs"])
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     header = ("dispatcher", "validation loss", "rows sent", "residual energy", "MB sent / step", "MB uncompressed / step",
               "ms / step (quartiles)", "ms in all-to-all")  # fmt: skip
     print(table(header, rows))
-    plot(results, ROOT / "docs" / "figures" / "readme_model.png")
+    figures.save(plot(results), "readme_model")
     print(f"wrote {write_result('readme_model', {'iters': arguments.iters, 'runs': results})}")
 
 

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import ROOT, write_result
+from benchmarks import figures
+from benchmarks.common import ROOT, result_path, write_result
 from benchmarks.slow_link import run_ranks, set_rate, why_not
 from benchmarks.slow_network import MODEL
 from benchmarks.variants import Bench, Variant, configure
@@ -109,11 +110,9 @@ def work(arguments: argparse.Namespace) -> None:
     shutdown(ctx)
 
 
-def draw(found: dict[str, list[Interval]], mbit: float, path: Path) -> None:
+def plot(found: dict[str, list[Interval]], mbit: float) -> Any:
     """One panel per variant, one lane per kind of work, all on the same scale."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(found), 1, figsize=(10, 1.25 * len(found) + 0.7), sharex=True)
+    figure, axes = figures.panels(1, 10, 1.25 * len(found) + 0.7, rows=len(found), sharex=True)
     for axis, (name, intervals) in zip(axes, found.items(), strict=True):
         begin = min(start for _, start, _ in intervals)
         for row, (lane, color) in enumerate(LANES.items()):
@@ -124,8 +123,13 @@ def draw(found: dict[str, list[Interval]], mbit: float, path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel(f"ms; one MoE layer, forward and backward, rank 0 of 2, links of {mbit:g} Mbit/s", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def drawn() -> Any:
+    """The figure of the recorded trace."""
+    result = json.loads(result_path("timeline").read_text())
+    return plot(result["intervals"], result["mbit"])
 
 
 def main() -> None:
@@ -139,8 +143,7 @@ def main() -> None:
     if reason := why_not():
         raise SystemExit(f"timeline cannot run here: {reason}")
     found = run_ranks("benchmarks.timeline", ["--mbit", arguments.mbit], PORT, RANKS)
-    path = ROOT / "docs" / "figures" / "timeline.png"
-    draw(found, arguments.mbit, path)
+    path = figures.save(plot(found, arguments.mbit), "timeline")
     print(
         f"wrote {path.relative_to(ROOT)} and {write_result('timeline', {'mbit': arguments.mbit, 'intervals': found})}"
     )

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, TrainingJob, finished, spread, table, train_all, write_result
+from benchmarks.common import ROOT, TrainingJob, finished, interval, spread, table, train_all, write_result
 
 DISPATCHERS: Mapping[str, list[object]] = {
     "exact": ["--moe-token-dispatcher-type", "alltoall"],
@@ -34,8 +33,6 @@ DISPATCHERS: Mapping[str, list[object]] = {
 }  # fmt: skip
 RANKS, BATCH = 2, 64
 SCRIPT = "pretrain_swin_moe.py"
-#: 97.5% quantiles of Student's t by degrees of freedom.
-T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def flags_for(dispatcher: str, seed: int, place: Path, options: argparse.Namespace) -> list[object]:
@@ -77,10 +74,8 @@ def outcome(place: Path) -> dict[str, Any]:
 def paired(ours: Sequence[float], exact: Sequence[float]) -> tuple[float, float | None]:
     """Mean of exact - ours in points of accuracy, and half of its 95% interval (None for one pair)."""
     differences = [100 * (b - a) for a, b in zip(ours, exact, strict=True)]
-    if len(differences) < 2:
-        return differences[0], None
-    half = T975[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.mean(differences), half
+    mean, ends = statistics.mean(differences), interval(differences)
+    return mean, None if ends is None else ends[1] - mean
 
 
 def report(results: Mapping[Any, dict[str, Any]]) -> str:

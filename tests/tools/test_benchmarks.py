@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import against, families, layouts, overhead, peers, quality, slow_network, time_to_loss, vision
+from benchmarks import against, families, figures, layouts, overhead, peers, quality, slow_network, time_to_loss, vision
 from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
@@ -107,7 +107,7 @@ def test_families_are_compared(
     """From finished runs: gaps are paired by seed, the unfinished is left to `train_all`, curves are drawn."""
     monkeypatch.setattr(families, "prepare", lambda names: None)
     monkeypatch.setattr(families, "write_result", lambda name, result: tmp_path / name)
-    monkeypatch.setattr(families, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
     wanted = []
     monkeypatch.setattr(families, "train_all", lambda jobs, outcome: wanted.extend(jobs))
     found = {("exact", 1): 4.0, ("exact", 2): 4.5, ("LSH 20%", 1): 4.1, ("LSH 20%", 2): 4.8}
