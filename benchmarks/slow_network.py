@@ -2,6 +2,7 @@
 
     sudo python -m benchmarks.slow_network --ranks 2 4 --shares 30 45 70
     sudo python -m benchmarks.slow_network --nodes 2x2 --rates exact deduplicated 0.2 0.2/rank --wires model fp8 --chunks 1 2
+    sudo python -m benchmarks.slow_network --shape swin --shares 70 --flags --data-path data/digits
 
 Ranks run in network namespaces of this machine that send at a limited rate (benchmarks/slow_link.py). The rate is chosen
 by measurement so that the exact all-to-all takes the wanted shares of the step, those of the paper's clusters. Then all
@@ -27,10 +28,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import vision
 from benchmarks.common import progress, table, write_result
 from benchmarks.slow_link import run_ranks, sent_bytes, set_rate, why_not
 from benchmarks.variants import Bench, Variant, configure
-from megatron_lsh.families import GPT
+from megatron_lsh.families import GPT, SWIN, Family
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.pipeline import to_device
@@ -43,11 +45,15 @@ MODEL = [
     "--moe-router-topk", 2, "--moe-aux-loss-coeff", 1e-2, "--micro-batch-size", 8, "--mock-data", "--num-workers", 0,
     "--device", "cpu", "--peak-tflops", 1, "--distributed-timeout-minutes", 3,
 ]  # fmt: skip
-SHAPES: dict[str, list[Any]] = {
-    "wide": [],
-    "quality": ["--hidden-size", 128, "--moe-ffn-hidden-size", 256, "--vocab-size", 4095],
+QUALITY = [*MODEL, "--hidden-size", 128, "--moe-ffn-hidden-size", 256, "--vocab-size", 4095]
+PICTURES = [*vision.MODEL, "--micro-batch-size", 32, "--num-workers", 0, *MODEL[MODEL.index("--device") :]]
+SHAPES: dict[str, tuple[Family, list[Any]]] = {
+    "wide": (GPT, MODEL),
+    "quality": (GPT, QUALITY),
+    "swin": (SWIN, PICTURES),
 }
-"""quality: the model of benchmarks/quality.py, whose loss is known (benchmarks/time_to_loss.py)"""
+"""quality: the model of benchmarks/quality.py, whose loss is known (benchmarks/time_to_loss.py); swin: that of
+benchmarks/vision.py, which needs ``--flags --data-path``"""
 PORT = 29641
 EXACT = Variant()
 
@@ -58,10 +64,17 @@ EXACT = Variant()
 def work(arguments: argparse.Namespace) -> None:
     """One rank: find the rates, measure everything in turn; rank 0 writes the figures."""
     ranks, per_node = arguments.ranks[0], arguments.ranks_per_node
-    batch = ["--global-batch-size", 8 * arguments.micro_batches * ranks, "--expert-model-parallel-size", ranks]
-    cfg = configure([*MODEL, *SHAPES[arguments.shape], *batch, *arguments.flags], ranks)
+    family, flags = SHAPES[arguments.shape]
+    micro_batch = flags[flags.index("--micro-batch-size") + 1]
+    batch = [
+        "--global-batch-size",
+        micro_batch * arguments.micro_batches * ranks,
+        "--expert-model-parallel-size",
+        ranks,
+    ]
+    cfg = configure([*flags, *batch, *arguments.flags], ranks, family)
     ctx = initialize(cfg.parallel, moe=True)
-    run = set_up(cfg, GPT, ctx)
+    run = set_up(cfg, family, ctx)
     variants = [
         dataclasses.replace(_variant(rows, wire), chunks=chunks)
         for rows in arguments.rates
@@ -301,7 +314,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--chunks", nargs="+", type=int, default=[1], help="pieces in which rows travel, 1 among them")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", choices=list(SHAPES), default="wide", help="of the model")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of 2048 tokens per rank and step")
+    parser.add_argument("--micro-batches", type=int, default=2, help="per rank and step")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags for pretrain_gpt_moe.py")
     parser.add_argument("--name", default="slow_network", help="of the result file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -321,7 +334,7 @@ def main(words: list[str] | None = None) -> None:
         results.append(run_ranks("benchmarks.slow_network", own, PORT, ranks, arguments.ranks_per_node))
         print(f"\n{report(results[-1])}\n", flush=True)
     settings = {
-        "model": [*MODEL, *SHAPES[arguments.shape]],
+        "model": SHAPES[arguments.shape][1],
         "micro_batches": arguments.micro_batches,
         "flags": arguments.flags,
         "repeats": arguments.repeats,

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lsh.config import Config, parse_args, required, validate
+from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.data.loader import BatchIterator
-from megatron_lsh.models.gpt import gpt_stacks
+from megatron_lsh.families import GPT, Family
 from megatron_lsh.models.stacks import moe_layers
-from megatron_lsh.moe.experts import row_width
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.moe.schedule import Scheduled
@@ -75,9 +74,12 @@ class Bench:
             moe_node_deduplication="on" if variant.deduplicated else "off",
             moe_overlap_chunks=variant.chunks,
         )
-        layers = moe_layers(gpt_stacks(cfg))
-        hidden, experts = row_width(cfg.model, cfg.moe), required(cfg.moe.num_experts)
-        return [build_dispatcher(DispatcherSpec(moe, lsh, ctx, hidden, experts, layer)) for layer in layers]
+        stacks = self.run.family.stacks(cfg)
+        return [
+            build_dispatcher(DispatcherSpec.of(stack.cfg.model, moe, lsh, ctx, layer))
+            for stack in stacks
+            for layer in moe_layers([stack])
+        ]
 
     def step(self) -> dict[str, float]:
         """One training iteration: the wall time of the slowest rank, and what the MoE layers spent it on (mean over the
@@ -110,7 +112,7 @@ class Bench:
         return found | {"expert_rows": sum(rates) / len(rates)}
 
 
-def configure(flags: list[Any], ranks: int) -> Config:
+def configure(flags: list[Any], ranks: int, family: Family = GPT) -> Config:
     """The checked configuration of a run that saves and writes nothing."""
     length = ["--train-iters", "1000000", "--eval-iters", "0", "--lr", "1e-4", "--lr-decay-style", "constant"]
-    return validate(parse_args([*map(str, flags), *length]), ranks)
+    return validate(parse_args([*map(str, flags), *length], family.config), ranks)

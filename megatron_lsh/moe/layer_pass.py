@@ -8,6 +8,7 @@ included:
     p.add(lsh_rows=512)                   add to the sums that gauges are made of (gauges.py)
     y = p.time("experts_time_ms", f, x)   f(x), and the time it takes, its backward pass included
     began = p.clock(); p.since(began, "wire_time_ms")   the same where there is no backward pass
+    p.elapsed(wire_time_ms=began)         the same of several moments
                                           (one micro-batch per log interval is timed and stands for all)
     later = p.defer(f); p.run_deferred()  f() while rows travel; later() is its result
 """
@@ -247,14 +248,21 @@ class LayerPass:
 
     def since(self, began: Any, name: str, **values: float | Tensor) -> None:
         """Add the milliseconds since a moment of the clock to the sum ``name``, and further values to theirs."""
+        self.elapsed(**{name: began})
+        self._record.add(**values)
+
+    def elapsed(self, **moments: Any) -> None:
+        """Add the milliseconds since each of these moments of the clock to the sum of its name."""
         record = self._record
-        if not record.enabled:
+        if not record.enabled or not self._timed:
             return
-        if began is not None and record.device.type == "cuda":
-            record.spans.append((name, Span.between(began, _event())))
-        elif began is not None:
-            record.add_time(name, (time.perf_counter() - began) * 1e3)
-        record.add(**values)
+        if record.device.type == "cuda":
+            now = _event()
+            record.spans += [(name, Span.between(began, now)) for name, began in moments.items()]
+            return
+        seconds = time.perf_counter()
+        for name, began in moments.items():
+            record.add_time(name, (seconds - began) * 1e3)
 
     def add_load(self, counts_E: Tensor, **values: float | Tensor) -> None:
         """Add one micro-batch's rows per expert (this rank's rows, before compression), and to sums as :meth:`add` does."""

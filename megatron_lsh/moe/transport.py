@@ -41,7 +41,10 @@ GAUGES = (
     Gauge("alltoall_bytes_in_max", "bytes", "bytes received by the busiest rank", busiest("alltoall_bytes_in"),
           "payload that the busiest rank receives from others", layers=None),
     Gauge("alltoall_time_ms", "ms", "all-to-all, ms per step", averaged("alltoall_time_ms"),
-          "time that all-to-alls take of a rank, with the wait for slower ranks"),
+          "time that all-to-alls take of a rank, with the wait for slower ranks: what is exposed of them"),
+    Gauge("alltoall_flight_time_ms", "ms", "all-to-all under way, ms per step", averaged("alltoall_flight_time_ms"),
+          "from the start of each all-to-all until its rows are there and wanted, summed; what of it is not "
+          "`alltoall_time_ms` is hidden behind computation"),
     Gauge("wire_time_ms", "ms", "wire encoding, ms per step", averaged("wire_time_ms"),
           "encoding and decoding of `--lsh-wire-dtype`"),
 )  # fmt: skip
@@ -125,15 +128,15 @@ class Transport(ABC):
             dispatch where the host waits for the device.
         """
         gathered = counts.new_empty(self.group.size, *counts.shape)
-        began = p.clock()
+        launched = p.clock()
         work = all_gather_single(gathered.view(-1), counts.flatten(), group=self.group.process_group, async_op=True)
         arrival = Arrival(gathered, work)
-        p.since(began, "alltoall_time_ms")
+        p.since(launched, "alltoall_time_ms")
 
         def arrive() -> T:
             began = p.clock()
             everyone = arrival.wait()
-            p.since(began, "alltoall_time_ms")
+            p.elapsed(alltoall_flight_time_ms=launched, alltoall_time_ms=began)
             return read(everyone)
 
         return functools.cache(arrive)
@@ -317,12 +320,12 @@ class Flight:
         own_width, own_dtype, shapes = payload.shape[1], payload.dtype, [(c.shape[1:], c.dtype) for c in columns]
         if columns:
             payload = torch.cat([_as_bytes(t) for t in (payload, *columns)], 1)
-        began = p.clock()
+        launched = p.clock()
         movement = transport.move(payload, plan, outward)
         land, row_bytes = movement.land, payload.shape[1] * payload.element_size()
         network, near, received = transport.remote_rows(movement)
         p.since(
-            began,
+            launched,
             "alltoall_time_ms",
             alltoall_bytes=(network + near) * row_bytes,
             alltoall_bytes_network=network * row_bytes,
@@ -334,7 +337,7 @@ class Flight:
         def landing() -> list[Tensor]:
             began = p.clock()
             arrived, found = land(), []
-            p.since(began, "alltoall_time_ms")
+            p.elapsed(alltoall_flight_time_ms=launched, alltoall_time_ms=began)
             if shapes:
                 parts = [(torch.Size([own_width]), own_dtype), *shapes]
                 arrived, *found = _from_bytes(arrived, parts)
@@ -371,7 +374,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, flight: Flight, rows: Tensor, *columns: Tensor) -> Tensor:
         ctx.flight, ctx.floating = flight, [column.is_floating_point() for column in columns]
         flight.launch(flight._outward, (rows, *columns), gradient=False)
-        return rows.new_zeros(()).expand(rows.shape)
+        return _stand_in(rows, rows.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -394,7 +397,12 @@ class _Wait(torch.autograd.Function):
         ctx.flight.launch(
             not ctx.flight._outward, (rows, *(c for c in columns if c.is_floating_point())), gradient=True
         )
-        return None, rows.new_zeros(()).expand(ctx.token_shape)
+        return None, _stand_in(rows, ctx.token_shape)
+
+
+def _stand_in(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Zeros of this shape that are one number in memory. Not by ``expand``: ``fully_shard`` warns of views."""
+    return rows.new_empty(0).set_(rows.new_zeros(1).untyped_storage(), 0, shape, [0] * len(shape))
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ D, E = 8, 4
 COUNTS = [[5, 0, 3, 2], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 7, 0]]
 
 
+def a_record(gauges: tuple[Gauge, ...] = GAUGES) -> LayerRecord:
+    return LayerRecord(E, torch.device("cpu"), {name for gauge in gauges for name in gauge.combine.sums})
+
+
 def a_pass(memo: ReplayMemo | None = None, gauges: tuple[Gauge, ...] = GAUGES) -> LayerPass:
-    known = {name for gauge in gauges for name in gauge.combine.sums}
-    return LayerPass(LayerRecord(E, torch.device("cpu"), known), memo)
+    return LayerPass(a_record(gauges), memo)
 
 
 class Mark(torch.autograd.Function):
@@ -224,11 +228,31 @@ def abandoned_flights_arrive() -> None:
     assert arrived.shape == (int(plan.counts_L.sum()), D)
 
 
+def time_under_way_and_time_exposed() -> None:
+    """What is computed between a start and its wait counts for the one and not for the other, also where it is long enough
+    for all rows to arrive."""
+    ctx = initialize(ParallelConfig(expert_model_parallel_size=4))
+    transport, record = AllToAllTransport(ctx.ep, E), a_record()
+    p = LayerPass(record)
+    plan = transport.plan(torch.tensor(COUNTS[ctx.rank]), p)()
+    record.times.clear()
+    flight = transport.start(rows_of(ctx.rank), plan, p)
+    dist.barrier(group=ctx.ep.process_group)  # everyone's rows have set out
+    time.sleep(0.2)
+    flight.wait()
+    assert record.times["alltoall_flight_time_ms"] >= 200 > record.times["alltoall_time_ms"], record.times
+    record.timing, before = False, dict(record.times)
+    untimed = LayerPass(record)
+    transport.start(rows_of(ctx.rank), plan, untimed).wait()
+    assert record.times == before
+
+
 def nothing_is_kept_after_arrival() -> None:
     ctx = initialize(ParallelConfig(expert_model_parallel_size=4))
     transport, p = AllToAllTransport(ctx.ep, E), a_pass()
     plan = transport.plan(torch.tensor(COUNTS[ctx.rank]), p)()
     flight = transport.start(rows_of(ctx.rank), plan, p)
+    assert not flight.token._is_view()  # fully_shard would warn
     assert flight.token.stride() == (0, 0) and flight.token.shape == rows_of(ctx.rank).shape
     flight.wait()
     kept = [
@@ -242,6 +266,7 @@ def all_of_them() -> None:
     collectives_are_issued_in_one_order()
     columns_travel_beside_rows()
     abandoned_flights_arrive()
+    time_under_way_and_time_exposed()
     nothing_is_kept_after_arrival()
 
 

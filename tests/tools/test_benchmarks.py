@@ -249,7 +249,7 @@ def test_accuracies_of_pictures_are_compared_by_pairs(tmp_path: Path) -> None:
     mean, half = vision.paired([0.90, 0.91, 0.89], [0.91, 0.93, 0.92])
     assert (mean, half) == (pytest.approx(2.0), pytest.approx(4.303 * 1.0 / 3**0.5))
     assert vision.paired([0.9], [0.91]) == (pytest.approx(1.0), None)
-    options = argparse.Namespace(data=tmp_path, steps=7, lr=1e-3, pretrained=None)
+    options = argparse.Namespace(data=tmp_path, steps=7, lr=1e-3, pretrain_on=None)
     for dispatcher in vision.DISPATCHERS:
         words = [str(word) for word in vision.flags_for(dispatcher, 3, tmp_path, options)]
         cfg = validate(parse_args(words, SwinConfig), vision.RANKS)

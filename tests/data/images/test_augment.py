@@ -13,6 +13,9 @@ from megatron_lsh.config.images import ImageSettings
 from megatron_lsh.data.images.augment import crop_box, erased, for_evaluation, for_training
 from megatron_lsh.data.images.mixing import NONE, mixed_images, mixture, targets
 from megatron_lsh.data.images.randaugment import OPERATIONS, randaugment
+from tests.data.images.record_kornia import FILE as KORNIA
+from tests.data.images.record_kornia import STRENGTHS
+from tests.data.images.record_kornia import picture as recorded_picture
 
 PLAIN = ImageSettings(
     crop_scale=[1.0, 1.0], hflip=0.0, randaugment_ops=0, random_erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0
@@ -123,6 +126,21 @@ def test_operations_by_their_definitions() -> None:
     assert np.abs(of("brightness", 0.5).astype(float) - np.minimum(values * 1.45, 255)).max() <= 1
     shifted = np.asarray(OPERATIONS["translate_x"](picture, 1 / 7.2, (0,)))  # 0.45 / 7.2 of 16 pixels: one
     assert np.array_equal(shifted[:, :-1], np.asarray(picture)[:, 1:]) and (shifted[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"solarize_add"}))
+def test_operations_agree_with_recorded_ones_of_another_library(name: str) -> None:
+    """To two steps of brightness: Pillow rounds, the other does not. Moved pictures where they come from inside."""
+    with np.load(KORNIA) as recorded:
+        for m in STRENGTHS:
+            ours = np.asarray(OPERATIONS[name](Image.fromarray(recorded_picture()), m, (0, 0, 0)))
+            apart = np.abs(ours.astype(int) - recorded[f"{name} {m}"])
+            moved = f"{name} inside {m}"
+            if moved in recorded:
+                inside = recorded[moved] > 0
+                assert inside.mean() > 0.4
+                apart = apart[inside]
+            assert apart.max() <= 2, (m, apart.max())
 
 
 def test_randaugment_does_half_of_what_it_chooses() -> None:
