@@ -8,7 +8,7 @@ and, where rates follow the residual energy, ``--lsh-target-energy`` and ``--lsh
 
 With a target energy these are the most that is sent, and where each layer begins: after an iteration its rate rises if its
 residual energy was above the target, and falls if it was below. Energy falls roughly as exp(-5 rate) on the models of
-docs/results.md, so a step of a quarter of the distance in logarithms neither overshoots nor follows single batches.
+docs/measurements.md, so a step of a quarter of the distance in logarithms neither overshoots nor follows single batches.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     c_j = x_m, m = member(j)           r_n = x_n - c_j        dx_n = g_r_n,  and dx_m = (g_r_m - sum_j(g_r)) + g_c_j
 
 A mean lies between rows, where no row is; its expert output is off what any row's would be. Taken alone a member's output is
-worse still for the other rows, but it is a better point to interpolate from (``interpolate.py``; docs/results.md).
+worse still for the other rows, but it is a better point to interpolate from (``interpolate.py``; docs/measurements.md).
 """
 
 from __future__ import annotations
