@@ -216,9 +216,10 @@ def entries(found: Mapping[Any, dict[str, Any]], iters: int, hidden: int = HIDDE
 
 
 def deduplicated(nodes: int, topk: int = TOPK) -> float:
-    """Bytes of one row per (token, node), with ids and weights, over those of a row per (token, expert): same loss."""
+    """Bytes of one row per (token, node) over those of a row per (token, expert): same loss. Beside a row go 8 bytes of id
+    and weight per expert, and 4 of the weight's gradient come back (docs/nodes.md)."""
     visits, rows = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk), topk * (nodes - 1) / nodes
-    return visits / rows * (1 + 8 * topk / (4 * HIDDEN))
+    return visits / rows * (1 + 12 * topk / (4 * HIDDEN * 2))
 
 
 def report(found: Mapping[Any, dict[str, Any]]) -> str:

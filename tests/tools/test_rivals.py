@@ -30,7 +30,7 @@ def test_bytes_and_arithmetic_of_the_rivals() -> None:
     assert of("latent 32") == (0.25, 0.25) and of("latent 32, experts of 1024") == (0.25, 1.0)
     # 26 of 128 numbers, and four bases of 128 x 26 numbers every 20 steps beside 4 x 4,096 rows.
     assert of("subspace of 26")[0] == pytest.approx(26 / 128 * (1 + 4 * 128 / 20 / (4 * 4096)))
-    assert rivals.deduplicated(2) == pytest.approx(0.5 * 1.5 * (1 + 16 / 512))
+    assert rivals.deduplicated(2) == pytest.approx(0.5 * 1.5 * (1 + (16 + 8) / (4 * 256)))
 
 
 def test_the_most_important_runs_come_first_and_their_flags_are_valid(tmp_path: Path) -> None:
