@@ -48,7 +48,7 @@ from megatron_lsh.training.run import Run, set_up
 class Group:
     """What one MoE layer does with some tokens, and what clustering may look at."""
 
-    experts: Experts
+    experts: Callable[[Feed], Tensor]
     rows_ND: Tensor
     counts_E: Tensor
     probs_TK: Tensor
@@ -56,7 +56,9 @@ class Group:
     prob_N: Tensor
 
     @staticmethod
-    def of(experts: Experts, x_TD: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_experts: int) -> Group:
+    def of(
+        experts: Callable[[Feed], Tensor], x_TD: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_experts: int
+    ) -> Group:
         rows_ND, counts_E, permutation = permute(x_TD, ids_TK, num_experts, num_rows=ids_TK.numel())
         prob_N = torch.empty(rows_ND.shape[0])
         prob_N[permutation.row_of_TK] = probs_TK.float()
@@ -219,19 +221,26 @@ def evaluate(
 
 
 @contextmanager
-def trained(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
-    """The model of benchmarks/quality.py after exact training, and the batches that follow."""
+def training(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
+    """The model of benchmarks/quality.py before exact training, and its batches."""
     words = [*MODEL, *DATA_FLAGS, "--train-iters", iters, "--eval-iters", 24, "--seed", 1, *flags]
     cfg: Config = validate(parse_args(list(map(str, words))), 1)
     run = set_up(cfg, GPT, initialize(cfg.parallel, moe=True))
-    started = time.monotonic()
     with run.batches("train") as batches:
+        yield run, batches
+    shutdown(run.ctx)
+
+
+@contextmanager
+def trained(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
+    """The same after it, and the batches that follow."""
+    with training(iters, *flags) as (run, batches):
+        started = time.monotonic()
         for iteration in range(iters):
             run.step(batches, iteration, stop=False)
             if (iteration + 1) % 50 == 0:
                 progress(iteration + 1, iters, started, "training")
         yield run, batches
-    shutdown(run.ctx)
 
 
 def capture(run: Run, micro_batches: int) -> list[list[tuple[Experts, Tensor, Routing]]]:

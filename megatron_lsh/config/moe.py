@@ -186,6 +186,14 @@ class LSHConfig:
         at_least=2,
         parse=lambda value: None if value == "auto" else value,
     )
+    lsh_interpolation_rank: int | None = flag(
+        None,
+        "Coordinates of rows and outputs that this function sees: the leading ones of its representatives. full: all; auto "
+        "(or 0): the most that leave room in 5% of the exact experts' arithmetic for blocks four times as large, where an "
+        "expert has so many representatives (default: full)",
+        at_least=0,
+        parse=lambda value: {"full": None, "auto": 0}.get(value, value),
+    )
     lsh_residual_rank: int = flag(16, "Rank of --lsh-residual lowrank", at_least=1)
     lsh_gradient: str = flag(
         "exact",

@@ -11,6 +11,7 @@ from megatron_lsh.lsh.compress import compress, residual_energy
 from megatron_lsh.lsh.fused import clusters_of_slots, compress_tokens, restore_tokens
 from megatron_lsh.lsh.hash import hash_rows, make_rotation, project
 from megatron_lsh.lsh.interpolate import interpolate, prepare_interpolation
+from megatron_lsh.lsh.leading import interpolate_leading, prepare_leading
 from megatron_lsh.lsh.members import Members, compress_to_members, measured_members, nearest_members
 from megatron_lsh.lsh.refine import refine
 from megatron_lsh.lsh.restore import restore, straight_through
@@ -31,11 +32,13 @@ __all__ = [
     "expert_of_row",
     "hash_rows",
     "interpolate",
+    "interpolate_leading",
     "make_rotation",
     "measured_members",
     "nearest_centroid",
     "nearest_members",
     "prepare_interpolation",
+    "prepare_leading",
     "project",
     "refine",
     "residual_energy",

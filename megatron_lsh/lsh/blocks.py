@@ -7,7 +7,7 @@ device alone, the widths on the host, so nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class Blocks:
         inverse_R: the place of each row in the order here.
         block_N, slot_N: int64, the block and the cluster's place, of the row at this place.
         rows: the moving rows of each block, and the order of rows here; at its places ``place_N``.
+        points: the clusters of each block.
         moving: ``order``, ``offsets`` and ``sizes`` of the moving rows by cluster, for ``segment``.
     """
 
@@ -57,12 +58,19 @@ class Blocks:
     slot_N: Tensor
     place_N: Tensor
     rows: Groups
+    points: Groups
     moving: tuple[Tensor, Tensor, Tensor]
 
     @property
     def places(self) -> Groups:
         """``rows``, for tensors whose rows are in the order here already."""
         return self.rows._replace(order=None)
+
+    def placed(self) -> Blocks:
+        """The same, for rows that are in the order here already."""
+        there = self.place_N
+        rows, moving = self.rows._replace(order=there), (there, *self.moving[1:])
+        return replace(self, block_R=self.block_N, inverse_R=there, rows=rows, moving=moving)
 
     @staticmethod
     def of(clusters: Clusters, member_C: Tensor | None, most: int, counts: Sequence[int], dtype: torch.dtype) -> Blocks:
@@ -109,6 +117,7 @@ class Blocks:
             slot_N=slot_C.index_select(0, own_N),
             place_N=place_N,
             rows=Groups(start_G, stop_G - start_G, width_G, order_N),
+            points=Groups(end_G - width_G, width_G, width_G),
             moving=(order_N, begin_C, end_C - begin_C),
         )
 

@@ -21,6 +21,8 @@ outputs have travelled; the rest is done meanwhile. cost.py compares them.
 
 To keep the whole linear in the rows, an expert's representatives are fitted in blocks of at most `block`. All blocks are one
 padded batch (blocks.py): as many operations are launched for sixty-four experts as for one, and none waits for the device.
+
+leading.py does the same in few coordinates of rows and outputs.
 """
 
 from __future__ import annotations
@@ -102,15 +104,15 @@ def prepare_interpolation(
         weights_NB = _Weights.apply(rows_ND, representatives_CD, blocks, ops, ridge, width)
         return lambda expert_out_CD: _Weighted.apply(weights_NB, expert_out_CD, clusters, blocks)
     with torch.no_grad():
-        system = _System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
+        system = System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
 
     def finish(expert_out_CD: Tensor) -> Tensor:
-        return _Fitted.apply(expert_out_CD, rows_ND, representatives_CD, clusters, blocks, system, ops)
+        return Fitted.apply(expert_out_CD, rows_ND, representatives_CD, clusters, blocks, system, ops)
 
     return finish
 
 
-class _System(NamedTuple):
+class System(NamedTuple):
     """What the functions of all blocks owe to where rows and representatives are: k(x), K and (K + ridge I)^-1."""
 
     scale_G: Tensor
@@ -121,7 +123,7 @@ class _System(NamedTuple):
     @staticmethod
     def of(
         rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks, ops: PlainOps, ridge: float, width: float
-    ) -> _System:
+    ) -> System:
         x_ND, c_GBD = _shifted(rows_ND, representatives_CD, blocks)
         norm_GB = c_GBD.square().sum(2)
         # Between two of B points |c_i - c_j|^2 is on average twice their variance.
@@ -136,7 +138,7 @@ class _System(NamedTuple):
         among_GBB = torch.bmm(c_GBD, columns_GBD.transpose(1, 2))
         among_GBB.sub_(far_GB.unsqueeze(2)).sub_(far_GB.unsqueeze(1)).exp_()
         diagonal_GB = torch.full_like(far_GB, 1.0).masked_fill_(blocks.valid_GB, ridge)
-        return _System(scale_G, around_NB, among_GBB, _inverse(among_GBB + torch.diag_embed(diagonal_GB)))
+        return System(scale_G, around_NB, among_GBB, _inverse(among_GBB + torch.diag_embed(diagonal_GB)))
 
     def difference(self, blocks: Blocks) -> Tensor:
         """k(x) - K_own [N, B]. It is small, and rounded after it is taken: k(x) by itself would lose most of it."""
@@ -167,32 +169,32 @@ class _System(NamedTuple):
         grad_c_GBD += torch.bmm(among_GBB, c_GBD)
         grad_c_GBD.addcmul_(c_GBD, pull_GB.unsqueeze(2), value=-1)
         dtype = rows_ND.dtype
-        return grad_rows_ND.to(dtype), _unpad(blocks, grad_c_GBD).to(dtype)
+        return grad_rows_ND.to(dtype), unpad(blocks, grad_c_GBD).to(dtype)
 
 
 def _shifted(rows_ND: Tensor, representatives_CD: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Rows, and representatives in their places, in the dtype of the arithmetic, less the mean of their block's
     representatives: that changes no distance, and keeps their rounding small."""
     dtype = blocks.width_G1.dtype
-    padded_GBD = _pad(blocks, representatives_CD).to(dtype)
+    padded_GBD = pad(blocks, representatives_CD).to(dtype)
     mean_GD = padded_GBD.sum(1) / blocks.width_G1
     c_GBD = (padded_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
     mean_ND = mean_GD.index_select(0, blocks.block_R)
     return torch.sub(rows_ND, mean_ND, out=mean_ND), c_GBD
 
 
-def _pad(blocks: Blocks, x_CD: Tensor) -> Tensor:
+def pad(blocks: Blocks, x_CD: Tensor) -> Tensor:
     """[G, B, D]: what belongs to clusters, in their places; zero elsewhere."""
     groups, block = blocks.shape
     return x_CD.new_zeros(groups * block, x_CD.shape[1]).index_copy_(0, blocks.slot_C, x_CD).view(groups, block, -1)
 
 
-def _unpad(blocks: Blocks, x_GBD: Tensor) -> Tensor:
-    """[C, D]: the inverse of :func:`_pad`."""
+def unpad(blocks: Blocks, x_GBD: Tensor) -> Tensor:
+    """[C, D]: the inverse of :func:`pad`."""
     return x_GBD.flatten(0, 1).index_select(0, blocks.slot_C)
 
 
-def _centred(blocks: Blocks, x_GBD: Tensor) -> Tensor:
+def centred(blocks: Blocks, x_GBD: Tensor) -> Tensor:
     """Less the mean over the valid places; zero elsewhere."""
     mean_GD = x_GBD.sum(1) / blocks.width_G1
     return (x_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
@@ -210,8 +212,8 @@ def _inverse(system_GBB: Tensor) -> Tensor:
     return half_GBB.transpose(1, 2) @ half_GBB
 
 
-class _Fitted(torch.autograd.Function):
-    """The form "outputs"."""
+class Fitted(torch.autograd.Function):
+    """The form "outputs". Without clusters the changes alone, which have the dtype of sums."""
 
     @staticmethod
     def forward(
@@ -219,18 +221,20 @@ class _Fitted(torch.autograd.Function):
         expert_out_CD: Tensor,
         rows_ND: Tensor,
         representatives_CD: Tensor,
-        clusters: Clusters,
+        clusters: Clusters | None,
         blocks: Blocks,
-        system: _System,
+        system: System,
         ops: PlainOps,
     ) -> Tensor:
         ctx.clusters, ctx.blocks, ctx.out_dtype, ctx.ops = clusters, blocks, expert_out_CD.dtype, ops
         dtype = blocks.width_G1.dtype
-        outputs_GBD = _centred(blocks, _pad(blocks, expert_out_CD).to(dtype))
+        outputs_GBD = centred(blocks, pad(blocks, expert_out_CD).to(dtype))
         weights_GBD = torch.bmm(system.inverse_GBB, outputs_GBD)
         change_ND = ops.grouped(system.difference(blocks), weights_GBD, blocks.rows)
         # Not as attributes: what is saved is dropped under activation recomputation.
         ctx.save_for_backward(rows_ND, representatives_CD, weights_GBD, *system)
+        if clusters is None:
+            return change_ND
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         return restored_ND.add_(change_ND)
 
@@ -241,8 +245,9 @@ class _Fitted(torch.autograd.Function):
         blocks: Blocks = ctx.blocks
         ops: PlainOps = ctx.ops
         rows_ND, representatives_CD, weights_GBD, *kept = ctx.saved_tensors
-        system = _System(*kept)
-        grad_ND, grad_out_CD, sums_GBD = _arriving(grads[0], ctx.clusters, blocks, weights_GBD.dtype, ops)
+        system = System(*kept)
+        grad_ND = grads[0].to(weights_GBD.dtype).contiguous()
+        sums_GBD = pad(blocks, ops.segment(grad_ND, None, None, *blocks.moving, False))
         grad_w_GBD = ops.grouped_outer(system.difference(blocks), grad_ND, blocks.rows)
         of_outputs_GBD = torch.bmm(system.inverse_GBB, grad_w_GBD)
         grad_around_NB = ops.grouped(grad_ND, weights_GBD, blocks.rows, True)
@@ -251,18 +256,11 @@ class _Fitted(torch.autograd.Function):
         grad_rows_ND, grad_c_CD = system.gradients(
             grad_around_NB, grad_among_GBB, rows_ND, representatives_CD, blocks, ops
         )
-        grad_out_CD += _unpad(blocks, _centred(blocks, of_outputs_GBD))
+        grad_out_CD = unpad(blocks, centred(blocks, of_outputs_GBD))
+        clusters: Clusters | None = ctx.clusters
+        if clusters is not None:
+            grad_out_CD += ops.segment(grad_ND, None, None, *clusters.segments, False)
         return grad_out_CD.to(ctx.out_dtype), grad_rows_ND, grad_c_CD, None, None, None, None
-
-
-def _arriving(
-    grad_ND: Tensor, clusters: Clusters, blocks: Blocks, dtype: torch.dtype, ops: PlainOps
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the restored rows; its sum over the rows of each cluster [C, D]; and over those that move, in the
-    clusters' places."""
-    grad_ND = grad_ND.to(dtype).contiguous()
-    whole_CD = ops.segment(grad_ND, None, None, *clusters.segments, False)
-    return grad_ND, whole_CD, _pad(blocks, ops.segment(grad_ND, None, None, *blocks.moving, False))
 
 
 class _Weights(torch.autograd.Function):
@@ -279,7 +277,7 @@ class _Weights(torch.autograd.Function):
         width: float,
     ) -> Tensor:
         ctx.blocks, ctx.ops = blocks, ops
-        system = _System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
+        system = System.of(rows_ND, representatives_CD, blocks, ops, ridge, width)
         uncentred_NB = ops.grouped(system.difference(blocks), system.inverse_GBB, blocks.places)
         ctx.save_for_backward(rows_ND, representatives_CD, uncentred_NB, *system)
         return _centred_rows(uncentred_NB, blocks)
@@ -290,10 +288,10 @@ class _Weights(torch.autograd.Function):
         blocks: Blocks = ctx.blocks
         ops: PlainOps = ctx.ops
         rows_ND, representatives_CD, uncentred_NB, *kept = ctx.saved_tensors
-        system = _System(*kept)
+        system = System(*kept)
         grad_NB = ops.grouped(_centred_rows(grads[0].contiguous(), blocks), system.inverse_GBB, blocks.places)
         grad_among_GBB = ops.grouped_outer(uncentred_NB, grad_NB, blocks.places)
-        grad_among_GBB += _pad(blocks, ops.segment(grad_NB, None, None, blocks.place_N, *blocks.moving[1:], False))
+        grad_among_GBB += pad(blocks, ops.segment(grad_NB, None, None, blocks.place_N, *blocks.moving[1:], False))
         grad_rows_ND, grad_c_CD = system.gradients(
             grad_NB, grad_among_GBB.neg_(), rows_ND, representatives_CD, blocks, ops
         )
@@ -313,7 +311,7 @@ class _Weighted(torch.autograd.Function):
     def forward(ctx: Any, weights_NB: Tensor, expert_out_CD: Tensor, clusters: Clusters, blocks: Blocks) -> Tensor:
         ctx.clusters, ctx.blocks, ctx.ops = clusters, blocks, choose(weights_NB)
         ctx.save_for_backward(weights_NB, expert_out_CD)
-        outputs_GBD = _pad(blocks, expert_out_CD).to(weights_NB.dtype)
+        outputs_GBD = pad(blocks, expert_out_CD).to(weights_NB.dtype)
         change_ND = ctx.ops.grouped(weights_NB, outputs_GBD, blocks.rows)
         restored_ND = expert_out_CD.index_select(0, clusters.cluster_N)
         # Added apart from the product: the output itself is not rounded with it.
@@ -321,11 +319,13 @@ class _Weighted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        clusters: Clusters = ctx.clusters
         blocks: Blocks = ctx.blocks
         ops: PlainOps = ctx.ops
         weights_NB, expert_out_CD = ctx.saved_tensors
-        grad_ND, grad_out_CD, _ = _arriving(grads[0], ctx.clusters, blocks, weights_NB.dtype, ops)
-        outputs_GBD = _pad(blocks, expert_out_CD).to(weights_NB.dtype)
+        grad_ND = grads[0].to(weights_NB.dtype).contiguous()
+        outputs_GBD = pad(blocks, expert_out_CD).to(weights_NB.dtype)
         grad_weights_NB = ops.grouped(grad_ND, outputs_GBD, blocks.rows, True)
-        grad_out_CD += _unpad(blocks, ops.grouped_outer(weights_NB, grad_ND, blocks.rows))
+        grad_out_CD = ops.segment(grad_ND, None, None, *clusters.segments, False)
+        grad_out_CD += unpad(blocks, ops.grouped_outer(weights_NB, grad_ND, blocks.rows))
         return grad_weights_NB, grad_out_CD.to(expert_out_CD.dtype), None, None

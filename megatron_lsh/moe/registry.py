@@ -56,6 +56,13 @@ ENTRY_POINT_GROUP = "megatron_lsh.dispatchers"
 GAUGES = (*DISPATCHER_GAUGES, *LSH_GAUGES, *NODE_GAUGES)
 
 
+def restoration(lsh: LSHConfig, hidden: int, expert_width: int | None, gated: bool, rate: float) -> Restoration:
+    """``--lsh-interpolation-block`` and ``-rank`` with what is automatic filled in."""
+    return choose_restoration(
+        hidden, expert_width, gated, rate, lsh.lsh_interpolation_block, lsh.lsh_interpolation_rank
+    )
+
+
 @dataclass(frozen=True)
 class DispatcherSpec:
     """Everything a factory may need to build the dispatcher of one MoE layer.
@@ -87,7 +94,7 @@ class DispatcherSpec:
         """How ``--lsh-residual interpolate`` restores rows here."""
         # At the lowest rate most rows are to be restored: the block must be affordable then, too.
         lowest = min(self.lsh.rates().of_layer(self.layer))
-        return choose_restoration(self.hidden, self.expert_width, self.gated, lowest, self.lsh.lsh_interpolation_block)
+        return restoration(self.lsh, self.hidden, self.expert_width, self.gated, lowest)
 
     def transport(self, kind: type[Transport] = AllToAllTransport) -> Transport:
         """What moves rows, in the numbers of ``--lsh-wire-dtype``; with one expert-parallel rank nothing moves."""
@@ -253,10 +260,13 @@ def describe_restoration(spec: DispatcherSpec) -> str | None:
     found = spec.restoration()
     if found.share is None or found.share <= MOST:
         return None
+    few = replace(spec, lsh=replace(spec.lsh, lsh_interpolation_block=None, lsh_interpolation_rank=0)).restoration()
+    way = "--lsh-residual none restores for nothing, at more loss"
+    if few.rank is not None:
+        way += f"; --lsh-interpolation-rank auto (here {few.rank}) takes {few.share:.1%} where groups are large"
     return (
         f"interpolation between blocks of {found.block} representatives takes {found.share:.1%} of the arithmetic of exact "
-        f"experts, more than {MOST:.0%}, because experts of width {spec.expert_width} are narrow: --lsh-residual none "
-        "restores for nothing, at more loss"
+        f"experts, more than {MOST:.0%}, because experts of width {spec.expert_width} are narrow: {way}"
     )
 
 
@@ -305,7 +315,7 @@ def _restoration(spec: DispatcherSpec) -> RestoreRows:
     cfg = spec.lsh
     if cfg.lsh_residual == "interpolate":
         found = spec.restoration()
-        return interpolated(found.block, found.form)
+        return interpolated(found.block, found.form, found.rank, found.beyond)
     if cfg.lsh_residual == "none":
         return as_sent(cfg.lsh_gradient == "straight-through")
     if cfg.lsh_residual == "identity":

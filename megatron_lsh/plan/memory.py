@@ -6,6 +6,7 @@ Korthikanti et al. (arXiv:2205.05198): what the backward pass keeps of each laye
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
@@ -14,6 +15,7 @@ from megatron_lsh.families import Family
 from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack
+from megatron_lsh.moe.registry import restoration
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.pipeline import passes_at_once
 from megatron_lsh.plan.counting import ParameterCounts
@@ -195,13 +197,30 @@ def _moe_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape) -> float:
     halves = 3.0 if cfg.model.swiglu else 2.0
     width = moe.moe_ffn_hidden_size or shape.ffn
     rows = sizes.tokens * moe.moe_router_topk
-    row_copies = 4.0 + (
-        1.0 if moe.moe_token_dispatcher_type in ("lsh", "auto") else 0.0
-    )  # with LSH, rows and residuals
     row = moe.moe_latent_size or shape.hidden
+    row_copies, restored = 4.0, 0.0
+    if moe.moe_token_dispatcher_type in ("lsh", "auto"):  # rows and residuals
+        row_copies, restored = 5.0, restoration_bytes(cfg, rows, row, width)
     latent = (
         0.0 if moe.moe_latent_size is None else 2.0 * sizes.tokens * sizes.element * row
     )  # each map's input or output
     experts = rows * sizes.element * (row_copies * row + halves * width) + latent
     shared = sizes.tokens * sizes.element * halves * (moe.moe_shared_expert_intermediate_size or 0)
-    return 2.0 * sizes.residual + 8.0 * sizes.tokens * (moe.num_experts or 0) + experts + shared
+    return 2.0 * sizes.residual + 8.0 * sizes.tokens * (moe.num_experts or 0) + experts + shared + restored
+
+
+def restoration_bytes(cfg: Config, rows: float, hidden: int, width: int) -> float:
+    """What interpolation keeps for its backward pass, in fp32 (lsh/interpolate.py): k, K, its inverse, and W or twice A; in
+    few coordinates (lsh/leading.py) those of rows, representatives and outputs, and both sets of directions."""
+    if cfg.lsh.lsh_residual != "interpolate":
+        return 0.0
+    rate = min(cfg.lsh.rates().span())
+    found = restoration(cfg.lsh, hidden, width, cfg.model.swiglu, rate)
+    sent = max(cfg.lsh.rates().span())
+    there = math.ceil(rows / (cfg.moe.num_experts or 1) * sent)
+    block = math.ceil(there / math.ceil(there / found.block)) if there else 0
+    common = block + 2 * sent * block
+    if found.rank is None or found.rank >= hidden or there <= found.beyond:
+        return 4.0 * rows * (common + (2 * block if found.form == "weights" else sent * hidden))
+    directions = 2 * found.rank * hidden * sent / max(block, 1)
+    return 4.0 * rows * (common + found.rank * (2 + 3 * sent) + directions)

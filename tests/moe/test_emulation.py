@@ -18,8 +18,12 @@ from tests.moe.test_dispatchers import make_layer, single, tokens
 from tests.training.helpers import tiny_config
 
 SCOPES = ("node", "rank")
-#: Also for one representative among few rows, and with the blocks of interpolation smaller than a group.
-SETTINGS = (LSHConfig(lsh_target_rate=0.3, lsh_interpolation_block=4), LSHConfig(lsh_residual="identity"))
+#: Also for one representative among few rows, with the blocks of interpolation smaller than a group, and in few coordinates.
+SETTINGS = (
+    LSHConfig(lsh_target_rate=0.3, lsh_interpolation_block=4),
+    LSHConfig(lsh_target_rate=0.3, lsh_interpolation_rank=2),
+    LSHConfig(lsh_residual="identity"),
+)
 STEPS = 20
 
 

@@ -21,6 +21,7 @@ ONCE = [["arrival"], [], []]
 RESIDUALS = [
     LSHConfig(),
     LSHConfig(lsh_residual="interpolate", lsh_representative="mean"),
+    LSHConfig(lsh_interpolation_rank=2),
     *(LSHConfig(lsh_residual=residual) for residual in ("identity", "none", "lowrank")),
     LSHConfig(lsh_residual="none", lsh_gradient="straight-through"),
 ]

@@ -187,11 +187,18 @@ def send_members(with_residual: bool) -> Represent:
     return represent
 
 
-def interpolated(block: int, form: str = "outputs") -> RestoreRows:
-    """``--lsh-residual interpolate``: E(c) + f(x) - f(c), with f fitted to all pairs (c, E(c)) of a block."""
+def interpolated(block: int, form: str = "outputs", rank: int | None = None, beyond: int = 0) -> RestoreRows:
+    """``--lsh-residual interpolate``: E(c) + f(x) - f(c), with f fitted to all pairs (c, E(c)) of a block.
+
+    ``rank``: the coordinates that f sees, where they are fewer and an expert has more than ``beyond`` representatives
+    (lsh/leading.py).
+    """
 
     def restore(rows_ND: Tensor, sent: Sent, clusters: Clusters, counts_E: Tensor) -> Callable[[Tensor], Tensor]:
-        return lsh.prepare_interpolation(rows_ND, sent.rows_CD, clusters, sent.member_C, block=block, form=form)
+        given = (rows_ND, sent.rows_CD, clusters, sent.member_C)
+        if rank is None or rank >= rows_ND.shape[1] or max(clusters.counts_on_host()) <= beyond:
+            return lsh.prepare_interpolation(*given, block=block, form=form)
+        return lsh.prepare_leading(*given, block=block, rank=rank)
 
     return restore
 
