@@ -29,7 +29,8 @@ def panels(columns: int, width: float, height: float, rows: int = 1, **options: 
 
 def legend_below(axis: Any, columns: int = 1) -> None:
     """Where it hides nothing."""
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False)
 
 
 def problems(figure: Any) -> list[str]:
@@ -75,9 +76,12 @@ def _names(legend: Any) -> list[str]:
 
 
 def _look(handle: Any) -> Any:
-    """Colour, line and marker of a line or of the line among error bars."""
+    """Colour and marker of a line or of the line among error bars; without a marker, its colour and style."""
     line = handle[0] if isinstance(handle, tuple) else handle
-    return tuple(str(getattr(line, f"get_{part}", lambda: None)()) for part in ("color", "linestyle", "marker"))
+    color, style, marker = (
+        str(getattr(line, f"get_{part}", lambda: None)()) for part in ("color", "linestyle", "marker")
+    )
+    return color, style if marker in ("None", "") else marker
 
 
 def main() -> None:

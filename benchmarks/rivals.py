@@ -107,6 +107,8 @@ RIVALS: dict[str, Rival] = {
     **{f"past rows {rate}%": Rival("LSH, rows of before", ["--moe-token-dispatcher-type", "benchmarks.past:past",
                                    "--lsh-target-rate", rate / 100], rows=None) for rate in (20, 50)},
     "the paper's": Rival("the paper's", BUCKET, rows=None),
+    "LSH by energy": Rival("LSH by energy", [*INTERPOLATE, "--lsh-target-rate", 0.5, "--lsh-target-energy", 0.1],
+                           rows=None),
     "LSH 20%, exact finish": Rival("LSH, exact finish", [*INTERPOLATE, "--lsh-anneal-iters", "15%"], rows=None),
 }  # fmt: skip
 
@@ -123,7 +125,7 @@ SECOND = (
     "LSH 20%", "past rows 20%", "LSH 50% int4x32", "capacity 20%", "experts of 128", "subspace of 26", "LSH 35%",
     "top-1 int4x32", "latent 32", "subspace of 64",
 )  # fmt: skip
-LONG = ("exact", "LSH 20%", "LSH 35%", "LSH 20%, exact finish")
+LONG = ("exact", "LSH 20%", "LSH by energy", "LSH 35%", "LSH 20%, exact finish")
 
 
 def plans() -> dict[str, list[Job]]:
@@ -242,8 +244,11 @@ def report(found: Mapping[Any, dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]]) -> Any:
     """Gap to exact against bytes, and against FLOPs; bars are 95% intervals."""
+    from matplotlib import colormaps
+
     figure, axes = figures.panels(2, 12, 5.6, sharey=True)
     series = list(dict.fromkeys(entry["series"] for entry in rows))
+    strong_and_pale = colormaps["tab20"].colors
     for axis, measure, label in zip(
         axes, ("bytes", "flops"), ("bytes, % of all rows in bf16", "experts' FLOPs, % of exact"), strict=True
     ):
@@ -257,8 +262,8 @@ def plot(rows: Sequence[dict[str, Any]]) -> Any:
                 [100 * entry[measure] for entry in points], means,
                 [[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
                  [high - mean for mean, (_, high) in zip(means, ends, strict=True)]],
-                color=f"C{place % 10}", marker="os^Dv"[place // 2 % 5], linestyle="-" if place < 10 else "--",
-                markersize=5, capsize=2, linewidth=1, label=name,
+                color=strong_and_pale[2 * place % 20 + place // 10], marker="os^DvPX*<>hp8"[place], markersize=5,
+                capsize=2, linewidth=1, label=name,
             )  # fmt: skip
         axis.axhline(0, color="black", linewidth=0.7)
         axis.set(xlabel=label, xscale="log")

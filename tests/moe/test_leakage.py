@@ -66,7 +66,9 @@ def test_the_channel_is_there_and_closes_when_every_row_is_sent() -> None:
     assert channel(build("exact", SMALL, 1), SMALL, 1) < 1e-6
 
 
-@pytest.mark.parametrize("variant", ["past 5%", "past 20%", "past 50%"])
+@pytest.mark.parametrize(
+    "variant", ["past 20%", *(pytest.param(f"past {rate}%", marks=pytest.mark.slow) for rate in (5, 50))]
+)
 def test_with_rows_of_the_micro_batch_before_no_token_sees_a_later_one(variant: str) -> None:
     """The remedy. Changed are all later tokens, and looked at all logits before; nothing of a trained model moves."""
     size = replace(SMALL, steps=3)

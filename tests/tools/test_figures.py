@@ -59,7 +59,10 @@ def test_series_that_look_alike_are_found_out() -> None:
     axis.plot([1, 2], color="C0", label="a")
     axis.plot([2, 1], color="C0", label="b")
     axis.legend()
-    assert figures.problems(figure) == ["panel 1 (): 'b' looks like 'a'"]
+    axis.plot([2, 2], color="C1", marker="o", label="c")
+    axis.errorbar([1], [1], [0.1], color="C1", marker="o", linestyle="--", label="d")  # of one point no line is seen
+    axis.legend()
+    assert figures.problems(figure) == ["panel 1 (): 'b' looks like 'a'", "panel 1 (): 'd' looks like 'c'"]
 
 
 def test_intervals_are_those_of_student() -> None:
