@@ -146,14 +146,14 @@ def first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def set_rate(mbit: float | None) -> None:
+def set_rate(mbit: float | None, burst_kb: float = 256) -> None:
     """From within a namespace: limit what this node sends to `mbit` Mbit/s; None lifts the limit. The node's other ranks do
-    nothing; who measures lets all ranks wait for each other first."""
+    nothing; who measures lets all ranks wait for each other first. After a pause `burst_kb` kilobytes leave at once."""
     if not first_of_node():
         return
     subprocess.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"], check=False, capture_output=True)
     if mbit is not None:
-        limit = ["rate", f"{round(mbit * 1000)}kbit", "burst", "256kb", "latency", "50ms"]
+        limit = ["rate", f"{round(mbit * 1000)}kbit", "burst", f"{round(burst_kb)}kb", "latency", "50ms"]
         _run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
 
 

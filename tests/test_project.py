@@ -38,7 +38,7 @@ ALLOWED = {
     # builds models to fill them, and tokenizers to compare them
     "convert": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "data", "checkpoint", "inference"},
     "families": {"errors", "config", "parallel", "moe", "models", "data"},
-    "plan": {"errors", "config", "parallel", "moe", "models", "families"},
+    "plan": {"errors", "config", "parallel", "ops", "lsh", "moe", "models", "families"},
     "observing": {"errors", "config", "parallel", "moe"},
 }
 ALLOWED["training"] = set(ALLOWED)  # knows all others

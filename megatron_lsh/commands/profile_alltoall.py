@@ -1,9 +1,12 @@
 """Measure the share of the all-to-all in a training step, exact and with LSH, for your model on your cluster.
 
     torchrun --nproc-per-node 8 -m megatron_lsh profile_alltoall THE FLAGS OF pretrain_gpt_moe.py [--steps 8] [--json FILE]
+    torchrun ... -m megatron_lsh profile_alltoall THE FLAGS OF pretrain_gpt_moe.py --primitives-out FILE
 
-Runs a few steps of each kind in turn; saves and loads nothing. Prints the break-even bandwidth, at which LSH stops
-paying, and a prediction for other clusters from a cost model fitted to the measurement (megatron_lsh/plan/cost_model.py).
+With --primitives-out it measures what tools/plan.py computes with: all-to-alls by size, inside a node and between nodes,
+how fast experts, LSH and all else are, and how overlap slows them; a cluster file can `include` the file. Else it runs a few
+steps of each kind in turn; saves and loads nothing. Prints the break-even bandwidth, at which LSH stops paying, and a
+prediction for other clusters from a cost model fitted to the measurement (megatron_lsh/plan/cost_model.py).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.plan.cost_model import as_json, fit, measured_text, predicted_text
 from megatron_lsh.training.alltoall_profile import measure, profiling_config
 from megatron_lsh.training.faults import launch
+from megatron_lsh.training.primitives import measure_primitives
+from megatron_lsh.training.run import set_up
 from megatron_lsh.training.startup import introduce, set_determinism
 
 
@@ -26,6 +31,9 @@ def own_flags() -> ToolParser:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--steps", type=integer(1), default=8, help="measured steps of each kind")
     parser.add_argument("--json", type=a_path, help="write everything measured and fitted to this file")
+    parser.add_argument(
+        "--primitives-out", type=a_path, help="measure primitives for tools/plan.py, and write them to this file"
+    )
     predict = parser.add_argument_group("what to predict for")
     gbit, speeds = [1, 10, 25, 50, 100, 200, 400], [1, 10, 100, 1000]
     predict.add_argument("--predict-gbit", nargs="+", type=real(above=0), default=gbit, help="bandwidths per rank")
@@ -52,6 +60,14 @@ def profile(own: argparse.Namespace, cfg: Config) -> None:
     set_determinism(cfg)
     ctx = initialize(cfg.parallel, moe=True)
     introduce(cfg, ctx)
+    if own.primitives_out is not None:
+        primitives = measure_primitives(set_up(cfg, GPT, ctx), own.steps)
+        if ctx.rank == 0:
+            own.primitives_out.write_text(json.dumps(primitives, indent=1) + "\n")
+            print(
+                f"wrote {own.primitives_out}: put `include: {own.primitives_out.name}` into a cluster file", flush=True
+            )
+        return shutdown(ctx)
     exact, lsh = measure(cfg, GPT, ctx, own.steps)
     if ctx.rank == 0:
         ranks = ctx.ep.size

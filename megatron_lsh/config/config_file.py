@@ -58,8 +58,8 @@ def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def read_document(path: str) -> Any:
-    """What a JSON or YAML file holds.
+def read_document(path: str, flag: str = "--config") -> Any:
+    """What a JSON or YAML file holds that `flag` names.
 
     JSON is tried first: YAML reads most of it, but numbers such as 1e-5 as text, and letters beyond the first 65,536, which
     JSON writes in two halves, as halves.
@@ -73,22 +73,22 @@ def read_document(path: str) -> Any:
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a readable file of text: {error.strerror}: give another"
+            f"{flag} ({shown(path, 1000)}) must be a readable file of text: {error.strerror}: give another"
         ) from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a readable file of text: line {line}: {error}: correct it"
+            f"{flag} ({shown(path, 1000)}) must be a readable file of text: line {line}: {error}: correct it"
         ) from error
     except ValueError as error:  # a null byte in the name
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a readable file of text: {error}: give another"
+            f"{flag} ({shown(path, 1000)}) must be a readable file of text: {error}: give another"
         ) from error
     try:
         return json.loads(text, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply: make it flatter"
+            f"{flag} ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply: make it flatter"
         ) from error
     except ValueError:
         pass
@@ -96,11 +96,11 @@ def read_document(path: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a YAML file: {_where(error, text)}: correct it"
+            f"{flag} ({shown(path, 1000)}) must be a YAML file: {_where(error, text)}: correct it"
         ) from error
     except RecursionError as error:
         raise ConfigError(
-            f"--config ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply: make it flatter"
+            f"{flag} ({shown(path, 1000)}) must be a YAML file: this one is nested too deeply: make it flatter"
         ) from error
 
 

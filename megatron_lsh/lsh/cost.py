@@ -57,6 +57,12 @@ def operations(form: str, block: int, hidden: int, rate: float, rank: int | None
     return common + (6 * rate * block * hidden if form == "outputs" else 6 * moving * block**2)
 
 
+def grouping_operations(clusters: float, hidden: int, hashes: int, width: int, steps: int) -> float:
+    """Per row: its projection onto Q rotations of width W, and in each step of refinement its distances to the centroids of
+    its expert, `clusters` of them."""
+    return 2.0 * hidden * hashes * width + 2.0 * steps * clusters * hidden
+
+
 def choose_restoration(
     hidden: int,
     width: int | None,

@@ -215,18 +215,25 @@ def nodes_in_words(spec: DispatcherSpec) -> str:
 
 
 def deduplicates(spec: DispatcherSpec) -> bool:
-    """``--moe-node-deduplication`` with its default filled in: whether exact dispatch sends fewer bytes so.
-
-    With K experts per token spread evenly over M nodes, a token visits (M - 1) (1 - (1 - 1/M)^K) other nodes and has
-    K (M - 1) / M experts there.
-    """
+    """``--moe-node-deduplication`` with its default filled in: whether exact dispatch sends fewer bytes so."""
     nodes, topk, asked = spec.ctx.ep_node.size, spec.moe.moe_router_topk, spec.moe.moe_node_deduplication
     if not _even(spec) or asked == "off":
         return False
-    visits, rows = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk), topk * (nodes - 1) / nodes
-    metadata = 8 * topk / (4 * spec.hidden)  # an id and a weight per expert, beside a row
+    rows, visits = rows_across(nodes, topk)
+    metadata = metadata_bytes(topk) / (4 * spec.hidden)  # beside a row
     whole = spec.moe.moe_overlap_chunks > 1 and spec.ctx.ep_local.size == 1  # pieces were asked for, and would be none
     return asked == "on" or (visits * (1 + metadata) < rows and not whole)
+
+
+def rows_across(nodes: int, topk: int) -> tuple[float, float]:
+    """Rows per token that leave a node under even routing: one per expert on another node, K (M - 1) / M for K experts per
+    token over M nodes; and one per other node that has any, (M - 1) (1 - (1 - 1/M)^K)."""
+    return topk * (nodes - 1) / nodes, (nodes - 1) * (1 - (1 - 1 / nodes) ** topk)
+
+
+def metadata_bytes(topk: int) -> int:
+    """Beside a de-duplicated row: an id and a weight for each expert that a token may have."""
+    return 8 * topk
 
 
 def describe(spec: DispatcherSpec) -> str | None:
@@ -239,14 +246,13 @@ def describe(spec: DispatcherSpec) -> str | None:
     name = spec.moe.moe_token_dispatcher_type
     if not _even(spec):
         return f"{where}: not equally many on each, so every rank sends its rows by itself"
-    flat = topk * (nodes - 1) / nodes
+    flat, visits = rows_across(nodes, topk)
     if name in ("lsh", "auto"):
         scope, (least, most) = scope_of(spec), spec.lsh.rates().span()
         sent = f"{least * flat:.2f}" if least == most else f"{least * flat:.2f} to {most * flat:.2f}"
         sent = sent if spec.lsh.lsh_clustering == "budget" else "fewer"
         return f"{where}: LSH at {scope} scope; {sent} rows per token cross the network instead of {flat:.2f}"
     if name == "alltoall" and deduplicates(spec):
-        visits = (nodes - 1) * (1 - (1 - 1 / nodes) ** topk)
         return (
             f"{where}: one row per (token, node), about {visits:.2f} per token across the network instead of {flat:.2f}"
         )

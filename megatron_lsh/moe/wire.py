@@ -88,3 +88,9 @@ def make_codec(name: str | None) -> WireCodec:
         return CastCodec(None)
     casts = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return CastCodec(casts[name]) if name in casts else ScaledCodec(name)
+
+
+def row_bytes(name: str | None, width: int, dtype: torch.dtype) -> int:
+    """Bytes of a row of `width` numbers of `dtype` as it travels under a value of ``--lsh-wire-dtype``."""
+    payload = make_codec(name).encode(torch.zeros(1, width, dtype=dtype))
+    return payload.shape[1] * payload.element_size()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from megatron_lsh.config.config import Config
@@ -50,15 +52,30 @@ def parameter_counts(family: Family, cfg: Config, vocab_size: int, layout: Paral
     if expert and cfg.moe.num_experts:
         active += expert * cfg.moe.moe_router_topk // cfg.moe.num_experts
     stages = Stages.from_config(cfg.parallel)
-    firsts = range(0, layout.world_size, layout.world_size // layout.pp)
-    per_stage = tuple(_count(family, cfg, vocab_size, layout, stages, rank) for rank in firsts)
+    kinds = kinds_of_stages(family, cfg, stages)
+    firsts = {kind: stage * (layout.world_size // layout.pp) for stage, kind in reversed(list(enumerate(kinds)))}
+    found = {kind: _count(family, cfg, vocab_size, layout, stages, rank) for kind, rank in firsts.items()}
+    per_stage = tuple(found[kind] for kind in kinds)
     return ParameterCounts(dense + expert, active, *max(per_stage, key=sum), per_stage)
+
+
+def kinds_of_stages(family: Family, cfg: Config, stages: Stages) -> list[Hashable]:
+    """For each pipeline stage what it is made of; those that are equal hold equally many parameters."""
+    return [
+        tuple(
+            (tuple(stack.moe_pattern()[chunk.layers.start : chunk.layers.stop]), chunk.first, chunk.last)
+            for stack in family.stacks(cfg)
+            for chunk in stages.of_rank(stage, stack.num_layers)
+        )
+        for stage in range(stages.ranks)
+    ]
 
 
 def _count(
     family: Family, cfg: Config, vocab_size: int, layout: ParallelLayout, stages: Stages, rank: int
 ) -> tuple[int, int]:
-    """Dense and expert parameters of a rank."""
+    """Dense and expert parameters of a rank. Nodes, which are not known here, have no parameters of their own."""
+    cfg = dataclasses.replace(cfg, lsh=dataclasses.replace(cfg.lsh, lsh_scope=None))
     ctx = offline_context(layout, rank, stages=stages)
     telemetry = MoETelemetry(ctx.device)  # nothing runs
     parameters = list(family.model(cfg, vocab_size, ctx, telemetry).parameters())

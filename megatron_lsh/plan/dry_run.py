@@ -29,7 +29,7 @@ def dry_run(cfg: Config) -> str:
     """
     family = family_of(cfg)
     layout = ParallelLayout.from_config(cfg.parallel, assumed_world_size(cfg))
-    vocabulary = _vocabulary(family, cfg, layout)
+    vocabulary = vocabulary_of(family, cfg, layout)
     counts = parameter_counts(family, cfg, vocabulary.padded, layout)
     micro = cfg.training.micro_batch_size or 1
     global_batch = cfg.training.global_batch_size or micro * layout.dp
@@ -66,7 +66,7 @@ def dry_run(cfg: Config) -> str:
     return "\n".join(line for lines in sections for line in lines)
 
 
-class _Vocabulary(NamedTuple):
+class Vocabulary(NamedTuple):
     size: int = 0
     padded: int = 0
     source: str = ""
@@ -75,17 +75,17 @@ class _Vocabulary(NamedTuple):
         return f" (vocabulary {self.size:,}, {self.source}; padded to {self.padded:,})" if self.size else ""
 
 
-def _vocabulary(family: Family, cfg: Config, layout: ParallelLayout) -> _Vocabulary:
+def vocabulary_of(family: Family, cfg: Config, layout: ParallelLayout) -> Vocabulary:
     """The vocabulary before and after padding, and where it comes from; empty for a family without one."""
     if family.tokenizer is None:
-        return _Vocabulary()
+        return Vocabulary()
     size, source = cfg.model.vocab_size, "--vocab-size"
     try:
         size, source = max(family.tokenizer(cfg).vocab_size, size or 0), "tokenizer"
     except (MegatronLSHError, OSError):
         if size is None:
             size, source = ASSUMED_VOCABULARY, "assumed, because no tokenizer can be read here: --vocab-size sets it"
-    return _Vocabulary(size, padded_vocab_size(size, cfg.model.make_vocab_size_divisible_by, layout.tp), source)
+    return Vocabulary(size, padded_vocab_size(size, cfg.model.make_vocab_size_divisible_by, layout.tp), source)
 
 
 def _layout_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[str]:
@@ -147,9 +147,7 @@ def _batch_lines(
     ]
 
 
-def _parameter_lines(
-    cfg: Config, layout: ParallelLayout, counts: ParameterCounts, vocabulary: _Vocabulary
-) -> list[str]:
+def _parameter_lines(cfg: Config, layout: ParallelLayout, counts: ParameterCounts, vocabulary: Vocabulary) -> list[str]:
     lines = [
         f"Parameters{vocabulary}",
         f"  total     {counts.total:>18,}",

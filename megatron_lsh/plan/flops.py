@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -67,41 +68,55 @@ def training_flops(family: Family, cfg: Config, padded_vocab_size: int) -> float
 def experts_share(family: Family, cfg: Config, padded_vocab_size: int) -> float:
     """Share of :func:`forward_flops` that the routed experts do: what shrinks where fewer rows are sent to them."""
     routed = sum(
-        stack.seq_length * sum(stack.moe_pattern()) * _routed_multiply_adds(stack) for stack in family.stacks(cfg)
+        stack.seq_length * sum(stack.moe_pattern()) * layer_work(stack, is_moe=True).routed
+        for stack in family.stacks(cfg)
     )
     return 2.0 * routed / forward_flops(family, cfg, padded_vocab_size)
 
 
-def _routed_multiply_adds(stack: Stack) -> float:
-    """Multiply-adds of the routed experts of one MoE layer per token."""
+class LayerWork(NamedTuple):
+    """Multiply-adds of one layer per token that passes it.
+
+    projections: of the attention; scores: those between a position and those that it attends to;
+    feed_forward: of the dense layer, or of all around the routed experts; shared: the shared expert, a part of
+    it; routed: the experts that a token has.
+    """
+
+    projections: float
+    scores: float
+    feed_forward: float
+    shared: float = 0.0
+    routed: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.projections + self.scores + self.feed_forward + self.routed
+
+
+def layer_work(stack: Stack, *, is_moe: bool) -> LayerWork:
+    """What a layer of this stack computes."""
     model, moe, shape = stack.cfg.model, stack.cfg.moe, stack.shape
-    expert = (3 if model.swiglu else 2) * (moe.moe_latent_size or shape.hidden) * (moe.moe_ffn_hidden_size or shape.ffn)
-    return moe.moe_router_topk * expert
+    hidden, heads, groups, head_dim = shape.hidden, shape.heads, shape.query_groups, shape.head_dim
+    matrices = 3 if model.swiglu else 2
+    projections = 1.0 * hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
+    # QK^T and (scores)V, of which causality needs half
+    scores = 2 * heads * head_dim * (stack.attended or stack.seq_length) / (2 if stack.causal else 1)
+    if stack.memory_length:  # queries and output per token; keys and values per token of the encoder
+        memory = stack.memory_length
+        projections += 2 * hidden * heads * head_dim + 2 * hidden * groups * head_dim * memory / stack.seq_length
+        scores += 2 * heads * head_dim * memory
+    if not is_moe:
+        return LayerWork(projections, scores, matrices * hidden * shape.ffn)
+    row = moe.moe_latent_size or hidden
+    latent = 0 if moe.moe_latent_size is None else 2 * hidden * row
+    shared = matrices * hidden * (moe.moe_shared_expert_intermediate_size or 0)
+    routed = moe.moe_router_topk * matrices * row * (moe.moe_ffn_hidden_size or shape.ffn)
+    return LayerWork(projections, scores, latent + shared + hidden * (moe.num_experts or 0), shared, routed)
 
 
 def _stack_multiply_adds(stack: Stack) -> float:
     """Multiply-adds of one stack of layers per token that passes it."""
-    model, moe, shape = stack.cfg.model, stack.cfg.moe, stack.shape
-    hidden, heads, groups, head_dim = shape.hidden, shape.heads, shape.query_groups, shape.head_dim
-    matrices = 3 if model.swiglu else 2
-    attention = 1.0 * hidden * head_dim * (heads + 2 * groups) + heads * head_dim * hidden
-    # QK^T and (scores)V, of which causality needs half
-    attention += 2 * heads * head_dim * (stack.attended or stack.seq_length) / (2 if stack.causal else 1)
-    if stack.memory_length:  # queries and output per token; keys and values per token of the encoder
-        memory = stack.memory_length
-        attention += 2 * hidden * heads * head_dim + 2 * heads * head_dim * memory
-        attention += 2 * hidden * groups * head_dim * memory / stack.seq_length
-    dense = matrices * hidden * shape.ffn
-    row = moe.moe_latent_size or hidden
-    latent = 0 if moe.moe_latent_size is None else 2 * hidden * row
-    shared = matrices * hidden * (moe.moe_shared_expert_intermediate_size or 0)
-    router = hidden * (moe.num_experts or 0)
-    num_moe = sum(stack.moe_pattern())
-    return (
-        shape.num_layers * attention
-        + num_moe * (_routed_multiply_adds(stack) + latent + shared + router)
-        + (shape.num_layers - num_moe) * dense
-    )
+    return sum(layer_work(stack, is_moe=is_moe).total for is_moe in stack.moe_pattern())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, tflops: float | None = None) -> float | None:

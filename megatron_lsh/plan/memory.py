@@ -96,7 +96,7 @@ def activation_bytes(
     largest = 0.0
     embeddings_and_norms = 0.0
     for stack in family.stacks(cfg):
-        sizes = _Sizes.of(stack, layout)
+        sizes = Sizes.of(stack, layout)
         for chunk in stages.of_rank(stage, stack.num_layers):
             kept, peak = _chunk_bytes(stack, chunk, sizes, layout.tp)
             layers += kept * at_once
@@ -110,7 +110,7 @@ def activation_bytes(
     return layers + largest + logits + embeddings_and_norms
 
 
-def _chunk_bytes(stack: Stack, chunk: Chunk, sizes: _Sizes, tp: int) -> tuple[float, float]:
+def _chunk_bytes(stack: Stack, chunk: Chunk, sizes: Sizes, tp: int) -> tuple[float, float]:
     """What layers keep until their backward pass, and what the recomputation of one group of them adds."""
     cfg, shape, moe_pattern = stack.cfg, stack.shape, stack.moe_pattern()
     plan = RecomputePlan.from_config(cfg.recompute, cfg.moe, len(chunk.layers))
@@ -131,7 +131,9 @@ def _chunk_bytes(stack: Stack, chunk: Chunk, sizes: _Sizes, tp: int) -> tuple[fl
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
+    """Of one micro-batch in one stack, on one rank."""
+
     tokens: float
     """per rank under sequence parallelism"""
     tokens_full: float
@@ -146,7 +148,8 @@ class _Sizes:
     """the same for the whole sequence"""
 
     @classmethod
-    def of(cls, stack: Stack, layout: ParallelLayout) -> _Sizes:
+    def of(cls, stack: Stack, layout: ParallelLayout) -> Sizes:
+        """Under this layout, for the micro-batch of its configuration."""
         cfg, shape = stack.cfg, stack.shape
         sequence_parallel = layout.tp > 1 and (cfg.parallel.sequence_parallel or cfg.moe.num_experts is not None)
         attended = float(stack.seq_length * (cfg.training.micro_batch_size or 1))
@@ -157,7 +160,7 @@ class _Sizes:
 
 
 def _layer_bytes(
-    cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int, *, is_moe: bool, modules: frozenset[str]
+    cfg: Config, sizes: Sizes, shape: ModelShape, tp: int, *, is_moe: bool, modules: frozenset[str]
 ) -> float:
     heads, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
     kept = sizes.tokens_full if "core_attn" in modules else sizes.tokens_attended  # keys and values
@@ -177,7 +180,7 @@ def _layer_bytes(
     return norm_input + projection_input + attention + masks + feed_forward
 
 
-def _cross_attention_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int, memory_share: float) -> float:
+def _cross_attention_bytes(cfg: Config, sizes: Sizes, shape: ModelShape, tp: int, memory_share: float) -> float:
     """`memory_share`: tokens of the encoder per token of the decoder."""
     heads, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
     per_token = heads + 2 * groups * memory_share + heads  # queries, keys and values, output
@@ -186,12 +189,12 @@ def _cross_attention_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape, tp: in
     return sizes.residual + gathered + sizes.tokens_full * sizes.element / tp * per_token + masks
 
 
-def _mlp_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape, tp: int) -> float:
+def _mlp_bytes(cfg: Config, sizes: Sizes, shape: ModelShape, tp: int) -> float:
     halves = 3.0 if cfg.model.swiglu else 2.0  # before and after the activation function
     return sizes.residual + sizes.gathered + sizes.tokens_full * sizes.element * halves * shape.ffn / tp
 
 
-def _moe_bytes(cfg: Config, sizes: _Sizes, shape: ModelShape) -> float:
+def _moe_bytes(cfg: Config, sizes: Sizes, shape: ModelShape) -> float:
     """Norm, router scores, permuted and received rows, the experts' inside, their output, the returned rows."""
     moe = cfg.moe
     halves = 3.0 if cfg.model.swiglu else 2.0

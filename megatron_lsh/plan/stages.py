@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from megatron_lsh.config.config import Config, required
+from megatron_lsh.config.config import Config
 from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.families import Family
 from megatron_lsh.models.shape import ModelShape
@@ -14,6 +14,7 @@ from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.pipeline import bubble_share, passes_at_once
 from megatron_lsh.plan.counting import ParameterCounts
 from megatron_lsh.plan.memory import GIB, MemoryEstimate
+from megatron_lsh.plan.traffic import rows_to_experts, rows_to_sharers, rows_to_stages
 
 USUAL_NODE = 8
 
@@ -65,43 +66,10 @@ def crossing_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[
         )
     parts += [f"{stages:.1f} between pipeline stages"] if layout.pp > 1 else []
     if layout.cp > 1:
-        shape, keys = ModelShape.from_config(cfg.model), rows_to_sharers(cfg, layout, node_of_rank)
+        shape, keys = ModelShape.from_config(cfg.model), rows_to_sharers(cfg.model.num_layers, layout, node_of_rank)
         parts.append(
             f"{keys:.1f} of keys and values, {shape.query_groups * shape.head_dim} wide, to ranks of the sequence"
         )
     return [
         f"Rows per token that leave a node of {size} ranks{whose}, forward and backward: {'; '.join(parts)}"
     ] if parts else []  # fmt: skip
-
-
-def rows_to_experts(layers: int, topk: int, layout: ParallelLayout, node_of_rank: Sequence[int]) -> float:
-    """Of even routing: a row goes to its expert and back, and its gradient as well."""
-    shares = [
-        sum(node_of_rank[other] != node_of_rank[rank] for other in group) / len(group)
-        for group in layout.groups("ep")
-        for rank in group
-    ]
-    return 4.0 * layers * topk * mean(shares)
-
-
-def rows_to_sharers(cfg: Config, layout: ParallelLayout, node_of_rank: Sequence[int]) -> float:
-    """In each layer a token's key and its value go to the ranks of its sequence, and their gradients come back."""
-    others = [
-        sum(node_of_rank[other] != node_of_rank[rank] for other in group)
-        for group in layout.groups("cp")
-        for rank in group
-    ]
-    return 4.0 * required(cfg.model.num_layers) * mean(others)
-
-
-def rows_to_stages(layout: ParallelLayout, stages: Stages, node_of_rank: Sequence[int]) -> float:
-    """A token's hidden states go from one virtual stage to the next, and their gradient comes back."""
-    steps = stages.ranks * stages.chunks - 1
-    crossings = [
-        sum(
-            node_of_rank[pipeline[step % stages.ranks]] != node_of_rank[pipeline[(step + 1) % stages.ranks]]
-            for step in range(steps)
-        )
-        for pipeline in layout.groups("pp")
-    ]
-    return 2.0 * mean(crossings)

@@ -27,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """From data to pixels of a chart. With `log`, y0 and y1 are exponents of ten."""
+    """From data to pixels of a chart. With `log`, y0 and y1 are exponents of ten; with `log_x`, x0 and x1."""
 
     x0: float
     x1: float
@@ -36,12 +36,14 @@ class Axes:
     width: int = 460
     height: int = 250
     log: bool = False
+    log_x: bool = False
     left: int = 62
     right: int = 14
     top: int = 12
     bottom: int = 40
 
     def x(self, value: float) -> float:
+        value = math.log10(max(value, 1e-300)) if self.log_x else value
         return self.left + (value - self.x0) / ((self.x1 - self.x0) or 1.0) * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
@@ -61,6 +63,7 @@ def line_chart(
     y_range: Point | None = None,
     unit: str = "",
     whole_x: bool = False,
+    log_x: bool = False,
 ) -> str:
     """An SVG with all series over one pair of axes.
 
@@ -69,6 +72,7 @@ def line_chart(
             What lies outside is cut off.
         unit: of the values, for the tooltips.
         whole_x: x are whole numbers such as layers: one tick each, with a margin beside the outermost.
+        log_x: x are positive, on a logarithmic axis.
     """
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
@@ -76,9 +80,11 @@ def line_chart(
     log = y_range is None and min(ys) > 0.0 and max(ys) > 100.0 * min(ys)
     low, high = padded(math.log10(min(ys)), math.log10(max(ys))) if log else y_range or padded(min(ys), max(ys))
     margin = 0.4 if whole_x else 0.0
-    axes = Axes(min(xs) - margin, max(xs) + margin, low, high, log=log)
+    ends = min(xs) - margin, max(xs) + margin
+    first, last = (math.log10(ends[0]), math.log10(ends[1])) if log_x else ends
+    axes = Axes(first, last, low, high, log=log, log_x=log_x)
     clip = f"clip{zlib.crc32(repr((x_label, y_label, ys[:50])).encode())}"
-    x_ticks = sorted({round(x) for x in xs}) if whole_x else ticks(axes.x0, axes.x1)
+    x_ticks = sorted({round(x) for x in xs}) if whole_x else log_ticks(*ends) if log_x else ticks(*ends)
     inner = axes.width - axes.left - axes.right, axes.height - axes.top - axes.bottom
     parts = [
         f'<svg viewBox="0 0 {axes.width} {axes.height}" role="img" '
@@ -186,6 +192,13 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= about)
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """1, 2, 5, 10, ... within [low, high]; powers of ten alone where that makes too many."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [factor * 10.0**n for n in exponents for factor in (1, 2, 5) if low <= factor * 10.0**n <= high]
+    return every if len(every) <= most else [10.0**n for n in exponents if low <= 10.0**n <= high]
 
 
 def tick_words(values: Sequence[float]) -> list[str]:

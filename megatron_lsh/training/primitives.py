@@ -1,0 +1,353 @@
+"""What the planner computes with, measured on this cluster with this model: the part of a cluster file that is no datasheet.
+
+Speeds are those of one rank while all are busy: micro-batches of the real model, whole and halved, with every way of
+dispatching in turn; what the planner counts for them is divided by what they took. Links: all-to-alls of growing size,
+inside a node and between nodes, and one reduction. A file of them is a cluster file without nodes and memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lsh.config import padded_vocab_size, required
+from megatron_lsh.errors import ConfigError
+from megatron_lsh.families import Batch
+from megatron_lsh.lsh.cost import grouping_operations, operations
+from megatron_lsh.models.stacks import moe_layers
+from megatron_lsh.moe.layer import MoELayer
+from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
+from megatron_lsh.parallel.collectives import all_reduce_
+from megatron_lsh.parallel.context import Group, ParallelContext
+from megatron_lsh.parallel.data_parallel import accumulate, num_local_parameters
+from megatron_lsh.plan.cluster import Link
+from megatron_lsh.plan.flops import experts_share, forward_flops
+from megatron_lsh.plan.memory import Sizes
+from megatron_lsh.plan.traffic import reduced
+from megatron_lsh.training.pipeline import to_device
+from megatron_lsh.training.run import Run
+
+RATES = (0.1, 0.3)
+"""shares of rows at which LSH is measured"""
+SIZES = (2**10, 2**14, 2**17, 2**20, 2**23)
+"""bytes that a rank sends in a measured all-to-all"""
+LONGEST = 0.4
+"""seconds after which no larger one is tried"""
+_REPEATS = 5
+
+
+class Way(NamedTuple):
+    """A dispatch that is measured. `rate`: of LSH; None for exact dispatch."""
+
+    rate: float | None = None
+    scope: str | None = None
+    deduplicated: bool = False
+
+
+class Sample(NamedTuple):
+    """Medians of one micro-batch, forward and backward, in seconds; means over the ranks but for the whole."""
+
+    whole: float
+    alltoall: float
+    experts: float
+    lsh: float
+    tokens: float
+    """of a rank"""
+    imbalance: float
+
+    @property
+    def rest(self) -> float:
+        return self.whole - self.alltoall - self.experts - self.lsh
+
+
+def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
+    """Sections of a cluster file. Collective over the world.
+
+    Args:
+        steps: micro-batches of each kind, and steps.
+
+    Raises:
+        ConfigError: for a pipeline, or a model whose rows do not travel.
+    """
+    cfg, ctx = run.cfg, run.ctx
+    if ctx.layout.pp > 1 or ctx.ep.size == 1 or not moe_layers(run.family.stacks(cfg)):
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size ({ctx.layout.pp}) must be 1 and parallel.expert_model_parallel_size "
+            f"({ctx.ep.size}) above 1 to measure primitives: change them"
+        )
+    links = measure_links(ctx)
+    samples = _samples(run, steps)
+    compute, dispatch = _speeds(run, samples)
+    rate = _optimizer(run, steps, samples[Way(), 1].whole, links)
+    compute["optimizer_gparams_per_s"] = rate
+    exact = samples[Way(), 1]
+    return {
+        "source": "measured",
+        "compute": compute,
+        **links,
+        **dispatch,
+        "overlap": {"slowdown": measure_slowdown(ctx)},
+        "routing": {"max_over_mean": round(exact.imbalance, 4)},
+    }
+
+
+def measure_links(ctx: ParallelContext) -> dict[str, Any]:
+    """The sections `inside` and `across`, those that there are. Collective over the world."""
+    found: dict[str, Any] = {}
+    several = len({ctx.node_of_rank[rank] for rank in ctx.ep.ranks}) > 1
+    per_node = ctx.ep_local.size if several else ctx.ep.size
+    if per_node > 1:
+        group = ctx.ep_local if several else ctx.ep
+        found["inside"] = {"ranks": group.size, "alltoall_us": _curve(group, ctx, 1)}
+    if several:
+        group = ctx.ep_node if per_node > 1 else ctx.ep
+        found["across"] = {"ranks": group.size, "alltoall_us": _curve(group, ctx, per_node)}
+    # One reduction over everybody, against what an all-to-all takes for as many bytes as it sends between nodes.
+    name = "across" if several else "inside"
+    curve = found[name]["alltoall_us"]
+    link = Link(tuple((x, y * 1e-6) for x, y in curve), found[name]["ranks"])
+    size = curve[-1][0] if several else curve[-1][0] / 2
+    payload = torch.ones(max(int(size / 4 / 2), 1), device=ctx.device)
+    taken = _timed(lambda: dist.all_reduce(payload, group=ctx.world.process_group), ctx)
+    sent = reduced(ctx.world.size, False, 4.0 * payload.numel(), 0.0)
+    start = 2 * link.points[0][1]
+    moving = link.seconds(sent, link.ranks) - link.points[0][1]
+    found[name]["reduction_efficiency"] = round(min(max(moving / max(taken - start, 1e-9), 0.01), 10.0), 4)
+    return found
+
+
+def _curve(group: Group, ctx: ParallelContext, senders: int) -> list[list[float]]:
+    """[bytes, microseconds] of all-to-alls in which `senders` ranks of a node send so many bytes in all; rising."""
+    points: list[list[float]] = []
+    for size in SIZES:
+        each = max(size // (4 * (group.size - 1)), 1)
+        leaving = torch.ones(each * group.size, device=ctx.device)
+        arriving = torch.empty_like(leaving)
+        call = partial(dist.all_to_all_single, arriving, leaving, group=group.process_group)
+        taken = _timed(call, ctx)
+        sent = 4.0 * each * (group.size - 1) * senders
+        if not points or taken * 1e6 > points[-1][1]:
+            points.append([sent, round(taken * 1e6, 3)])
+        if taken > LONGEST and len(points) > 1:
+            break
+    if len(points) == 1:  # a link on which a million bytes are no slower than a thousand
+        points.append([points[0][0] * 2, points[0][1] * 1.001])
+    return points
+
+
+def _timed(call: Callable[[], Any], ctx: ParallelContext) -> float:
+    """Median seconds of a collective, of the slowest rank."""
+    taken = []
+    for _ in range(_REPEATS + 1):
+        dist.barrier(group=ctx.world.process_group)
+        _finish(ctx.device)
+        began = time.perf_counter()
+        call()
+        _finish(ctx.device)
+        seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
+        taken.append(float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX)))
+        if taken[-1] > LONGEST and len(taken) > 2:
+            break
+    return statistics.median(taken[1:])
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_slowdown(ctx: ParallelContext, seconds: float = 0.05) -> float:
+    """How much slower matrices are multiplied while an all-to-all is under way."""
+    group = ctx.ep
+    a = torch.ones(256, 256, device=ctx.device)
+
+    def multiply(times: int) -> float:
+        dist.barrier(group=ctx.world.process_group)
+        began = time.perf_counter()
+        for _ in range(times):
+            torch.mm(a, a)
+        _finish(ctx.device)
+        return time.perf_counter() - began
+
+    times = max(int(seconds / max(multiply(10) / 10, 1e-7)), 1)
+    shared = torch.tensor(float(times), device=ctx.device)
+    times = int(all_reduce_(shared, ctx.world, dist.ReduceOp.MAX))
+    ratios = []
+    for _ in range(3):
+        alone = multiply(times)
+        leaving = torch.ones(group.size * 2**18, device=ctx.device)
+        work = dist.all_to_all_single(torch.empty_like(leaving), leaving, group=group.process_group, async_op=True)
+        ratios.append(multiply(times) / alone)
+        work.wait()
+    ratio = torch.tensor(statistics.median(ratios), device=ctx.device)
+    return round(max(float(all_reduce_(ratio, ctx.world)) / ctx.world.size, 1.0), 4)
+
+
+def use(run: Run, way: Way) -> None:
+    """Dispatch like this from now on."""
+    cfg, ctx = run.cfg, run.ctx
+    moe = dataclasses.replace(
+        cfg.moe,
+        moe_token_dispatcher_type="alltoall" if way.rate is None else "lsh",
+        moe_node_deduplication="on" if way.deduplicated else "off",
+        moe_overlap_chunks=1,
+    )
+    lsh = dataclasses.replace(
+        cfg.lsh, lsh_target_rate=str(way.rate or 1.0), lsh_scope=way.scope, lsh_start_layer=0, lsh_wire_dtype=None
+    )
+    layers = [module for module in run.model.modules() if isinstance(module, MoELayer)]
+    numbers = moe_layers(run.family.stacks(cfg))
+    for layer, number in zip(layers, numbers, strict=True):
+        layer.dispatcher = build_dispatcher(DispatcherSpec.of(cfg.model, moe, lsh, ctx, number))
+
+
+def ways(ctx: ParallelContext) -> list[Way]:
+    """Those that this layout has."""
+    even = ctx.ep_local.size > 1 and ctx.ep_node.size > 1
+    found = [Way(), *(Way(rate, "rank") for rate in RATES)]
+    return found + ([Way(RATES[0], "node"), Way(deduplicated=True)] if even else [])
+
+
+def _samples(run: Run, repeats: int) -> dict[tuple[Way, int], Sample]:
+    """By way and by how many parts a micro-batch is cut into (1 or 2), in turn."""
+    ctx, micro = run.ctx, required(run.cfg.training.micro_batch_size)
+    cuts = (1, 2) if micro % 2 == 0 else (1,)
+    kinds = [(way, cut) for way in ways(ctx) for cut in cuts]
+    collected: dict[tuple[Way, int], list[Sample]] = {kind: [] for kind in kinds}
+    with run.batches("train") as batches:
+        for repeat in range(repeats + 1):  # the first one is thrown away
+            for way, cut in kinds if repeat % 2 else kinds[::-1]:
+                use(run, way)
+                batch = to_device(next(batches), ctx.device)
+                collected[way, cut].append(_micro_batch(run, _first(batch, micro // cut)))
+    run.step.optimizer.zero_grad(set_to_none=True)
+    return {
+        kind: Sample(*(statistics.median(column) for column in zip(*samples[1:], strict=True)))
+        for kind, samples in collected.items()
+    }
+
+
+def _first(batch: Batch, samples: int) -> Batch:
+    return {name: value[:samples] if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _micro_batch(run: Run, batch: Batch) -> Sample:
+    """Forward and backward, without a reduction of gradients."""
+    ctx = run.ctx
+    accumulate(run.model, last=False)
+    run.telemetry.collect(ctx, iterations=1)
+    dist.barrier(group=ctx.world.process_group)
+    _finish(ctx.device)
+    began = time.perf_counter()
+    run.step.forward_step(run.model, batch).objective(micro_batches=1).backward()
+    _finish(ctx.device)
+    whole = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
+    whole = all_reduce_(whole, ctx.world, dist.ReduceOp.MAX)
+    layers = run.telemetry.collect(ctx, iterations=1)
+
+    def total(name: str) -> float:
+        return sum(layer[name] or 0.0 for layer in layers)
+
+    samples = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    share = samples / required(run.cfg.training.micro_batch_size)
+    tokens = share * sum(Sizes.of(stack, ctx.layout).tokens for stack in run.family.stacks(run.cfg))
+    mean = total("alltoall_bytes") / ctx.world.size
+    busiest = total("alltoall_bytes_in_max") / mean if mean else 1.0
+    return Sample(
+        float(whole), 1e-3 * total("alltoall_time_ms"), 1e-3 * total("experts_time_ms"), 1e-3 * total("lsh_time_ms"),
+        tokens, max(busiest, 1.0),
+    )  # fmt: skip
+
+
+def _speeds(run: Run, samples: dict[tuple[Way, int], Sample]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section `compute`, and the sections `lsh` and `dispatch`."""
+    cfg, ctx, family = run.cfg, run.ctx, run.family
+    spec = DispatcherSpec.of(cfg.model, cfg.moe, cfg.lsh, ctx, moe_layers(family.stacks(cfg))[0])
+    layers, topk = len(moe_layers(family.stacks(cfg))), cfg.moe.moe_router_topk
+    micro, shared = required(cfg.training.micro_batch_size), ctx.layout.tp * ctx.layout.cp
+    vocabulary = _padded_vocabulary(run)
+    forward, routed = forward_flops(family, cfg, vocabulary), experts_share(family, cfg, vocabulary)
+    dense, grouped = {}, {}
+    clustering: list[tuple[float, float]] = []  # (operations per row, seconds per row)
+    further: dict[str, list[float]] = {"node": [], "deduplicated": []}
+    for (way, cut), sample in samples.items():
+        exact, samples_in = samples[Way(), cut], micro / cut
+        rows = sample.tokens * topk
+        groups = rows / spec.num_experts
+        flops = 3.0 * forward * samples_in / shared
+        if way == Way():
+            dense[sample.tokens] = flops * (1 - routed) / sample.rest * 1e-12
+        sent = 1.0 if way.rate is None else way.rate
+        if way.scope != "node":
+            grouped[ctx.ep.size * groups * sent] = flops * routed * sent / max(sample.experts, 1e-9) * 1e-12
+        extra = (sample.rest - exact.rest) / layers / rows
+        if way.scope == "rank":
+            found = spec.restoration()
+            clusters = max(sent * groups, 1.0)
+            work = grouping_operations(clusters, spec.hidden, *cfg.lsh.hash_shape(), cfg.lsh.lsh_refine_steps)
+            if cfg.lsh.lsh_residual == "interpolate":
+                work += operations(found.form, round(min(found.block, clusters)), spec.hidden, sent)
+            clustering.append((work, sample.lsh / layers / rows + extra))
+        elif way.deduplicated:
+            further["deduplicated"].append(extra)
+        elif way.scope == "node":
+            flat = samples[Way(way.rate, "rank"), cut]
+            further["node"].append((sample.rest - flat.rest) / layers / rows)
+    per_row, speed = _line(clustering)
+    compute = {"dense_tflops": _rising(dense), "grouped_tflops": _rising(grouped)}
+    sections: dict[str, Any] = {"lsh": {"row_ns": per_row * 1e9, **({"tflops": speed * 1e-12} if speed else {})}}
+    medians = {name: max(statistics.median(values), 0.0) * 1e9 for name, values in further.items() if values}
+    if medians:
+        sections["dispatch"] = {f"{name}_row_ns": value for name, value in medians.items()}
+    return compute, sections
+
+
+def _padded_vocabulary(run: Run) -> int:
+    if run.tokenizer is None:
+        return 0
+    size = max(run.tokenizer.vocab_size, run.cfg.model.vocab_size or 0)
+    return padded_vocab_size(size, run.cfg.model.make_vocab_size_divisible_by, run.ctx.layout.tp)
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float | None]:
+    """(seconds per row, operations per second), neither negative; None where operations take no time."""
+    work, taken = np.array(points).T
+    slope, start = np.polyfit(work, taken, 1) if len(set(work)) > 1 else (0.0, float(np.mean(taken)))
+    if slope <= 0.0:
+        return max(float(np.mean(taken)), 0.0), None
+    if start < 0.0:
+        return 0.0, float(work @ work / max(work @ taken, 1e-30))
+    return float(start), float(1.0 / slope)
+
+
+def _rising(points: dict[float, float]) -> list[list[float]]:
+    return [[size, rate] for size, rate in sorted(points.items())]
+
+
+def _optimizer(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) -> float:
+    """10^9 parameters of a rank per second, that a step takes beside its micro-batches and reductions."""
+    ctx, taken = run.ctx, []
+    use(run, Way())
+    with run.batches("train") as batches:
+        for iteration in range(steps + 1):
+            dist.barrier(group=ctx.world.process_group)
+            began = time.perf_counter()
+            run.step(batches, iteration, False)
+            seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
+            taken.append(float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX)))
+    run.telemetry.collect(ctx, iterations=1)
+    held = num_local_parameters(run.model)
+    rest = statistics.median(taken[1:]) - run.step.micro_batches * micro_batch
+    name = "across" if "across" in links else "inside"
+    link = Link(tuple((x, y * 1e-6) for x, y in links[name]["alltoall_us"]), links[name]["ranks"])
+    rest -= reduced(ctx.world.size, False, 4.0 * held, 0.0) / link.bandwidth / links[name]["reduction_efficiency"]
+    return round(held / max(rest, 1e-3 * micro_batch) * 1e-9, 6)
