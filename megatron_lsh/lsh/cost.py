@@ -46,6 +46,11 @@ class Restoration(NamedTuple):
     rank: int | None = None
     beyond: int = 0
 
+    def operations(self, clusters: int, hidden: int, rate: float) -> float:
+        """As the function of this name, for an expert with so many representatives."""
+        rank = self.rank if clusters > self.beyond else None
+        return operations(self.form, min(self.block, clusters), hidden, rate, rank)
+
 
 def operations(form: str, block: int, hidden: int, rate: float, rank: int | None = None) -> float:
     """Per row routed, forward and backward; the module's docstring has the terms."""

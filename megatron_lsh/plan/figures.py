@@ -11,7 +11,7 @@ from megatron_lsh.plan.cluster import Cluster
 from megatron_lsh.plan.counting import ParameterCounts
 from megatron_lsh.plan.search import SWEEP, Candidate
 from megatron_lsh.plan.step_time import StepCost, step_cost
-from megatron_lsh.plan.table import dispatch_words, layout_words
+from megatron_lsh.plan.table import dispatch_words, kind_words, layout_words
 
 MOST_RANKS = 16384
 MOST_CURVES = 6
@@ -24,18 +24,18 @@ def kinds(candidates: Sequence[Candidate], most: int = MOST_CURVES) -> list[Cand
     """The fastest one of each dispatch, from the fastest on."""
     found: dict[str, Candidate] = {}
     for candidate in candidates:
-        found.setdefault(dispatch_words(candidate), candidate)
+        found.setdefault(kind_words(candidate), candidate)
     return list(found.values())[:most]
 
 
 def by_bandwidth(candidates: Sequence[Candidate]) -> Curves:
-    """ms per step by Gbit/s of a node: of every dispatch, under the layout that is the fastest there."""
+    """ms per step by Gbit/s of a node: of every dispatch, under whichever of its layouts is the fastest there."""
     here = candidates[0].cost.cluster.across.bandwidth * 8e-9
     steps = [SWEEP ** (2 * place / (_POINTS - 1) - 1) for place in range(_POINTS)]
     curves: Curves = {}
     for kind in kinds(candidates):
-        alike = [candidate for candidate in candidates if dispatch_words(candidate) == dispatch_words(kind)][:40]
-        curves[dispatch_words(kind)] = [
+        alike = [candidate for candidate in candidates if kind_words(candidate) == kind_words(kind)][:200]
+        curves[kind_words(kind)] = [
             (here * faster, 1e3 * min(candidate.cost.at(faster).total for candidate in alike)) for faster in steps
         ]
     return curves

@@ -24,6 +24,7 @@ from megatron_lsh.plan.counting import ParameterCounts, parameter_counts
 from megatron_lsh.plan.dry_run import vocabulary_of
 from megatron_lsh.plan.memory import estimate_memory
 from megatron_lsh.plan.step_time import StepCost, step_cost
+from megatron_lsh.plan.traffic import spread
 
 LARGEST_MICRO_BATCH = 64
 SWEEP = 64.0
@@ -142,7 +143,7 @@ def search(question: Question, cluster: Cluster, tell: Callable[[str], None] = l
             if memory > cluster.memory:
                 too_large, pressed = too_large + 1, True
                 continue
-            for dispatch in _dispatches(question, layout):
+            for dispatch in _dispatches(question, layout, cluster):
                 try:
                     found.append(
                         pricing.candidate(cfg, {**settings, **dict(dispatch)}, dispatch, held, layout, pressed)
@@ -307,11 +308,11 @@ def _layouts(question: Question, cluster: Cluster) -> Iterator[dict[str, Any]]:
                         size and total % (size["micro_batch_size"] * (ranks // shared))
                     ):
                         continue
-                    for spread in spreads:
-                        if ranks // stages % spread.get("expert_model_parallel_size", 1):
+                    for experts_over in spreads:
+                        if ranks // stages % experts_over.get("expert_model_parallel_size", 1):
                             continue
                         for shard in sharded:
-                            yield {**part, **size, **spread, **shard}
+                            yield {**part, **size, **experts_over, **shard}
 
 
 def _recomputations(question: Question) -> list[dict[str, Any]]:
@@ -321,14 +322,18 @@ def _recomputations(question: Question) -> list[dict[str, Any]]:
     return [{}, {"recompute_granularity": "selective"}, {"recompute_granularity": "full"}]
 
 
-def _dispatches(question: Question, layout: ParallelLayout) -> Iterator[Settings]:
+def _dispatches(question: Question, layout: ParallelLayout, cluster: Cluster) -> Iterator[Settings]:
     """Ways of the rows. Which of them the layout can have, the registry of dispatchers says."""
     fixed, moe = question.fixed, question.cfg.moe
     if moe.num_experts is None or layout.ep == 1 or "moe_token_dispatcher_type" in fixed:
         kinds: list[Settings] = [_PLAIN]
     else:
-        ways = ["off"] if "moe_node_deduplication" in fixed else ["off", "on"]
-        kinds = [(("moe_token_dispatcher_type", "alltoall"), ("moe_node_deduplication", way)) for way in ways]
+        spans = spread(layout, cluster.node_of_rank(), "ep").nodes > 1
+        ways = [(("moe_node_deduplication", way),) for way in (("off", "on") if spans else ("off",))]
+        kinds = [
+            (("moe_token_dispatcher_type", "alltoall"), *way)
+            for way in ([()] if "moe_node_deduplication" in fixed else ways)
+        ]
         scopes = [()] if "lsh_scope" in fixed else [(("lsh_scope", scope),) for scope in ("rank", "node")]
         kinds += [
             (("moe_token_dispatcher_type", "lsh"), ("lsh_target_rate", rate), *scope)

@@ -22,7 +22,7 @@ from megatron_lsh.config.config import Config
 from megatron_lsh.config.pipeline import Stages
 from megatron_lsh.families import Family
 from megatron_lsh.lsh import row_budgets
-from megatron_lsh.lsh.cost import grouping_operations, operations
+from megatron_lsh.lsh.cost import grouping_operations
 from megatron_lsh.models.recompute import RecomputePlan
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.moe.registry import DispatcherSpec, deduplicates, metadata_bytes, rows_across, scope_of
@@ -396,8 +396,7 @@ class _MoE:
             clusters = max(self.sent * self.per_group, 1.0)
             work = grouping_operations(clusters, spec.hidden, *lsh.hash_shape(), lsh.lsh_refine_steps)
             if lsh.lsh_residual == "interpolate":
-                found = spec.restoration()
-                restoring = operations(found.form, round(min(found.block, clusters)), spec.hidden, self.sent)
+                restoring = spec.restoration().operations(round(clusters), spec.hidden, self.sent)
                 work += restoring * (1.0 + (self.layer.forward_passes - 1) / 3)
             per_row += self.compressed * (cluster.lsh_row_seconds + work / cluster.lsh_flops)
         if lsh.lsh_wire_dtype is not None:

@@ -44,6 +44,11 @@ def dispatch_words(candidate: Candidate) -> str:
     return ", ".join(words)
 
 
+def kind_words(candidate: Candidate) -> str:
+    """Its dispatch without the number of pieces."""
+    return ", ".join(word for word in dispatch_words(candidate).split(", ") if not word.endswith(" pieces"))
+
+
 def distinct(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
     """The first ones, each once; and the fastest exact one, if none of them is."""
     found: dict[tuple[str, str], Candidate] = {}

@@ -22,13 +22,14 @@ from torch import Tensor
 from megatron_lsh.config import padded_vocab_size, required
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.families import Batch
-from megatron_lsh.lsh.cost import grouping_operations, operations
+from megatron_lsh.lsh.cost import grouping_operations
 from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import Group, ParallelContext
-from megatron_lsh.parallel.data_parallel import accumulate, num_local_parameters
+from megatron_lsh.parallel.data_parallel import accumulate
+from megatron_lsh.parallel.parameters import is_expert, local
 from megatron_lsh.plan.cluster import Link
 from megatron_lsh.plan.flops import experts_share, forward_flops
 from megatron_lsh.plan.memory import Sizes
@@ -291,11 +292,10 @@ def _speeds(run: Run, samples: dict[tuple[Way, int], Sample]) -> tuple[dict[str,
             grouped[ctx.ep.size * groups * sent] = flops * routed * sent / max(sample.experts, 1e-9) * 1e-12
         extra = (sample.rest - exact.rest) / layers / rows
         if way.scope == "rank":
-            found = spec.restoration()
             clusters = max(sent * groups, 1.0)
             work = grouping_operations(clusters, spec.hidden, *cfg.lsh.hash_shape(), cfg.lsh.lsh_refine_steps)
             if cfg.lsh.lsh_residual == "interpolate":
-                work += operations(found.form, round(min(found.block, clusters)), spec.hidden, sent)
+                work += spec.restoration().operations(round(clusters), spec.hidden, sent)
             clustering.append((work, sample.lsh / layers / rows + extra))
         elif way.deduplicated:
             further["deduplicated"].append(extra)
@@ -345,9 +345,13 @@ def _optimizer(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) 
             seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
             taken.append(float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX)))
     run.telemetry.collect(ctx, iterations=1)
-    held = num_local_parameters(run.model)
     rest = statistics.median(taken[1:]) - run.step.micro_batches * micro_batch
     name = "across" if "across" in links else "inside"
     link = Link(tuple((x, y * 1e-6) for x, y in links[name]["alltoall_us"]), links[name]["ranks"])
-    rest -= reduced(ctx.world.size, False, 4.0 * held, 0.0) / link.bandwidth / links[name]["reduction_efficiency"]
+    held = 0
+    for expert, copies in ((False, ctx.layout.dp * ctx.layout.cp), (True, ctx.layout.edp)):
+        numbers = sum(local(p).numel() for p in run.model.parameters() if is_expert(p) == expert)
+        held += numbers
+        sent = reduced(copies, False, 4.0 * numbers, 0.0)
+        rest -= sent / link.bandwidth / links[name]["reduction_efficiency"]
     return round(held / max(rest, 1e-3 * micro_batch) * 1e-9, 6)

@@ -13,6 +13,7 @@ import pytest
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
 from megatron_lsh.parallel.testing import run_distributed_test
+from megatron_lsh.plan.cluster import read_cluster
 from megatron_lsh.plan.cost_model import Steps, as_json, fit, measured_text, paper_ratio, predicted_text
 from megatron_lsh.training.alltoall_profile import profiling_config
 from tests.training.helpers import TINY, tiny_config
@@ -97,3 +98,17 @@ def test_measures_both_ways(tmp_path: Path) -> None:
     assert 0.1 < figures["lsh"]["bytes"] / figures["exact"]["bytes"] < 0.4
     assert figures["lsh"]["lsh_ms"] > 0.0 == figures["exact"]["lsh_ms"]
     assert figures["exact"]["experts_ms"] > 0.0 and 0.0 < figures["exact"]["alltoall_ms"] < figures["exact"]["step_ms"]
+
+
+def test_primitives_are_what_a_cluster_file_includes(tmp_path: Path) -> None:
+    """Two ranks as two nodes, so that rows cross; speeds are positive, and times grow with bytes."""
+    words = [*TINY.split(), "--train-iters", "2", "--expert-model-parallel-size", "2", "--moe-node-size", "1"]
+    rank0, _ = run_distributed_test(_profile, 2, [*words, "--steps", "1", "--primitives-out", str(tmp_path / "p.json")])
+    assert "put `include: p.json` into a cluster file" in rank0
+    (tmp_path / "c.yaml").write_text("include: p.json\nnodes: 2\nranks_per_node: 1\nmemory_gib: 1\n")
+    cluster = read_cluster(tmp_path / "c.yaml")
+    assert cluster.source == "measured" and cluster.slowdown >= 1.0 <= cluster.imbalance
+    assert cluster.across.measured > 1e6 and cluster.across.bandwidth > 1e6 and cluster.parameters_per_second > 1e3
+    sizes = [size for size, _ in cluster.grouped.points]
+    assert len(sizes) >= 3 and sizes == sorted(sizes) and all(rate > 0 for _, rate in cluster.grouped.points)
+    assert all(rate > 0 for _, rate in cluster.dense.points) and cluster.lsh_row_seconds + 1 / cluster.lsh_flops > 0

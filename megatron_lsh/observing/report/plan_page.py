@@ -60,8 +60,11 @@ def render(page: PlanPage) -> str:
         "The fastest", "Time per step within memory. Bytes and FLOPs are those that training counts.", _table(page)
     )
     body += _section("Where their time goes", "", _bars(page))
-    for chart in page.charts:
-        body += _section(chart.title, chart.text, _chart(chart))
+    body += (
+        '<div class="grid2">'
+        + "".join(f"<div>{_section(chart.title, chart.text, _chart(chart))}</div>" for chart in page.charts)
+        + "</div>"
+    )
     if page.changes:
         body += _section(
             "Where the choice changes", "", f'<div class="panel"><pre>{escape(chr(10).join(page.changes))}</pre></div>'
