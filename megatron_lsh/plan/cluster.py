@@ -123,9 +123,6 @@ class Cluster:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
-    def node_of_rank(self, ranks: int | None = None) -> list[int]:
-        return [rank // self.ranks_per_node for rank in range(ranks or self.ranks)]
-
     def across_seconds(self, size: float, nodes: int, faster: float = 1.0, *, reduces: bool = False) -> float:
         """As `Link.seconds`, of a node; what leaves a switch is oversubscribed."""
         near = self.nodes_per_switch or 1

@@ -328,7 +328,7 @@ def _dispatches(question: Question, layout: ParallelLayout, cluster: Cluster) ->
     if moe.num_experts is None or layout.ep == 1 or "moe_token_dispatcher_type" in fixed:
         kinds: list[Settings] = [_PLAIN]
     else:
-        spans = spread(layout, cluster.node_of_rank(), "ep").nodes > 1
+        spans = spread(layout, cluster.ranks_per_node, "ep").nodes > 1
         ways = [(("moe_node_deduplication", way),) for way in (("off", "on") if spans else ("off",))]
         kinds = [
             (("moe_token_dispatcher_type", "alltoall"), *way)

@@ -50,12 +50,11 @@ def _span(layers: range) -> str:
 def crossing_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[str]:
     """Rows per token that leave a node. `cfg.parallel.moe_node_size` or the usual number of ranks are on a node."""
     size = cfg.parallel.moe_node_size or USUAL_NODE
-    node_of_rank = [rank // size for rank in range(layout.world_size)]
-    if node_of_rank[-1] == 0:
+    if layout.world_size <= size:
         return []
     layers = moe_layers(family.stacks(cfg))
-    experts = rows_to_experts(len(layers), cfg.moe.moe_router_topk, layout, node_of_rank)
-    stages = rows_to_stages(layout, Stages.from_config(cfg.parallel), node_of_rank)
+    experts = rows_to_experts(len(layers), cfg.moe.moe_router_topk, layout, size)
+    stages = rows_to_stages(layout, Stages.from_config(cfg.parallel), size)
     whose = "" if cfg.parallel.moe_node_size else " (assumed: --moe-node-size sets it)"
     parts = [f"{experts:.1f} to experts and back"] if layers else []
     if layers and cfg.moe.moe_token_dispatcher_type == "lsh":
@@ -66,7 +65,7 @@ def crossing_lines(family: Family, cfg: Config, layout: ParallelLayout) -> list[
         )
     parts += [f"{stages:.1f} between pipeline stages"] if layout.pp > 1 else []
     if layout.cp > 1:
-        shape, keys = ModelShape.from_config(cfg.model), rows_to_sharers(cfg.model.num_layers, layout, node_of_rank)
+        shape, keys = ModelShape.from_config(cfg.model), rows_to_sharers(cfg.model.num_layers, layout, size)
         parts.append(
             f"{keys:.1f} of keys and values, {shape.query_groups * shape.head_dim} wide, to ranks of the sequence"
         )

@@ -197,7 +197,7 @@ def step_cost(
         ConfigError: for a dispatch that this layout cannot have.
     """
     stages = Stages.from_config(cfg.parallel)
-    nodes = cluster.node_of_rank(layout.world_size)
+    node_size = cluster.ranks_per_node
     micro, total = cfg.training.micro_batch_size or 1, cfg.training.global_batch_size or 1
     of_stage: dict[Hashable, StageCost] = {}
     for stage, kind in enumerate(zip(kinds_of_stages(family, cfg, stages), _rates(family, cfg, stages), strict=True)):
@@ -210,10 +210,10 @@ def step_cost(
     compute_bytes = 2.0 if cfg.precision.half else 4.0
     reductions = []
     for held, dimensions in zip(slowest, (("dp", "cp"), ("edp",)), strict=True):
-        group = spread(layout, nodes, *dimensions)
+        group = spread(layout, node_size, *dimensions)
         sent = reduced(group.size, sharded, 4.0 * held, compute_bytes * held)
         reductions.append(_ring(cluster, group, layers, sent, reduces=True))
-    everyone = spread(layout, nodes, "pp", "dp", "cp", "tp")
+    everyone = spread(layout, node_size, "pp", "dp", "cp", "tp")
     reductions.append(_ring(cluster, everyone, _SMALL_CALLS, 64.0, reduces=True))
     update = owned / cluster.parameters_per_second + cluster.step_seconds
     return StepCost(
@@ -339,25 +339,25 @@ def _layer_transfers(
     cluster: Cluster, layout: ParallelLayout, stack: Stack, sizes: Sizes, layer: _Layer, count: int
 ) -> list[Transfer]:
     """Among ranks that share a layer, and ranks that share a sequence."""
-    nodes, found = cluster.node_of_rank(layout.world_size), []
+    node_size, found = cluster.ranks_per_node, []
     if layout.tp > 1:
         calls = tensor_parallel_passes(stack, is_moe=layer.is_moe) * (1.5 if layer.whole_again else 1.0)
-        group = spread(layout, nodes, "tp")
+        group = spread(layout, node_size, "tp")
         sent = count * calls * (layout.tp - 1) / layout.tp * sizes.gathered
         found.append(_ring(cluster, group, count * calls, sent, reduces=False))
     if layout.cp > 1:
         shape = stack.shape
         row = shape.query_groups * shape.head_dim / layout.tp * sizes.element
         rows = keys_to_sharers(1, 1.0) / 2 * (1.5 if layer.whole_again else 1.0)  # keys and values in one call
-        found.append(_exchange(cluster, spread(layout, nodes, "cp"), 2 * row * sizes.tokens_full, count * rows))
+        found.append(_exchange(cluster, spread(layout, node_size, "cp"), 2 * row * sizes.tokens_full, count * rows))
     return found
 
 
 def _stage_transfer(cluster: Cluster, layout: ParallelLayout, stages: Stages, sizes: Sizes) -> Transfer:
     """Hidden states to the next stage and gradients to the one before, of a stage in the middle."""
-    nodes = cluster.node_of_rank(layout.world_size)
+    node_size = cluster.ranks_per_node
     borders = stages.ranks * stages.chunks - 1
-    crossing = rows_to_stages(layout, stages, nodes) / 2.0 / borders
+    crossing = rows_to_stages(layout, stages, node_size) / 2.0 / borders
     size, senders = sizes.residual, min(cluster.ranks_per_node, cluster.ranks)
     return Transfer(2.0 * stages.chunks, crossing * senders * size, (1.0 - crossing) * size, 2, 2)
 
@@ -371,7 +371,7 @@ class _MoE:
         self.cluster, self.layout, self.cfg, self.layer, self.sizes = cluster, layout, cfg, layer, sizes
         context = _context(layout, cluster.ranks_per_node)
         self.spec = DispatcherSpec.of(model, moe, cfg.lsh, context, layer.number)
-        self.group = spread(layout, cluster.node_of_rank(layout.world_size), "ep")
+        self.group = spread(layout, cluster.ranks_per_node, "ep")
         self.rows = sizes.tokens * moe.moe_router_topk
         start = moe.moe_token_dispatcher_type in ("lsh", "auto") and layer.number >= cfg.lsh.lsh_start_layer
         self.scope = scope_of(self.spec) if start else None

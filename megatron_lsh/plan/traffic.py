@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,14 +33,10 @@ class Spread(NamedTuple):
         return self.near + 1
 
 
-def spread(layout: ParallelLayout, node_of_rank: Sequence[int], *dimensions: str) -> Spread:
-    """Of the groups of these dimensions."""
-    return _spread(layout, tuple(node_of_rank), dimensions)
-
-
 @lru_cache(maxsize=4096)
-def _spread(layout: ParallelLayout, node_of_rank: tuple[int, ...], dimensions: tuple[str, ...]) -> Spread:
-    nodes_GP = np.asarray(node_of_rank)[np.asarray(layout.groups(*dimensions))]
+def spread(layout: ParallelLayout, node_size: int, *dimensions: str) -> Spread:
+    """Of the groups of these dimensions, with `node_size` ranks on a node, in rank order."""
+    nodes_GP = np.asarray(layout.groups(*dimensions)) // node_size
     sorted_GP = np.sort(nodes_GP, axis=1)
     starts_GP = np.diff(sorted_GP, axis=1, prepend=-1) != 0
     # Pairs on one node, each rank with itself among them: the squares of the lengths of equal runs.
@@ -51,9 +46,9 @@ def _spread(layout: ParallelLayout, node_of_rank: tuple[int, ...], dimensions: t
     return Spread(size, size - same, same - 1.0, int(starts_GP.sum(axis=1).max()))
 
 
-def rows_to_experts(layers: int, topk: int, layout: ParallelLayout, node_of_rank: Sequence[int]) -> float:
+def rows_to_experts(layers: int, topk: int, layout: ParallelLayout, node_size: int) -> float:
     """Rows per token that leave a node: a row goes to its expert and back, and its gradient as well."""
-    experts = spread(layout, node_of_rank, "ep")
+    experts = spread(layout, node_size, "ep")
     return 4.0 * layers * topk * experts.far / experts.size
 
 
@@ -62,22 +57,17 @@ def keys_to_sharers(layers: int, sharers: float) -> float:
     return 4.0 * layers * sharers
 
 
-def rows_to_sharers(num_layers: int | None, layout: ParallelLayout, node_of_rank: Sequence[int]) -> float:
+def rows_to_sharers(num_layers: int | None, layout: ParallelLayout, node_size: int) -> float:
     """Keys and values per token that leave a node."""
-    return keys_to_sharers(required(num_layers), spread(layout, node_of_rank, "cp").far)
-
-
-def rows_to_stages(layout: ParallelLayout, stages: Stages, node_of_rank: Sequence[int]) -> float:
-    """A token's hidden states go from one virtual stage to the next, and their gradient comes back."""
-    return 2.0 * float(_crossings(layout, stages, tuple(node_of_rank)))
+    return keys_to_sharers(required(num_layers), spread(layout, node_size, "cp").far)
 
 
 @lru_cache(maxsize=4096)
-def _crossings(layout: ParallelLayout, stages: Stages, node_of_rank: tuple[int, ...]) -> float:
-    """Of the borders between virtual stages those between nodes, a mean over pipelines."""
-    nodes_GP = np.asarray(node_of_rank)[np.asarray(layout.groups("pp"))]
+def rows_to_stages(layout: ParallelLayout, stages: Stages, node_size: int) -> float:
+    """A token's hidden states go from one virtual stage to the next, and their gradient comes back."""
+    nodes_GP = np.asarray(layout.groups("pp")) // node_size
     place = np.arange(stages.ranks * stages.chunks) % stages.ranks
-    return float((nodes_GP[:, place[:-1]] != nodes_GP[:, place[1:]]).sum(1).mean())
+    return 2.0 * float((nodes_GP[:, place[:-1]] != nodes_GP[:, place[1:]]).sum(1).mean())
 
 
 def tensor_parallel_passes(stack: Stack, *, is_moe: bool) -> int:
