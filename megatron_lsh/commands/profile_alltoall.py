@@ -22,7 +22,7 @@ from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.plan.cost_model import as_json, fit, measured_text, predicted_text
 from megatron_lsh.training.alltoall_profile import measure, profiling_config
 from megatron_lsh.training.faults import launch
-from megatron_lsh.training.primitives import measure_primitives
+from megatron_lsh.training.primitives import iterations_for, measure_primitives
 from megatron_lsh.training.run import set_up
 from megatron_lsh.training.startup import introduce, set_determinism
 
@@ -61,6 +61,9 @@ def profile(own: argparse.Namespace, cfg: Config) -> None:
     ctx = initialize(cfg.parallel, moe=True)
     introduce(cfg, ctx)
     if own.primitives_out is not None:
+        cfg.training.train_iters = max(
+            cfg.training.train_iters or 0, iterations_for(own.steps)
+        )  # so much data is needed
         primitives = measure_primitives(set_up(cfg, GPT, ctx), own.steps)
         if ctx.rank == 0:
             own.primitives_out.write_text(json.dumps(primitives, indent=1) + "\n")

@@ -101,6 +101,11 @@ def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
     }
 
 
+def iterations_for(steps: int) -> int:
+    """Iterations whose data is enough for :func:`measure_primitives`: all ways, micro-batches whole and halved, steps."""
+    return (2 * (len(RATES) + 3) + 1) * (steps + 1)
+
+
 def measure_links(ctx: ParallelContext) -> dict[str, Any]:
     """The sections `inside` and `across`, those that there are. Collective over the world."""
     found: dict[str, Any] = {}
@@ -322,7 +327,7 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float | None]:
     """(seconds per row, operations per second), neither negative; None where operations take no time."""
     work, taken = np.array(points).T
     slope, start = np.polyfit(work, taken, 1) if len(set(work)) > 1 else (0.0, float(np.mean(taken)))
-    if slope <= 0.0:
+    if slope * float(np.max(work)) <= 1e-3 * float(np.mean(taken)):
         return max(float(np.mean(taken)), 0.0), None
     if start < 0.0:
         return 0.0, float(work @ work / max(work @ taken, 1e-30))

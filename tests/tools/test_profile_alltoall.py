@@ -100,6 +100,7 @@ def test_measures_both_ways(tmp_path: Path) -> None:
     assert figures["exact"]["experts_ms"] > 0.0 and 0.0 < figures["exact"]["alltoall_ms"] < figures["exact"]["step_ms"]
 
 
+@pytest.mark.slow
 def test_primitives_are_what_a_cluster_file_includes(tmp_path: Path) -> None:
     """Two ranks as two nodes, so that rows cross; speeds are positive, and times grow with bytes."""
     words = [*TINY.split(), "--train-iters", "2", "--expert-model-parallel-size", "2", "--moe-node-size", "1"]
