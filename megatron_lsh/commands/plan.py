@@ -1,6 +1,6 @@
 """Find the layout and the dispatch with the least time per step on a cluster, before anything is started.
 
-    python tools/plan.py --cluster cluster.yaml THE FLAGS OF pretrain_gpt_moe.py [--out plan.html]
+    python -m megatron_lsh plan --cluster cluster.yaml THE FLAGS OF pretrain_gpt_moe.py [--out plan.html]
 
 Searches what the flags do not fix: TP, PP, CP, EP, micro-batch, sharded optimizer, recomputation; exact dispatch,
 de-duplicated or LSH, and pieces. Times come from a model of the cluster that the file describes, not from a measurement
