@@ -152,13 +152,14 @@ def analyse(layers: list[Tokens], step: int, joined: int, arguments: argparse.Na
     rows_per_group = statistics.mean(float(group.counts_E.double().mean()) for group in groups)
     wanted = [(block, rank) for block in arguments.blocks for rank in (None, *arguments.ranks)]
     wanted = [(block, rank) for block, rank in wanted if rank is None or rank < hidden]
-    seconds = [[cases[-1].seconds(*each) for each in ((128, None), *wanted)] for _ in range(arguments.repeats)]
+    repeats = arguments.repeats if joined == arguments.joined[0] else 0
+    seconds = [[cases[-1].seconds(*each) for each in ((128, None), *wanted)] for _ in range(repeats)]
     results: list[dict[str, Any]] = []
     for number, (block, rank) in enumerate(wanted):
         forms = FORMS if rank is None else ("outputs",)
         share = min(operations(form, block, hidden, arguments.rate, rank) for form in forms) / (18 * width * hidden)
         errors = [case.error(block, rank) for case in cases]
-        over = statistics.median(row[number + 1] / row[0] for row in seconds)
+        over = statistics.median(row[number + 1] / row[0] for row in seconds) if seconds else None
         results.append(
             {
                 "block": block,
@@ -170,7 +171,14 @@ def analyse(layers: list[Tokens], step: int, joined: int, arguments: argparse.Na
             }
         )
     lines = [
-        [r["block"], r["rank"] or "all", f"{r['share']:.1%}", f"{r['time']:.2f}", f"{r['error']:.4f}"] for r in results
+        [
+            r["block"],
+            r["rank"] or "all",
+            f"{r['share']:.1%}",
+            f"{r['time']:.2f}" if r["time"] else "",
+            f"{r['error']:.4f}",
+        ]
+        for r in results
     ]
     print(f"{rows_per_group:.0f} rows per group, D {hidden}, F {width}, {step} iterations before\n")
     print(table(["block", "coordinates", "of the experts' arithmetic", "time", "error"], lines), flush=True)
@@ -189,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--blocks", nargs="+", type=int, default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32, 64], help="coordinates")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of time, with the first of --joined")
     parser.add_argument("--name", default="wide_fits", help="of the result file")
     parser.add_argument("--micro-batches", type=int, default=16, help="that are kept")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "wide_fits", help="where")
