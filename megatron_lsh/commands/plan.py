@@ -50,8 +50,10 @@ def own_flags() -> ToolParser:
     )
     parser.add_argument("--nodes", type=integer(1), help="nodes to plan for (default: those of the file)")
     parser.add_argument("--top", type=integer(1, 100), default=10, help="how many of the best are listed")
-    parser.add_argument("--rates", nargs="*", type=real(above=0, at_most=1), help="shares of the rows that LSH may send (default: "
-                        "--lsh-target-rate; nothing after it: exact dispatch only)")  # fmt: skip
+    parser.add_argument(
+        "--rates", nargs="*", type=real(above=0, at_most=1),
+        help="shares of the rows that LSH may send (default: --lsh-target-rate; nothing after it: exact dispatch only)",
+    )  # fmt: skip
     parser.add_argument("--wires", nargs="+", choices=("model", *WIRE_DTYPES), default=["model"],
                         help="numbers in which rows may travel")  # fmt: skip
     parser.add_argument(
