@@ -31,7 +31,7 @@ import torch.distributed as dist
 from benchmarks import vision
 from benchmarks.common import progress, table, write_result
 from benchmarks.slow_link import run_ranks, sent_bytes, set_rate, why_not
-from benchmarks.variants import Bench, Variant, configure
+from benchmarks.variants import Bench, Variant, prepared
 from megatron_lsh.families import GPT, SWIN, Family
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.initialize import initialize, shutdown
@@ -72,7 +72,7 @@ def work(arguments: argparse.Namespace) -> None:
         "--expert-model-parallel-size",
         ranks,
     ]
-    cfg = configure([*flags, *batch, *arguments.flags], ranks, family)
+    cfg, family = prepared([*flags, *batch, *arguments.flags], ranks, family)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, family, ctx)
     variants = [
@@ -120,8 +120,20 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def find_rate(bench: Bench, share: float, unshaped: dict[str, float], nodes: int) -> float:
-    """Set the links so that the exact all-to-all takes `share` of the step; returns Mbit/s per node."""
+    """Set the links so that the exact all-to-all takes `share` of the step; returns Mbit/s per node.
+
+    Raises SystemExit where no link does: gradients cross it as well, once a step.
+    """
     bench.use(EXACT)
+    before = sent_bytes()
+    payload = bench.step()["bytes_network"]
+    crossed = torch.tensor(float(sent_bytes() - before), dtype=torch.float64)
+    dist.all_reduce(crossed, group=bench.run.ctx.world.process_group)
+    if (most := payload / float(crossed)) < share + 0.05:
+        raise SystemExit(
+            f"an all-to-all at {share:.0%} of the step cannot be had: it sends {most:.0%} of what crosses the network, the "
+            "rest are gradients, which a step sends once: raise --micro-batches"
+        )
     wanted_ms = share / (1 - share) * (unshaped["step_ms"] - unshaped["alltoall_ms"])
     mbit = 8e-3 * unshaped["bytes_network"] / nodes / wanted_ms
     for _ in range(4):  # gloo gets less out of a link than its rate, and other traffic slows down, too

@@ -112,7 +112,15 @@ class Bench:
         return found | {"expert_rows": sum(rates) / len(rates)}
 
 
-def configure(flags: list[Any], ranks: int, family: Family = GPT) -> Config:
-    """The checked configuration of a run that saves and writes nothing."""
+def configure(flags: list[Any], ranks: int) -> Config:
+    """The checked configuration of a GPT's run that saves and writes nothing."""
+    return prepared(flags, ranks, GPT)[0]
+
+
+def prepared(flags: list[Any], ranks: int, family: Family) -> tuple[Any, Family]:
+    """The same of any family, and the family as the data make it."""
     length = ["--train-iters", "1000000", "--eval-iters", "0", "--lr", "1e-4", "--lr-decay-style", "constant"]
-    return validate(parse_args([*map(str, flags), *length], family.config), ranks)
+    written = parse_args([*map(str, flags), *length], family.config)
+    if family.prepare is not None:
+        return family.prepare(family, written, ranks)
+    return validate(written, ranks), family
