@@ -87,14 +87,17 @@ def prepare_leading(
 
 @torch.no_grad()
 def _leading(blocks: Blocks, x_CD: Tensor, rank: int) -> Tensor:
-    """[G, r, D]: leading directions of the points of each block around their mean, orthonormal as far as there are r.
+    """[G, r, D]: leading directions of the points of each block around their mean, orthonormal; zero where there are fewer
+    than r, as of w points there are w - 1: a direction made of rounding would be another on every rank.
 
     A range finder with one power iteration (Halko, Martinsson and Tropp 2011, algorithm 4.3). It starts from points of the
     block, evenly spaced, instead of random directions: as good here, and nothing to seed.
     """
     x_GBD = centred(blocks, pad(blocks, x_CD).to(blocks.width_G1.dtype))
-    spaced_Gr = (torch.arange(rank, device=x_CD.device) * blocks.width_G1 / rank).long()
+    number_r, there_G1 = torch.arange(rank, device=x_CD.device), (blocks.width_G1 - 1).clamp(min=1, max=rank)
+    spaced_Gr = (number_r * blocks.width_G1 / there_G1).long().clamp(max=x_GBD.shape[1] - 1)
     start_GrD = x_GBD.gather(1, spaced_Gr.unsqueeze(2).expand(-1, -1, x_GBD.shape[2]))
+    start_GrD = start_GrD.masked_fill((number_r >= there_G1).unsqueeze(2), 0)
     return _orthonormal(torch.bmm(torch.bmm(start_GrD, x_GBD.transpose(1, 2)), x_GBD))
 
 

@@ -15,7 +15,9 @@ import pytest
 from megatron_lsh.commands import names
 from tests.fuzzing import SEED, cases
 
+CLUSTER = Path(__file__).parents[2] / "examples" / "cluster_4x8_h100.yaml"
 FILES: dict[str, bytes] = {
+    "cluster.yaml": CLUSTER.read_bytes(),
     "empty": b"",
     "bytes": bytes(range(256)) * 4,
     "nul": b"a\0b\n",
@@ -69,6 +71,12 @@ TOOLS: dict[str, tuple[Flags, Flags]] = {
         MODEL
         | {"--prompt": TEXTS, "--prompt-file": PATHS, "--top-k": INTEGERS, "--temperature": NUMBERS}
         | {"--max-new-tokens": INTEGERS, "--seed": INTEGERS, "--top-p": NUMBERS},
+    ),
+    "plan": (
+        {"--cluster": [*PATHS, "cluster.yaml", "cluster.yaml", "cluster.yaml"]},
+        dict.fromkeys(("--nodes", "--top", "--chunks", "--num-layers", "--hidden-size", "--num-experts"), INTEGERS)
+        | {"--rates": NUMBERS, "--wires": ["fp8", "model", "x", ""], "--model": ["gpt", "bert", "t5", "swin", "x"]}
+        | {"--out": OUTPUTS, "--global-batch-size": INTEGERS, "--bf16": None},
     ),
     "perplexity": ({"--load": PATHS, "--file": PATHS}, MODEL | {"--stride": INTEGERS}),
     "see_merges": (

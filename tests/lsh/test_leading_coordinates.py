@@ -112,6 +112,23 @@ def test_any_counts_and_what_was_sent_keeps_its_output(counts, rank, block, memb
         assert torch.equal(y[member_C[owns_C]], out[member_C[owns_C]])
 
 
+def test_rounding_makes_no_directions():
+    """Two points have one direction, three two: more coordinates than these change nothing, on whichever rank."""
+    rows, clusters, member_C = clustered([30, 20], 8, 0.3, torch.float32)
+    out = torch.tanh(rows[member_C])
+    for block in (2, 3):
+
+        def restored(rank, noise, block=block):
+            generator = torch.Generator().manual_seed(noise)
+            shaken = out * (1 + 1e-6 * noise * torch.randn(out.shape, generator=generator))
+            return lsh.interpolate_leading(shaken, rows, rows[member_C], clusters, member_C, block=block, rank=rank)
+
+        wanted = restored(block - 1, 0)
+        for rank in (block - 1, block, 5):
+            for noise in (0, 1, 2):
+                torch.testing.assert_close(restored(rank, noise), wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_rows_and_outputs_that_are_not_finite_are_read_nowhere_else(kernels):
     """No index follows from a number of theirs: what comes is not finite, and other experts' rows are as ever."""
