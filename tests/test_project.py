@@ -298,7 +298,9 @@ def test_the_reading_order_tells_how_long_files_are() -> None:
     assert len(named) > 15
     for name, lines in named:
         now = len((PACKAGE / name).read_text().splitlines())
-        assert abs(now - int(lines)) <= max(20, now // 5), f"docs/architecture.md: {name} has {now} lines now, not {lines}"
+        assert abs(now - int(lines)) <= max(20, now // 5), (
+            f"docs/architecture.md: {name} has {now} lines now, not {lines}"
+        )
 
 
 def test_every_benchmark_is_in_the_table_of_instruments() -> None:

@@ -86,7 +86,9 @@ def test_a_frozen_checkpoint_goes_on_with_the_losses_of_then(
         same = 0 if name == "auto" else None
         assert [norm for _, _, norm in found[:same]] == [norm for _, _, norm in expected[:same]]
         # The reported loss was a mean over micro-batches and is one over tokens now: equal but for its rounding to fp32.
-        assert [loss for _, loss, _ in found[:same]] == pytest.approx([loss for _, loss, _ in expected[:same]], rel=1e-7)
+        assert [loss for _, loss, _ in found[:same]] == pytest.approx(
+            [loss for _, loss, _ in expected[:same]], rel=1e-7
+        )
     for (iteration, loss, norm), (expected_iteration, expected_loss, expected_norm) in zip(
         found, expected, strict=True
     ):
