@@ -52,7 +52,9 @@ def train_recorded(
         write_result(name, head | {"runs": runs})
         shutil.rmtree(ended.place / "state", ignore_errors=True)
         done += cost(ended)
-        progress(1000 * done / total, 1000, started, ", ".join(map(str, ended.key)))
+        loss = found[ended.key].get("validation_loss")
+        what = ", ".join(map(str, ended.key)) + ("" if loss is None else f": {loss:.4f}")
+        progress(1000 * done / total, 1000, started, what)
     return found
 
 

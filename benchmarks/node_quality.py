@@ -16,26 +16,13 @@ checkpoint, in --folder.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
-import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import (
-    DATA_FLAGS,
-    ROOT,
-    TrainingJob,
-    as_they_end,
-    paired,
-    progress,
-    read_metrics,
-    result_path,
-    table,
-    write_result,
-)  # fmt: skip
+from benchmarks.common import DATA_FLAGS, ROOT, TrainingJob, paired, read_metrics, table
+from benchmarks.ledger import recorded, train_recorded
 
 MODEL: list[Any] = [
     "--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", 4, "--seq-length", 256,
@@ -120,18 +107,15 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def train(jobs: Iterable[Job], folder: Path, name: str, parallel: int = 1) -> None:
+def train(jobs: Sequence[Job], folder: Path, name: str, parallel: int = 1) -> None:
     """``parallel`` runs at a time; each result is written when it is there."""
-    found = results(name)
-    waiting = [job for job in jobs if job not in found]
-    started, total, done = time.monotonic(), sum(job.iters * job.group_rows for job in waiting), 0
-    for ended in as_they_end((training_job(job, folder) for job in waiting), parallel):
-        job = Job._make(ended.key)
-        found[job] = outcome(ended.place)
-        write_result(name, {"model": MODEL, "runs": [job._asdict() | run for job, run in found.items()]})
-        shutil.rmtree(ended.place / "state", ignore_errors=True)
-        done += job.iters * job.group_rows
-        progress(done, total, started, f"{', '.join(map(str, job))}: {found[job]['validation_loss']:.4f}")
+    waiting = [training_job(job, folder) for job in jobs]
+    train_recorded(name, Job._fields, waiting, outcome, {"model": MODEL}, _cost, parallel)
+
+
+def _cost(of: TrainingJob) -> float:
+    job = Job._make(of.key)  # type: ignore[arg-type]
+    return float(job.iters * job.group_rows)
 
 
 def training_job(job: Job, folder: Path) -> TrainingJob:
@@ -141,9 +125,7 @@ def training_job(job: Job, folder: Path) -> TrainingJob:
 
 def results(name: str) -> dict[Job, dict[str, Any]]:
     """All finished runs."""
-    path = result_path(name)
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    return {Job(*(run.pop(field) for field in Job._fields)): run for run in runs}
+    return {Job._make(key): run for key, run in recorded(name, Job._fields).items()}
 
 
 def report(found: dict[Job, dict[str, Any]]) -> str:

@@ -33,6 +33,7 @@ from benchmarks.common import progress, table, write_result
 from benchmarks.slow_link import run_ranks, sent_bytes, set_rate, why_not
 from benchmarks.variants import Bench, Variant, prepared
 from megatron_lsh.families import GPT, SWIN, Family
+from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.training.pipeline import to_device
@@ -66,12 +67,8 @@ def work(arguments: argparse.Namespace) -> None:
     ranks, per_node = arguments.ranks[0], arguments.ranks_per_node
     family, flags = SHAPES[arguments.shape]
     micro_batch = flags[flags.index("--micro-batch-size") + 1]
-    batch = [
-        "--global-batch-size",
-        micro_batch * arguments.micro_batches * ranks,
-        "--expert-model-parallel-size",
-        ranks,
-    ]
+    whole = micro_batch * arguments.micro_batches * ranks
+    batch = ["--global-batch-size", whole, "--expert-model-parallel-size", ranks]
     cfg, family = prepared([*flags, *batch, *arguments.flags], ranks, family)
     ctx = initialize(cfg.parallel, moe=True)
     run = set_up(cfg, family, ctx)
@@ -89,10 +86,12 @@ def work(arguments: argparse.Namespace) -> None:
             bench.step()
         bytes_checked = [check_bytes(bench, variant) for variant in dict.fromkeys([EXACT, *variants])]
         bench.use(EXACT)
-        unshaped = _medians([bench.step() for _ in range(3)])
+        before, steps = sent_bytes(), [bench.step() for _ in range(3)]
+        most = sum(step["bytes_network"] for step in steps) / crossed_since(before, ctx)
+        unshaped = _medians(steps)
         links, started = [], time.monotonic()
         for number, share in enumerate(arguments.shares):
-            mbit = find_rate(bench, share / 100, unshaped, ranks // per_node)
+            mbit = find_rate(bench, share / 100, unshaped, most, ranks // per_node)
             samples: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
             for repeat in range(arguments.repeats):
                 order = variants if repeat % 2 == 0 else variants[::-1]  # a drift meets all alike
@@ -119,17 +118,13 @@ def work(arguments: argparse.Namespace) -> None:
     shutdown(ctx)
 
 
-def find_rate(bench: Bench, share: float, unshaped: dict[str, float], nodes: int) -> float:
+def find_rate(bench: Bench, share: float, unshaped: dict[str, float], most: float, nodes: int) -> float:
     """Set the links so that the exact all-to-all takes `share` of the step; returns Mbit/s per node.
 
-    Raises SystemExit where no link does: gradients cross it as well, once a step.
+    Raises SystemExit where no link does: gradients cross it as well, once a step, and leave it `most` of the bytes.
     """
     bench.use(EXACT)
-    before = sent_bytes()
-    payload = bench.step()["bytes_network"]
-    crossed = torch.tensor(float(sent_bytes() - before), dtype=torch.float64)
-    dist.all_reduce(crossed, group=bench.run.ctx.world.process_group)
-    if (most := payload / float(crossed)) < share + 0.05:
+    if most < share + 0.05:
         raise SystemExit(
             f"an all-to-all at {share:.0%} of the step cannot be had: it sends {most:.0%} of what crosses the network, the "
             "rest are gradients, which a step sends once: raise --micro-batches"
@@ -160,12 +155,18 @@ def check_bytes(bench: Bench, variant: Variant) -> dict[str, Any]:
     bench.collect()
     before = sent_bytes()
     run.step.forward_step(run.model, batch).objective(micro_batches=1).backward()
-    time.sleep(0.2)  # let the last acknowledgements leave
-    counted = torch.tensor(float(sent_bytes() - before), dtype=torch.float64)
-    dist.all_reduce(counted, group=run.ctx.world.process_group)
+    counted = crossed_since(before, run.ctx)
     run.step.optimizer.zero_grad(set_to_none=True)
     payload = bench.collect()["bytes_network"]
-    return {"variant": variant.name, "payload": payload, "interface": float(counted), "ratio": float(counted) / payload}
+    return {"variant": variant.name, "payload": payload, "interface": counted, "ratio": counted / payload}
+
+
+def crossed_since(before: int, ctx: ParallelContext) -> float:
+    """Bytes that left the interfaces of all nodes since this one had sent ``before``."""
+    time.sleep(0.2)  # let the last acknowledgements leave
+    counted = torch.tensor(float(sent_bytes() - before), dtype=torch.float64)
+    dist.all_reduce(counted, group=ctx.world.process_group)
+    return float(counted)
 
 
 def _medians(samples: list[dict[str, float]]) -> dict[str, float]:

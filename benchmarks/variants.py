@@ -13,10 +13,9 @@ import torch.distributed as dist
 from megatron_lsh.config import Config, parse_args, validate
 from megatron_lsh.data.loader import BatchIterator
 from megatron_lsh.families import GPT, Family
-from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.layer import MoELayer
-from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.moe.schedule import Scheduled
+from megatron_lsh.training.primitives import dispatchers
 from megatron_lsh.training.run import Run
 
 
@@ -64,7 +63,7 @@ class Bench:
             layer.dispatcher = dispatcher
 
     def _build(self, variant: Variant) -> list[Scheduled]:
-        cfg, ctx = self.run.cfg, self.run.ctx
+        cfg = self.run.cfg
         lsh = dataclasses.replace(
             cfg.lsh, lsh_wire_dtype=variant.wire, lsh_target_rate=str(variant.rate or 1.0), lsh_scope=variant.scope
         )
@@ -74,12 +73,7 @@ class Bench:
             moe_node_deduplication="on" if variant.deduplicated else "off",
             moe_overlap_chunks=variant.chunks,
         )
-        stacks = self.run.family.stacks(cfg)
-        return [
-            build_dispatcher(DispatcherSpec.of(stack.cfg.model, moe, lsh, ctx, layer))
-            for stack in stacks
-            for layer in moe_layers([stack])
-        ]
+        return dispatchers(self.run, moe, lsh)
 
     def step(self) -> dict[str, float]:
         """One training iteration: the wall time of the slowest rank, and what the MoE layers spent it on (mean over the

@@ -34,6 +34,7 @@ from benchmarks.common import (
     train_all,
     write_result,
 )  # fmt: skip
+from megatron_lsh.checkpoint.folders import TRACKER
 
 DISPATCHERS: Mapping[str, list[object]] = {
     "exact": ["--moe-token-dispatcher-type", "alltoall"],
@@ -61,30 +62,34 @@ def flags_for(dispatcher: str, seed: int, place: Path, options: argparse.Namespa
     if options.pretrain_on is not None:
         start = ["--pretrained-checkpoint", options.folder / START / "checkpoints"]
     return [
-        *MODEL, "--data-path", options.data, "--expert-model-parallel-size", RANKS,
-        "--image-mean", 0.286, "--image-std", 0.353, "--eval-crop-ratio", 1, "--crop-scale", 0.6, 1, "--hflip", 0.5,
-        "--randaugment-ops", 0, "--random-erasing", 0.1, "--mixup", 0.2, "--cutmix", 0, "--mix-prob", 0.5,
-        "--micro-batch-size", BATCH // RANKS, "--global-batch-size", BATCH, "--train-iters", options.steps,
-        "--eval-interval", options.steps, "--lr", options.lr, "--min-lr", options.lr / 100, "--lr-decay-style", "cosine",
-        "--lr-warmup-fraction", 0.1, "--weight-decay", 0.05, "--clip-grad", 3, "--seed", seed, "--device", "cpu",
-        "--num-workers", 1, "--log-interval", min(50, options.steps), "--no-progress",
+        *_training_flags(options.data, options.steps, options.lr),
+        "--image-mean", 0.286, "--image-std", 0.353, "--crop-scale", 0.6, 1, "--hflip", 0.5, "--random-erasing", 0.1,
+        "--mixup", 0.2, "--mix-prob", 0.5, "--seed", seed, "--log-interval", min(50, options.steps),
         "--metrics-jsonl", place / "metrics.jsonl", *start, *DISPATCHERS[dispatcher],
+    ]  # fmt: skip
+
+
+def _training_flags(data: Path, steps: int, lr: float) -> list[object]:
+    """What the runs on Fashion-MNIST and the one before them have in common."""
+    return [
+        *MODEL, "--data-path", data, "--expert-model-parallel-size", RANKS, "--eval-crop-ratio", 1,
+        "--randaugment-ops", 0, "--cutmix", 0, "--micro-batch-size", BATCH // RANKS, "--global-batch-size", BATCH,
+        "--train-iters", steps, "--eval-interval", steps, "--lr", lr, "--min-lr", lr / 100,
+        "--lr-decay-style", "cosine", "--lr-warmup-fraction", 0.1, "--weight-decay", 0.05, "--clip-grad", 3,
+        "--device", "cpu", "--num-workers", 1, "--no-progress",
     ]  # fmt: skip
 
 
 def starting_point(options: argparse.Namespace) -> None:
     """Train it, unless it is there."""
     place = options.folder / START
-    if (place / "checkpoints" / "latest_checkpointed_iteration.txt").exists():
+    if (place / "checkpoints" / TRACKER).exists():
         return
-    flags: list[object] = [
-        *MODEL, "--data-path", options.pretrain_on, "--expert-model-parallel-size", RANKS, "--image-mean", 0.13,
-        "--image-std", 0.31, "--eval-crop-ratio", 1, "--crop-scale", 1, 1, "--hflip", 0, "--randaugment-ops", 0,
-        "--random-shift", 2, "--random-rotation", 10, "--random-erasing", 0, "--mixup", 0, "--cutmix", 0,
-        "--micro-batch-size", BATCH // RANKS, "--global-batch-size", BATCH, "--train-iters", START_STEPS,
-        "--eval-interval", START_STEPS, "--lr", options.lr, "--min-lr", options.lr / 100, "--lr-decay-style", "cosine",
-        "--lr-warmup-fraction", 0.1, "--weight-decay", 0.05, "--clip-grad", 3, "--device", "cpu", "--num-workers", 1,
-        "--no-progress", "--save", place / "checkpoints", *DISPATCHERS["exact"],
+    flags = [
+        *_training_flags(options.pretrain_on, START_STEPS, options.lr),
+        "--image-mean", 0.13, "--image-std", 0.31, "--crop-scale", 1, 1, "--hflip", 0, "--random-erasing", 0,
+        "--random-shift", 2, "--random-rotation", 10, "--mixup", 0, "--save", place / "checkpoints",
+        *DISPATCHERS["exact"],
     ]  # fmt: skip
     finish(start_training(flags, place / "log.txt", RANKS, script=SCRIPT), place / "log.txt")
     print("".join(line for line in (place / "log.txt").open() if line.startswith("validation top-1")), end="")

@@ -57,6 +57,11 @@ class Link:
     reduction: float = 1.0
     measured: float = 0.0
 
+    @classmethod
+    def of_curve(cls, curve: Sequence[Sequence[float]], ranks: int, reduction: float = 1.0) -> Link:
+        """Of measured all-to-alls: [bytes, microseconds], rising."""
+        return cls(tuple((x, y * 1e-6) for x, y in curve), ranks, reduction, curve[-1][0])
+
     def seconds(self, size: float, ranks: int, faster: float = 1.0, *, reduces: bool = False) -> float:
         """Of one call in which each of `ranks` senders sends `size` bytes, on links `faster` times as fast."""
         if ranks < 2 or size <= 0:
@@ -359,7 +364,7 @@ class _Reader:
                 self.problem(f"{name}.alltoall_us", [list(pair) for pair in curve],
                              "must be at least two pairs [bytes, microseconds], both rising")  # fmt: skip
                 return usual
-            return Link(tuple((x, y * 1e-6) for x, y in curve), ranks, reduction, curve[-1][0])
+            return Link.of_curve(curve, ranks, reduction)
         if gbit is None:
             if not any(problem.find(f" {name}.") >= 0 for problem in self.problems):
                 self.problem(f"{name}.gbit_per_s", None, "must be given, or alltoall_us", "give one")

@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lsh.config import padded_vocab_size, required
+from megatron_lsh.config.moe import LSHConfig, MoEConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.families import Batch
 from megatron_lsh.lsh.cost import grouping_operations
 from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
+from megatron_lsh.moe.schedule import Scheduled
 from megatron_lsh.parallel.collectives import all_reduce_
 from megatron_lsh.parallel.context import Group, ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate
@@ -120,7 +122,7 @@ def measure_links(ctx: ParallelContext) -> dict[str, Any]:
     # One reduction over everybody, against what an all-to-all takes for as many bytes as it sends between nodes.
     name = "across" if several else "inside"
     curve = found[name]["alltoall_us"]
-    link = Link(tuple((x, y * 1e-6) for x, y in curve), found[name]["ranks"])
+    link = Link.of_curve(curve, found[name]["ranks"])
     size = curve[-1][0] if several else curve[-1][0] / 2
     payload = torch.ones(max(int(size / 4 / 2), 1), device=ctx.device)
     taken = _timed(lambda: dist.all_reduce(payload, group=ctx.world.process_group), ctx)
@@ -159,11 +161,16 @@ def _timed(call: Callable[[], Any], ctx: ParallelContext) -> float:
         began = time.perf_counter()
         call()
         _finish(ctx.device)
-        seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
-        taken.append(float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX)))
+        taken.append(_slowest_since(began, ctx))
         if taken[-1] > LONGEST and len(taken) > 2:
             break
     return statistics.median(taken[1:])
+
+
+def _slowest_since(began: float, ctx: ParallelContext) -> float:
+    """Seconds of the rank that took longest since its own moment ``began``."""
+    seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
+    return float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX))
 
 
 def _finish(device: torch.device) -> None:
@@ -200,7 +207,7 @@ def measure_slowdown(ctx: ParallelContext, seconds: float = 0.05) -> float:
 
 def use(run: Run, way: Way) -> None:
     """Dispatch like this from now on."""
-    cfg, ctx = run.cfg, run.ctx
+    cfg = run.cfg
     moe = dataclasses.replace(
         cfg.moe,
         moe_token_dispatcher_type="alltoall" if way.rate is None else "lsh",
@@ -211,9 +218,17 @@ def use(run: Run, way: Way) -> None:
         cfg.lsh, lsh_target_rate=str(way.rate or 1.0), lsh_scope=way.scope, lsh_start_layer=0, lsh_wire_dtype=None
     )
     layers = [module for module in run.model.modules() if isinstance(module, MoELayer)]
-    numbers = moe_layers(run.family.stacks(cfg))
-    for layer, number in zip(layers, numbers, strict=True):
-        layer.dispatcher = build_dispatcher(DispatcherSpec.of(cfg.model, moe, lsh, ctx, number))
+    for layer, dispatcher in zip(layers, dispatchers(run, moe, lsh), strict=True):
+        layer.dispatcher = dispatcher
+
+
+def dispatchers(run: Run, moe: MoEConfig, lsh: LSHConfig) -> list[Scheduled]:
+    """Of all MoE layers of the model, in their order, under other settings. A stack's layers have its width."""
+    return [
+        build_dispatcher(DispatcherSpec.of(stack.cfg.model, moe, lsh, run.ctx, layer))
+        for stack in run.family.stacks(run.cfg)
+        for layer in moe_layers([stack])
+    ]
 
 
 def ways(ctx: ParallelContext) -> list[Way]:
@@ -256,8 +271,7 @@ def _micro_batch(run: Run, batch: Batch) -> Sample:
     began = time.perf_counter()
     run.step.forward_step(run.model, batch).objective(micro_batches=1).backward()
     _finish(ctx.device)
-    whole = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
-    whole = all_reduce_(whole, ctx.world, dist.ReduceOp.MAX)
+    whole = _slowest_since(began, ctx)
     layers = run.telemetry.collect(ctx, iterations=1)
 
     def total(name: str) -> float:
@@ -269,7 +283,7 @@ def _micro_batch(run: Run, batch: Batch) -> Sample:
     mean = total("alltoall_bytes") / ctx.world.size
     busiest = total("alltoall_bytes_in_max") / mean if mean else 1.0
     return Sample(
-        float(whole), 1e-3 * total("alltoall_time_ms"), 1e-3 * total("experts_time_ms"), 1e-3 * total("lsh_time_ms"),
+        whole, 1e-3 * total("alltoall_time_ms"), 1e-3 * total("experts_time_ms"), 1e-3 * total("lsh_time_ms"),
         tokens, max(busiest, 1.0),
     )  # fmt: skip
 
@@ -347,12 +361,11 @@ def _optimizer(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) 
             dist.barrier(group=ctx.world.process_group)
             began = time.perf_counter()
             run.step(batches, iteration, False)
-            seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
-            taken.append(float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX)))
+            taken.append(_slowest_since(began, ctx))
     run.telemetry.collect(ctx, iterations=1)
     rest = statistics.median(taken[1:]) - run.step.micro_batches * micro_batch
     name = "across" if "across" in links else "inside"
-    link = Link(tuple((x, y * 1e-6) for x, y in links[name]["alltoall_us"]), links[name]["ranks"])
+    link = Link.of_curve(links[name]["alltoall_us"], links[name]["ranks"])
     held = 0
     for expert, copies in ((False, ctx.layout.dp * ctx.layout.cp), (True, ctx.layout.edp)):
         numbers = sum(local(p).numel() for p in run.model.parameters() if is_expert(p) == expert)
