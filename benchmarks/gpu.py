@@ -19,7 +19,9 @@ from benchmarks.common import ROOT, machine, table, write_result
 
 Command = list[str]
 SECONDS = 600
-_OPS = "plan or regroup or nearest or segment or hash or combine"
+#: Folders with tests that need a GPU.
+TESTED = ("tests/kernels", "tests/moe", "tests/lsh", "tests/models", "tests/inference", "tests/training")
+_OPS = "plan or regroup or nearest or segment or hash or combine or members"
 _MODEL = [
     "--mock-data",
     "--tokenizer-type",
@@ -53,9 +55,8 @@ def build(dry: bool) -> list[Command]:
 
 
 def tests(dry: bool) -> list[Command]:
-    if dry:
-        return [python("-m", "pytest", "-q", "--collect-only", "-m", "gpu", "tests/kernels", "tests/moe")]
-    return [python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels", "tests/moe")]
+    pytest = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *TESTED)
+    return [[*pytest, "--collect-only"] if dry else pytest]
 
 
 def sanitizers(dry: bool) -> list[Command]:

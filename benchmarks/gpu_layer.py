@@ -26,7 +26,6 @@ from megatron_lsh.moe.experts import Feed
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
-from megatron_lsh.parallel.parameters import initialize_parameters
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,17 @@ class _Double(nn.Module):
         return feed.then(feed.arrive(feed.rows) * 2)
 
 
+@torch.no_grad()
+def initialize_on_device(layer: nn.Module) -> None:
+    """Normal weights, drawn where they lie: from the CPU's generator a billion of them would take longer than the rest."""
+    generator = torch.Generator(next(layer.parameters()).device).manual_seed(1)
+    for parameter in layer.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.zero_()
+
+
 class Bench:
     """A layer of one shape, with tokens that have some likeness and a gradient."""
 
@@ -67,7 +77,7 @@ class Bench:
         )  # fmt: skip
         ctx = offline_context(device=str(device))
         self.layer = MoELayer(model, moe, LSHConfig(), ctx, 0, MoETelemetry(device))
-        initialize_parameters(self.layer, seed=1)
+        initialize_on_device(self.layer)
         self.layer.experts.to(dtype)
         generator = torch.Generator().manual_seed(0)
         kinds, noise, grad = (

@@ -30,7 +30,7 @@ from megatron_lsh import lsh
 from megatron_lsh.lsh.blocks import Blocks
 from megatron_lsh.moe.permute import permute, sort_by_expert, unpermute
 from megatron_lsh.moe.wire import make_codec
-from megatron_lsh.ops import PlainOps, describe, reference_only
+from megatron_lsh.ops import PlainOps, choose, describe, reference_only
 from megatron_lsh.ops.library import STATUS
 from megatron_lsh.ops.wire_formats import FORMATS
 
@@ -360,18 +360,19 @@ def _grouped_products(inputs: Inputs) -> Iterator[Measured]:
     """Of interpolated restoration, in fp32: a block of representatives for every expert."""
     budgets, hidden = inputs.budgets_E.tolist(), inputs.size.hidden
     blocks, plain = Blocks.of(inputs.clusters, None, max(budgets), budgets, torch.float32), PlainOps()
-    op, (groups, block), device = torch.ops.megatron_lsh, blocks.shape, inputs.rows_ND.device
+    (groups, block), device = blocks.shape, inputs.rows_ND.device
+    ours = choose(inputs.rows_ND.new_empty(0, dtype=torch.float32))
     around_NB = torch.rand(inputs.size.rows, block, device=device) * blocks.valid_GB[blocks.block_N]
     weights_GBD = torch.rand(groups, block, hidden, device=device) * blocks.valid_GB.unsqueeze(2)
-    rows_ND, place = inputs.rows_ND.float(), tuple(blocks.rows)
+    rows_ND = inputs.rows_ND.float()
     least = 4.0 * (around_NB.numel() + weights_GBD.numel() + rows_ND.numel())
     flops = 2.0 * around_NB.numel() * hidden
     yield Measured(
-        "grouped", lambda: op.grouped(around_NB, weights_GBD, *place, False),
+        "grouped", lambda: ours.grouped(around_NB, weights_GBD, blocks.rows),
         lambda: plain.grouped(around_NB, weights_GBD, blocks.rows), least, flops,
     )  # fmt: skip
     yield Measured(
-        "grouped_outer", lambda: op.grouped_outer(around_NB, rows_ND, *place),
+        "grouped_outer", lambda: ours.grouped_outer(around_NB, rows_ND, blocks.rows),
         lambda: plain.grouped_outer(around_NB, rows_ND, blocks.rows), least, flops,
     )  # fmt: skip
 

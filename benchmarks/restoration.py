@@ -1,4 +1,4 @@
-"""Interpolated restoration alone: both forms, several blocks, solvers; time, launches, and errors against fp64.
+"""Interpolated restoration alone: its forms, several blocks, solvers; time, launches, and errors against fp64.
 
     python -m benchmarks.restoration --shape mixtral fine          on a GPU
     python -m benchmarks.restoration --device cpu --repeats 1      a small shape
@@ -25,6 +25,7 @@ from benchmarks.launches import count_launches
 from megatron_lsh import lsh
 from megatron_lsh.lsh.cost import choose_restoration
 from megatron_lsh.lsh.interpolate import FORMS
+from megatron_lsh.lsh.solve import inverse
 
 RATE, RIDGE = 0.2, 0.01
 
@@ -133,6 +134,7 @@ def solvers(block: int, groups: int, device: torch.device, repeats: int) -> dict
         return inverse
 
     ways = {
+        "as used": lambda: inverse(system),
         "Cholesky and its inverse": lambda: torch.cholesky_inverse(torch.linalg.cholesky_ex(system)[0]),
         "Cholesky and triangles": triangular,
         "Newton-Schulz": newton_schulz,

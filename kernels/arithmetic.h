@@ -106,8 +106,8 @@ LSH_HD double add_product(double acc, double w, double x) { return acc + w * x; 
 // x / count for a whole number of rows. On the GPU without the subroutine of a general division; exact for a count of one.
 LSH_HD float divide(float x, int64_t count) {
 #if defined(__CUDA_ARCH__)
-    const float n = float(count), r = __fdividef(1.0f, n), q = x * r;
-    return fmaf(fmaf(-q, n, x), r, q);
+    const float n = float(count), r = __fdividef(1.0f, n), q = x * r, rest = fmaf(-q, n, x);
+    return rest == rest ? fmaf(rest, r, q) : q;  // nothing is left of what is infinite
 #else
     return x / float(count);
 #endif

@@ -15,6 +15,7 @@ from megatron_lsh.lsh.leading import interpolate_leading, prepare_leading
 from megatron_lsh.lsh.members import Members, compress_to_members, measured_members, nearest_members
 from megatron_lsh.lsh.refine import refine
 from megatron_lsh.lsh.restore import restore, straight_through
+from megatron_lsh.lsh.tensor_cores import has_tensor_cores
 from megatron_lsh.ops.clustering import cluster_sizes, codes_of, expert_of_row, nearest_centroid
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "compress_to_members",
     "compress_tokens",
     "expert_of_row",
+    "has_tensor_cores",
     "hash_rows",
     "interpolate",
     "interpolate_leading",

@@ -17,7 +17,8 @@ With M = (K + ridge I)^-1 the change of row n is (k(x_n) - K_j)^T M (Y - mean Y)
     "weights"    A = centre((k(x) - K_j) M) before they are;    change = A Y
 
 The first does less arithmetic. The second leaves one product, and one of the backward pass's, for the time after the
-outputs have travelled; the rest is done meanwhile. cost.py compares them.
+outputs have travelled; the rest is done meanwhile. cost.py compares them. A third form, "differences" (tensor_cores.py), is
+the second in products of bf16; it is for GPUs.
 
 To keep the whole linear in the rows, an expert's representatives are fitted in blocks of at most `block`. All blocks are one
 padded batch (blocks.py): as many operations are launched for sixty-four experts as for one, and none waits for the device.
@@ -35,13 +36,15 @@ from torch import Tensor
 
 from megatron_lsh.lsh.blocks import Blocks
 from megatron_lsh.lsh.cluster import Clusters
+from megatron_lsh.lsh.solve import inverse
+from megatron_lsh.lsh.tensor_cores import prepare_by_differences
 from megatron_lsh.ops import PlainOps, accumulator, choose
 
 RIDGE, WIDTH, BLOCK = 0.01, 1.0, 128
 """The error of the restored outputs is flat around the first two: within a fifth for WIDTH 1-4 and RIDGE 0.003-0.03. It
 falls with BLOCK, and the time rises (benchmarks/clustering.py)."""
 
-FORMS = ("outputs", "weights")
+FORMS = ("outputs", "weights", "differences")
 
 
 def interpolate(
@@ -65,10 +68,10 @@ def interpolate(
         block: most representatives that one function is fitted to.
         ridge: added to the diagonal of K, whose entries are 1 there: how much of Y is taken for noise.
         width: of the kernel, in mean squared distances.
-        form: "outputs" or "weights", see the module's docstring; equal but for rounding.
+        form: "outputs", "weights" or "differences", see the module's docstring; equal but for rounding.
 
-    Arithmetic is in fp32, or fp64 with fp64 rows; `s` carries no gradient. Waits for the device unless the
-    clusters' counts are known (``Clusters.known``).
+    Arithmetic is in fp32, or fp64 with fp64 rows (products of "differences": in the rows' own dtype); `s` carries no
+    gradient. Waits for the device unless the clusters' counts are known (``Clusters.known``).
     """
     prepared = prepare_interpolation(
         rows_ND, representatives_CD, clusters, member_C,
@@ -97,6 +100,9 @@ def prepare_interpolation(
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if clusters.num_clusters == clusters.num_rows:
         return lambda expert_out_CD: expert_out_CD.index_select(0, clusters.cluster_N)
+    if form == "differences":
+        given = (rows_ND, representatives_CD, clusters, member_C)
+        return prepare_by_differences(*given, block=block, ridge=ridge, width=width)
     dtype = accumulator(rows_ND.dtype)
     blocks = Blocks.of(clusters, member_C, block, clusters.counts_on_host(), dtype)
     ops = choose(rows_ND.new_empty(0, dtype=dtype))
@@ -138,7 +144,7 @@ class System(NamedTuple):
         among_GBB = torch.bmm(c_GBD, columns_GBD.transpose(1, 2))
         among_GBB.sub_(far_GB.unsqueeze(2)).sub_(far_GB.unsqueeze(1)).exp_()
         diagonal_GB = torch.full_like(far_GB, 1.0).masked_fill_(blocks.valid_GB, ridge)
-        return System(scale_G, around_NB, among_GBB, _inverse(among_GBB + torch.diag_embed(diagonal_GB)))
+        return System(scale_G, around_NB, among_GBB, inverse(among_GBB + torch.diag_embed(diagonal_GB)))
 
     def difference(self, blocks: Blocks) -> Tensor:
         """k(x) - K_own [N, B]. It is small, and rounded after it is taken: k(x) by itself would lose most of it."""
@@ -198,18 +204,6 @@ def centred(blocks: Blocks, x_GBD: Tensor) -> Tensor:
     """Less the mean over the valid places; zero elsewhere."""
     mean_GD = x_GBD.sum(1) / blocks.width_G1
     return (x_GBD - mean_GD.unsqueeze(1)).masked_fill_(~blocks.valid_GB.unsqueeze(2), 0)
-
-
-def _inverse(system_GBB: Tensor) -> Tensor:
-    """Of positive definite matrices. The condition number is at most B / ridge, and one product with the inverse is several
-    times faster than two triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps it positive."""
-    factor_GBB = torch.linalg.cholesky_ex(system_GBB)[0]
-    if not system_GBB.is_cuda:
-        return torch.cholesky_inverse(factor_GBB)
-    # There cholesky_inverse is a loop over the batch.
-    identity_BB = torch.eye(system_GBB.shape[1], dtype=system_GBB.dtype, device=system_GBB.device)
-    half_GBB = torch.linalg.solve_triangular(factor_GBB, identity_BB.expand_as(factor_GBB), upper=False)
-    return half_GBB.transpose(1, 2) @ half_GBB
 
 
 class Fitted(torch.autograd.Function):

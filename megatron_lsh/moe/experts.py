@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_lsh.config.model import ModelConfig
 from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.errors import ConfigError
+from megatron_lsh.ops.groups import why_not_grouped
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import ONE_MATRIX, Init, Matrices, local, parameter
 
@@ -214,30 +215,6 @@ class Experts(nn.Module):
     def _activate(self, hidden: Tensor) -> Tensor:
         hidden = activate(hidden, self._model_cfg)
         return F.dropout(hidden, self._dropout, self.training) if self._dropout else hidden
-
-
-def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> str | None:
-    """Why a loop over experts is the better choice for rows and weights of these widths; None if grouped_mm is.
-
-    ``torch.nn.functional.grouped_mm`` has a kernel for bf16 on compute capability 9.0 and up. Everywhere else it is a loop
-    itself, on GPUs one that waits for the device. Forward and backward on one CPU core, 8 experts, SwiGLU, in ms
-    (loop / grouped_mm; torch 2.13, AMD EPYC with AVX512-BF16; outputs bit-equal):
-
-        R 1024, D 128, F 256     fp32   9.3 / 8.8      bf16   4.1 / 3.7
-        R 4096, D 256, F 512     fp32   116 / 116      bf16    38 / 39      with biases: fp32 120 / 127, bf16 34 / 44
-        R 8192, D 512, F 1024    fp32   898 / 1041     bf16   222 / 233
-    """
-    if not hasattr(F, "grouped_mm"):
-        return f"torch {torch.__version__} has no grouped_mm"
-    if device.type != "cuda":
-        return f"grouped_mm has no kernel for {device.type}"
-    if dtype != torch.bfloat16:
-        return f"grouped_mm has no kernel for {dtype}"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return f"grouped_mm has no kernel for {torch.cuda.get_device_name(device)} (compute capability under 9.0)"
-    if any(width % 8 for width in widths):
-        return f"grouped_mm needs widths that are multiples of 8 in bf16; these are {list(widths)}"
-    return None
 
 
 def _grouped_linear(

@@ -312,8 +312,8 @@ def test_members_of_any_clusters(backend: Backend, sizes: list[int], features: i
     case = Case([sum(sizes)], features, torch.float32, backend.device, seed=seed, exact=exact)
     cluster = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     cluster = cluster[torch.randperm(len(cluster), generator=case.generator)]
-    clusters = Clusters.from_assignment(cluster, torch.tensor(sizes), torch.tensor([len(sizes)]))
-    case.__dict__["clusters"] = clusters
+    of_cluster = (cluster, torch.tensor(sizes), torch.tensor([len(sizes)]))
+    case.__dict__["clusters"] = Clusters.from_assignment(*(t.to(backend.device) for t in of_cluster))
     if case.num_rows:
         check_members(case, *backend.ops.members(case.rows, *case.order))
         check_members(case, *PlainOps().members(case.rows, *case.order))

@@ -115,8 +115,9 @@ def restored_with_gradients(function, rows, clusters, member_C, members, dtype, 
 @pytest.mark.parametrize(
     ("counts", "block"), [([200, 0, 57, 3, 1], 16), ([300, 150], 128), ([64] * 8, 4), ([700, 9], 64)]
 )
-def test_both_forms_are_the_loop_over_blocks(counts, block, members, kernels):
-    """In fp64 values and gradients are within 1e-12; in fp32 the error against fp64 is at most twice the loop's."""
+def test_all_forms_are_the_loop_over_blocks(counts, block, members, kernels):
+    """In fp64 values and gradients are within 1e-12; in fp32 the error against fp64 is at most twice the loop's (three times
+    in the form that is for bf16)."""
     case = clustered(counts, 24, 0.3)
     with nullcontext() if kernels else reference_only():
         loop = looped_interpolation.interpolate
@@ -131,7 +132,26 @@ def test_both_forms_are_the_loop_over_blocks(counts, block, members, kernels):
             )
             for ours, want, ours32, loop32 in zip(got, exact, rounded, before, strict=True):
                 assert (ours - want).norm() <= 1e-12 * want.norm()
-                assert (ours32 - want).norm() <= 2 * (loop32 - want).norm()
+                assert (ours32 - want).norm() <= (3 if form == "differences" else 2) * (loop32 - want).norm()
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("block", [24, 128])
+def test_products_of_bf16_lose_a_hundredth_of_the_change(experts, block):
+    """Of rows far from the origin, whose clusters are close together: products of the rows themselves would lose it all."""
+    rows, clusters, member_C = clustered([240] * experts, 64, 0.25)
+    rows = (4 + rows).bfloat16().double()
+    case = (lsh.interpolate, rows, clusters, member_C, True)
+    exact, got = (
+        restored_with_gradients(*case, dtype, block=block, form=form)
+        for dtype, form in ((torch.float64, "weights"), (torch.bfloat16, "differences"))
+    )
+    own_ND = restored_with_gradients(*case, torch.float64, block=1, form="weights")[0]
+    (want, *gradients), (ours, *ours_gradients) = exact, got
+    rounded = (want.bfloat16().double() - want).norm()
+    assert (ours - want).norm() <= rounded + 0.01 * (want - own_ND).norm()
+    for ours, want in zip(ours_gradients, gradients, strict=True):
+        assert (ours - want).norm() <= 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -165,12 +185,15 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("kernels", [True, False])
 def test_launches_do_not_grow_with_experts_or_blocks(form, kernels):
     counted = []
+    # Products of differences have one launch in bf16. They put rows in order where an expert has several blocks.
+    dtype, cases = torch.float32, [(8, 128), (64, 128), (8, 2)]
+    if form == "differences":
+        dtype, cases = torch.bfloat16, [(8, 3), (16, 3), (8, 2)]
     with nullcontext() if kernels else reference_only():
-        for experts, block in ((8, 128), (64, 128), (8, 2)):
+        for experts, block in cases:
             case = clustered([512 // experts] * experts, 8, 0.25, torch.float32)
             with Calls() as calls:
-                settings = {"block": block, "form": form}
-                restored_with_gradients(lsh.interpolate, *case, True, torch.float32, **settings)
+                restored_with_gradients(lsh.interpolate, *case, True, dtype, block=block, form=form)
             counted.append(calls.count)
     assert len(set(counted)) == 1, counted
 
@@ -183,8 +206,8 @@ def test_the_cost_function_chooses_form_and_block():
     assert choose_restoration(4096, None, True, 0.2).block == LEAST
     for block, hidden in ((128, 4096), (128, 128), (1024, 1024)):
         found = choose_restoration(hidden, 1024, False, 0.2, block)
-        assert operations(found.form, block, hidden, 0.2) == min(operations(f, block, hidden, 0.2) for f in FORMS)
-    assert {choose_restoration(4096, 1, True, 0.2, block).form for block in (64, 2048)} == set(FORMS)
+        assert operations(found.form, block, hidden, 0.2) == min(operations(f, block, hidden, 0.2) for f in FORMS[:2])
+    assert {choose_restoration(4096, 1, True, 0.2, block).form for block in (64, 2048)} == set(FORMS[:2])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,9 +17,10 @@ from megatron_lsh.config.moe import MoEConfig
 from megatron_lsh.config.parallel import ParallelConfig
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe import experts as experts_module
-from megatron_lsh.moe.experts import Experts, Feed, why_not_grouped
+from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.permute import permute, unpermute
 from megatron_lsh.moe.router import TopKRouter
+from megatron_lsh.ops.groups import why_not_grouped
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.initialize import initialize
 from megatron_lsh.parallel.layout import ParallelLayout
@@ -40,7 +41,7 @@ def make_experts(
     generator = torch.Generator().manual_seed(2)
     for linear in (experts.linear_fc1, experts.linear_fc2):
         if linear.bias is not None and not linear.bias.is_meta:
-            torch.nn.init.normal_(linear.bias, generator=generator)
+            linear.bias.data.copy_(torch.randn(linear.bias.shape, generator=generator))
     return experts
 
 

@@ -197,7 +197,8 @@ def interpolated(block: int, form: str = "outputs", rank: int | None = None, bey
     def restore(rows_ND: Tensor, sent: Sent, clusters: Clusters, counts_E: Tensor) -> Callable[[Tensor], Tensor]:
         given = (rows_ND, sent.rows_CD, clusters, sent.member_C)
         if rank is None or rank >= rows_ND.shape[1] or max(clusters.counts_on_host()) <= beyond:
-            return lsh.prepare_interpolation(*given, block=block, form=form)
+            chosen = "differences" if lsh.has_tensor_cores(rows_ND) else form
+            return lsh.prepare_interpolation(*given, block=block, form=chosen)
         return lsh.prepare_leading(*given, block=block, rank=rank)
 
     return restore
