@@ -100,6 +100,14 @@ class Bench:
         moments.append(self._now())
         return 1e3 * (moments[1] - moments[0]), 1e3 * (moments[2] - moments[1])
 
+    def in_a_row(self, passes: int = 8) -> float:
+        """ms of a pass forward and backward where many follow one another, as in a step of training: nothing waits for the
+        device between them, so that what the host does is hidden behind it, or the other way round."""
+        started = self._now()
+        for _ in range(passes):
+            self.forward().backward(self.grad_SBD)
+        return 1e3 * (self._now() - started) / passes
+
     def counts(self) -> dict[str, Any]:
         """Launches and waits without the experts."""
         experts, self.layer.experts = self.layer.experts, _Double()  # type: ignore[assignment]
@@ -125,20 +133,23 @@ class Bench:
 def measure(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
     """Exact and LSH in turn: medians in ms, and counts of the LSH layer."""
     benches = {name: Bench(shape, kind, device) for name, kind in (("exact", "alltoall"), ("lsh", "lsh"))}
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in benches}
+    samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in benches}
     peaks: dict[str, float] = {}
     for repeat in range(repeats + 1):
         for name, bench in benches.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times = bench.times()
+            times = (*bench.times(), bench.in_a_row())
             if repeat or not repeats:  # first calls
                 samples[name].append(times)
             peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     found: dict[str, Any] = asdict(shape) | benches["lsh"].counts()
     for name, each in samples.items():
-        found[f"{name}_forward_ms"] = statistics.median(forward for forward, _ in each)
-        found[f"{name}_backward_ms"] = statistics.median(backward for _, backward in each)
+        for kind, values in zip(("forward", "backward", "in_a_row"), zip(*each, strict=True), strict=True):
+            found[f"{name}_{kind}_ms"] = statistics.median(values)
+            found[f"{name}_{kind}_quartiles_ms"] = (
+                statistics.quantiles(values, n=4) if len(values) > 1 else list(values)
+            )
         found[f"{name}_peak_gib"] = peaks[name]
     return found
 
@@ -155,7 +166,7 @@ def report(results: list[dict[str, Any]]) -> str:
         "waits",
         "waits_backward",
     ]
-    times = [key for key in results[0] if key.endswith(("_ms", "_gib"))]
+    times = [key for key in results[0] if key.endswith(("_ms", "_gib")) and "quartiles" not in key]
     return table([*keys, *times], [[r[k] for k in keys] + [f"{r[k]:.2f}" for k in times] for r in results])
 
 

@@ -29,7 +29,8 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 PACKAGE = SOURCES.parent / "megatron_lsh" / "ops"
 TESTS = SOURCES.parent / "tests" / "kernels"
-CUDA_SOURCES = ("hash", "plan", "nearest", "segment", "members", "combine", "wire")
+CUDA_SOURCES = ("hash", "plan", "nearest", "segment", "members", "combine", "differences", "wire")
+GPU_BINDINGS = ("bindings", "bindings_differences")
 CUDA_ARCHITECTURES = ("80", "90")
 
 # One binary for every torch from 2.11 on: only the stable interface is used.
@@ -179,8 +180,8 @@ def build_cuda(out: Path, work: Path) -> None:
     if version and version[1].split(".")[0] != wanted.split(".")[0]:
         raise BuildError(f"nvcc is of CUDA {version[1]}, torch of CUDA {wanted}")
     flags = (*_HOST_FLAGS, "-O2", _TORCH_TARGET, "-DLSH_ON_GPU", "-isystem", str(torch / "include"), "-c")
-    bindings = Job("cuda_bindings", (host_compiler(), *flags, str(SOURCES / "bindings.cpp")))
-    jobs = [bindings, *cuda_jobs(nvcc)]
+    jobs = [Job(f"cuda_{name}", (host_compiler(), *flags, str(SOURCES / f"{name}.cpp"))) for name in GPU_BINDINGS]
+    jobs += cuda_jobs(nvcc)
     run_all(jobs, work)
     objects = [str(work / f"{job.name}.o") for job in jobs]
     libraries = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda")
@@ -194,8 +195,8 @@ def build_emulated(out: Path, work: Path, emulator: Path, flags: Iterable[str] =
     defines = ("-U_FORTIFY_SOURCE", "-DLSH_EMULATED", *flags)
     common = (*_HOST_FLAGS, *warnings, "-O1", *defines, "-I", str(emulator), "-c")
     jobs = [Job(f"emulated_{n}", (compiler, *common, "-x", "c++", str(SOURCES / f"{n}.cu"))) for n in CUDA_SOURCES]
-    with_torch = (*common, _TORCH_TARGET, "-isystem", str(torch / "include"), str(SOURCES / "bindings.cpp"))
-    jobs.append(Job("emulated_bindings", (compiler, *with_torch)))
+    with_torch = (compiler, *common, _TORCH_TARGET, "-isystem", str(torch / "include"))
+    jobs += [Job(f"emulated_{name}", (*with_torch, str(SOURCES / f"{name}.cpp"))) for name in GPU_BINDINGS]
     run_all(jobs, work)
     objects = [str(work / f"{job.name}.o") for job in jobs]
     link([compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"], out)

@@ -27,6 +27,12 @@ LSH_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The position of this thread in a flat grid.
 LSH_DEVICE int64_t flat_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
+// The sum over the lanes of a warp, in every lane.
+LSH_DEVICE float warp_sum(float x) {
+    for (int step = kWarpSize / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+    return x;
+}
+
 // A grid with a thread for each V features of each row: neighbouring threads along x, rows along y where a row does not fill
 // a block. No thread divides.
 constexpr int kRowThreads = 256;

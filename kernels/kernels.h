@@ -1,6 +1,6 @@
 // The C interface of the kernels: plain structs and functions, no torch, no C++ types.
 //
-// Every operation exists twice, as lsh_<name>_cpu and lsh_<name>_cuda, and computes the same thing. Pointers are to
+// Almost every operation exists twice, as lsh_<name>_cpu and lsh_<name>_cuda, and computes the same thing. Pointers are to
 // contiguous arrays; shapes are in the comments. Legend: N rows sorted by expert, D features, C clusters, E experts, T
 // tokens, K slots per token, Q hashes. A null optional pointer means "not there". All sizes are 64 bits. A function returns
 // 0, or a CUDA error code.
@@ -178,6 +178,110 @@ struct SpreadArgs {
     DType dtype;
 };
 
+// Restoration by differences (differences.cu): CUDA only. G blocks of B places; blocks are runs of clusters, block g has
+// widths[g] of them from starts[g] on, in its first places.
+
+// offset[n] = rows[order[n]] - representatives[cluster[n]], and square[n] = |offset[n]|^2.
+struct DifferencesArgs {
+    const void* rows;             // [N, D]
+    const int64_t* order;         // [N] optional
+    const int64_t* cluster;       // [N]
+    const void* representatives;  // [C, D]
+    void* offset;                 // [N, D] out
+    float* square;                // [N] out
+    int64_t num_rows, features;
+    DType dtype;
+};
+
+// Rows of clusters to their places, less a mean.
+struct PlaceArgs {
+    const void* source;     // [C, D]
+    const int64_t* starts;  // [G]
+    const int64_t* widths;  // [G]
+    const void* mean;       // [G, D] optional
+    void* out;              // [G, B, D]
+    int64_t groups, places, features;
+    DType dtype;
+};
+
+// scale = kernel_width times the mean squared distance of two points; among = exp(-|c_i - c_j|^2 / scale), system = that and
+// ridge on the diagonal, the identity where there is no point.
+struct FitArgs {
+    const float* products;  // [G, B, B] of the points
+    const int64_t* widths;  // [G]
+    float* scale;           // [G] out
+    float* among;           // [G, B, B] out
+    float* system;          // [G, B, B] out
+    int64_t groups, places;
+    float ridge, kernel_width;
+};
+
+// Of positive definite matrices of at most so many rows: lower triangular T, with T^T T the inverse.
+constexpr int64_t kMostHalf = 128;
+struct HalfInverseArgs {
+    const float* matrices;  // [G, size, size]
+    float* out;             // [G, size, size]
+    int64_t groups, size;
+};
+
+// The inverse, rows less their mean and that mean in the last column, in two numbers.
+struct SplitArgs {
+    const float* inverse;   // [G, B, B]
+    const int64_t* widths;  // [G]
+    void* forward;          // [G, 3 B, B] out: high, low, high
+    void* backward;         // [G, 2 B, B] out: high and low, each transposed
+    int64_t groups, places;
+    DType dtype;
+};
+
+// k(x) - k(c_own) of each row, in two numbers: high, high, low.
+struct ChangesArgs {
+    const void* products;  // [N, B] of offsets and points
+    const float* square;   // [N]
+    const int64_t* slot;   // [N] the row's cluster's place among the G B
+    const bool* moves;     // [N] false: zero
+    const float* among;    // [G, B, B]
+    const float* scale;    // [G]
+    void* out;             // [N, 3 B]
+    int64_t num_rows, places;
+    DType dtype;
+};
+
+struct ChangesBackwardArgs {
+    ChangesArgs of;
+    const void* grad;  // [N, B] of k(x) - k(c_own)
+    void* moving;      // [N, B] out: that of rows that move
+    void* difference;  // [N, B] out: 2 / s times that times k(x) - k(c_own)
+    void* around;      // [N, B] out: 2 / s times that times k(x)
+    void* to_own;      // [N, B] out: around, less its sum at c_own
+    float* pull;       // [N] out: that sum
+};
+
+// What pairs of points get from rows and from the inverse.
+struct PairsArgs {
+    const void* by_own;      // [C, B] sums of `moving` by cluster
+    const void* difference;  // [C, B] sums of `difference`
+    const void* by_inverse;  // [G, B, B] weights^T moving
+    const float* among;      // [G, B, B]
+    const float* scale;      // [G]
+    const int64_t* starts;   // [G]
+    const int64_t* widths;   // [G]
+    void* out;               // [G, B, B]
+    int64_t groups, places;
+    DType dtype;
+};
+
+// out[order[n]] = x[n] - weight[n] * offset[n].
+struct LessArgs {
+    const void* x;         // [N, D]
+    const float* weight;   // [N]
+    const void* offset;    // [N, D]
+    const int64_t* order;  // [N] optional
+    void* out;             // [N, D]
+    int64_t num_rows, features;
+    DType dtype;
+};
+
 enum WireFormat : int32_t { kFp8 = 0, kInt8 = 1, kInt4 = 2 };
 
 // Rows to bytes: each number divided by the row's scale |x|_max / largest, rounded; then the scale (fp32). A row of the
@@ -221,6 +325,15 @@ LSH_DECLARE(dots, DotsArgs)
 LSH_DECLARE(spread, SpreadArgs)
 LSH_DECLARE(encode, EncodeArgs)
 LSH_DECLARE(decode, DecodeArgs)
+int lsh_differences_cuda(const DifferencesArgs&, void* stream);
+int lsh_place_cuda(const PlaceArgs&, void* stream);
+int lsh_fit_cuda(const FitArgs&, void* stream);
+int lsh_half_inverse_cuda(const HalfInverseArgs&, void* stream);
+int lsh_split_cuda(const SplitArgs&, void* stream);
+int lsh_changes_cuda(const ChangesArgs&, void* stream);
+int lsh_changes_backward_cuda(const ChangesBackwardArgs&, void* stream);
+int lsh_pairs_cuda(const PairsArgs&, void* stream);
+int lsh_less_cuda(const LessArgs&, void* stream);
 int lsh_project_cpu(const ProjectArgs&);
 int lsh_grouped_cpu(const GroupedArgs&);
 int lsh_grouped_outer_cpu(const GroupedOuterArgs&);

@@ -10,11 +10,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize, kUnroll = 4;
 
-LSH_DEVICE float warp_sum(float x) {
-    for (int step = kWarpSize / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-    return x;
-}
-
 template <class T, int V>
 struct Cluster {
     const MembersArgs& a;

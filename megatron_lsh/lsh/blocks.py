@@ -84,7 +84,7 @@ class Blocks:
         device, num_clusters, num_rows = clusters.cluster_N.device, clusters.num_clusters, clusters.num_rows
         widths = block_widths(counts, most)
         groups, block = len(widths), max(widths)
-        width_G = _to_device(widths, device)
+        width_G = on_device(widths, device)
         end_G = width_G.cumsum(0)
         numbers_C = torch.arange(num_clusters, device=device)
         block_C = torch.arange(groups, device=device).repeat_interleave(width_G, output_size=num_clusters)
@@ -122,7 +122,7 @@ class Blocks:
         )
 
 
-def _to_device(numbers: list[int], device: torch.device) -> Tensor:
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """int64. From pinned memory, out of which a copy needs no wait."""
     host = torch.tensor(numbers, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

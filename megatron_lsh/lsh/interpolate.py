@@ -144,7 +144,7 @@ class System(NamedTuple):
         among_GBB = torch.bmm(c_GBD, columns_GBD.transpose(1, 2))
         among_GBB.sub_(far_GB.unsqueeze(2)).sub_(far_GB.unsqueeze(1)).exp_()
         diagonal_GB = torch.full_like(far_GB, 1.0).masked_fill_(blocks.valid_GB, ridge)
-        return System(scale_G, around_NB, among_GBB, inverse(among_GBB + torch.diag_embed(diagonal_GB)))
+        return System(scale_G, around_NB, among_GBB, inverse(among_GBB + torch.diag_embed(diagonal_GB), ops))
 
     def difference(self, blocks: Blocks) -> Tensor:
         """k(x) - K_own [N, B]. It is small, and rounded after it is taken: k(x) by itself would lose most of it."""

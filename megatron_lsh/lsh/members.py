@@ -34,7 +34,7 @@ class _Members(torch.autograd.Function):
         grad_members_CD, grad_residual_ND = grads
         (member_C,) = ctx.saved_tensors
         if grad_residual_ND is None:
-            return grad_members_CD.new_zeros(ctx.rows).index_add(0, member_C, grad_members_CD), None, None, None
+            return grad_members_CD.new_zeros(ctx.rows).index_add_(0, member_C, grad_members_CD), None, None, None
         clusters: Clusters = ctx.clusters
         # A row's own term and the sum over its cluster are subtracted first: they cancel to the bit where it is alone.
         numbers_C = torch.arange(clusters.num_clusters, device=member_C.device)
@@ -42,7 +42,7 @@ class _Members(torch.autograd.Function):
         own_CD = torch.where(owns_C1, grad_residual_ND.index_select(0, member_C), 0)
         sum_CD = ctx.ops.segment(grad_residual_ND, None, None, *clusters.segments, False)
         sent_CD = own_CD - sum_CD + grad_members_CD
-        return grad_residual_ND.index_fill(0, member_C, 0).index_add(0, member_C, sent_CD), None, None, None
+        return grad_residual_ND.index_fill(0, member_C, 0).index_add_(0, member_C, sent_CD), None, None, None
 
 
 def compress_to_members(

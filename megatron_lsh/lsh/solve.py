@@ -5,37 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Widest triangles that are left to the library: its kernel for wider ones is launched for every few columns.
-_TRIANGLE = 128
+from megatron_lsh.ops import PlainOps
 
 
-def inverse(system_GBB: Tensor) -> Tensor:
+def inverse(system_GBB: Tensor, ops: PlainOps) -> Tensor:
     """Of positive definite matrices [G, B, B], fp32 or fp64.
 
     With a ridge on the diagonal the condition number is at most B / ridge, and one product with the inverse is several times
-    faster than two triangular solves. cholesky_ex checks nothing, so nothing waits; ridge keeps the matrices positive.
+    faster than two triangular solves. Nothing is checked, so nothing waits; ridge keeps the matrices positive.
     """
-    factor_GBB = torch.linalg.cholesky_ex(system_GBB)[0]
     if not system_GBB.is_cuda:
-        return torch.cholesky_inverse(factor_GBB)
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(system_GBB)[0])
     # There cholesky_inverse is a loop over the batch.
-    half_GBB = invert_triangular(factor_GBB)
-    return half_GBB.transpose(1, 2) @ half_GBB
+    half_GBB = half_inverse(system_GBB, ops)
+    return torch.bmm(half_GBB.transpose(1, 2), half_GBB)
 
 
-def invert_triangular(lower_GBB: Tensor) -> Tensor:
-    """Of lower triangular matrices. Wide ones by halves, which are twice as many of half the width:
+def half_inverse(system_GBB: Tensor, ops: PlainOps) -> Tensor:
+    """Lower triangular T, with T^T T the inverse: that of the Cholesky factor.
 
-    [[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]
+    Matrices that are too wide for the kernel are taken by halves. With T1 = T(A), W = T1 B and T2 = T(D - W^T W),
+
+        T([[A, B], [B^T, D]]) = [[T1, 0], [-T2 W^T T1, T2]]
+
+    which is Cholesky's method in blocks. (A^-1 in the place of T1 would square the condition number: with 416 points and a
+    ridge of 0.01 a quarter of the inverse was wrong in fp32.)
     """
-    groups, size, _ = lower_GBB.shape
-    if size <= _TRIANGLE or size % 2:
-        identity_BB = torch.eye(size, dtype=lower_GBB.dtype, device=lower_GBB.device)
-        return torch.linalg.solve_triangular(lower_GBB, identity_BB.expand_as(lower_GBB), upper=False)
+    size = system_GBB.shape[1]
+    if size <= ops.most_half(system_GBB):
+        return ops.half_inverse(system_GBB)
     half = size // 2
     first, last = slice(None, half), slice(half, None)
-    p, r = invert_triangular(torch.cat([lower_GBB[:, first, first], lower_GBB[:, last, last]])).split(groups)
-    result_GBB = torch.zeros_like(lower_GBB)
-    result_GBB[:, first, first], result_GBB[:, last, last] = p, r
-    result_GBB[:, last, first] = (r @ lower_GBB[:, last, first] @ p).neg_()
+    t_first = half_inverse(system_GBB[:, first, first], ops)
+    w = torch.bmm(t_first, system_GBB[:, first, last])
+    t_last = half_inverse(torch.baddbmm(system_GBB[:, last, last], w.transpose(1, 2), w, alpha=-1), ops)
+    result_GBB = torch.zeros_like(system_GBB)
+    result_GBB[:, first, first], result_GBB[:, last, last] = t_first, t_last
+    torch.neg(torch.bmm(torch.bmm(t_last, w.transpose(1, 2)), t_first), out=result_GBB[:, last, first])
     return result_GBB

@@ -49,8 +49,10 @@ class LoadShare:
 
 def count_experts(expert_ids_TK: Tensor, num_experts: int, groups: int = 1) -> Tensor:
     """Rows per group and expert: int64 [G, E], where token t is in group t % G. Ids of -1 are not counted."""
-    group_T = torch.arange(expert_ids_TK.shape[0], device=expert_ids_TK.device) % groups
-    bins = torch.where(expert_ids_TK < 0, num_experts, expert_ids_TK) + group_T[:, None] * (num_experts + 1)
+    bins = torch.where(expert_ids_TK < 0, num_experts, expert_ids_TK)
+    if groups > 1:
+        group_T = torch.arange(expert_ids_TK.shape[0], device=expert_ids_TK.device) % groups
+        bins = bins + group_T[:, None] * (num_experts + 1)
     counts = torch.zeros(groups * (num_experts + 1), dtype=torch.int64, device=bins.device)
     counts.scatter_add_(0, bins.reshape(-1), torch.ones_like(bins).reshape(-1))
     return counts.view(groups, num_experts + 1)[:, :num_experts]

@@ -19,7 +19,23 @@ from torch import Tensor
 from megatron_lsh.ops.dtypes import accumulator
 from megatron_lsh.ops.wire_formats import FORMATS, SCALE_BYTES
 
-SCHEMAS = {
+#: Restoration by differences (differences.py says what each is); for CUDA only.
+ON_GPUS = {
+    "differences": "(Tensor rows, Tensor? order, Tensor cluster, Tensor representatives) -> (Tensor, Tensor)",
+    "place": "(Tensor source, Tensor starts, Tensor widths, Tensor? mean, int places) -> Tensor",
+    "fit": "(Tensor products, Tensor widths, float ridge, float width) -> (Tensor, Tensor, Tensor)",
+    # Of positive definite fp32 matrices of at most 128 rows: lower triangular T, with T^T T their inverse.
+    "half_inverse": "(Tensor matrices) -> Tensor",
+    "split": "(Tensor inverse, Tensor widths, ScalarType dtype) -> (Tensor, Tensor)",
+    "changes": "(Tensor products, Tensor square, Tensor slot, Tensor moves, Tensor among, Tensor scale) -> Tensor",
+    "changes_backward": "(Tensor grad, Tensor products, Tensor square, Tensor slot, Tensor moves, Tensor among, "
+    "Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pairs": "(Tensor by_own, Tensor difference, Tensor by_inverse, Tensor among, Tensor scale, Tensor starts, "
+    "Tensor widths) -> Tensor",
+    "less": "(Tensor x, Tensor weight, Tensor offset, Tensor? order) -> Tensor",
+}
+
+SCHEMAS = ON_GPUS | {
     # Packed key of each row: expert, then Q codes of code_bits each, largest first. From projection [M, P].
     "hash": "(Tensor projection, Tensor? index, Tensor row_ends, int num_hashes, int code_bits) -> Tensor",
     # Cut each expert's rows at its budget's weakest links -> cluster [N], order [N], sizes [C], offsets [C].
@@ -212,7 +228,52 @@ def _fake_decode(payload: Tensor, format: int, features: int, dtype: torch.dtype
     return payload.new_empty(payload.shape[0], features, dtype=dtype)
 
 
+def _fake_differences(
+    rows: Tensor, order: Tensor | None, cluster: Tensor, representatives: Tensor
+) -> tuple[Tensor, Tensor]:
+    offset = rows.new_empty(cluster.shape[0], rows.shape[1])
+    return offset, offset.new_empty(cluster.shape[0], dtype=torch.float32)
+
+
+def _fake_place(source: Tensor, starts: Tensor, widths: Tensor, mean: Tensor | None, places: int) -> Tensor:
+    return source.new_empty(widths.shape[0], places, source.shape[1])
+
+
+def _fake_fit(products: Tensor, widths: Tensor, ridge: float, width: float) -> tuple[Tensor, Tensor, Tensor]:
+    return products.new_empty(products.shape[0]), torch.empty_like(products), torch.empty_like(products)
+
+
+def _fake_split(inverse: Tensor, widths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    groups, places, _ = inverse.shape
+    return tuple(inverse.new_empty(groups, n * places, places, dtype=dtype) for n in (3, 2))  # type: ignore[return-value]
+
+
+def _fake_changes(products: Tensor, *rest: Tensor) -> Tensor:
+    return products.new_empty(products.shape[0], 3 * products.shape[1])
+
+
+def _fake_changes_backward(grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    return *(torch.empty_like(grad) for _ in range(4)), grad.new_empty(grad.shape[0], dtype=torch.float32)
+
+
+def _fake_pairs(by_own: Tensor, difference: Tensor, by_inverse: Tensor, *rest: Tensor) -> Tensor:
+    return torch.empty_like(by_inverse)
+
+
+def _fake_less(x: Tensor, *rest: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
+    "differences": _fake_differences,
+    "place": _fake_place,
+    "fit": _fake_fit,
+    "half_inverse": torch.empty_like,
+    "split": _fake_split,
+    "changes": _fake_changes,
+    "changes_backward": _fake_changes_backward,
+    "pairs": _fake_pairs,
+    "less": _fake_less,
     "hash": _fake_hash,
     "plan": _fake_plan,
     "project": _fake_project,

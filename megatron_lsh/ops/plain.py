@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lsh.ops import clustering, wire_formats
+from megatron_lsh.ops.differences import PlainDifferences
 from megatron_lsh.ops.dtypes import accumulator
 from megatron_lsh.ops.groups import Groups, Tiles, pick, put
 
 
-class PlainOps:
+class PlainOps(PlainDifferences):
     """Letters, and what ``index``, ``row_ends``, ``order`` and their like hold, are explained in the package's docstring.
 
     Sums run in fp32 or better and are rounded once, to the dtype of what was summed. None of them adds with atomics, so a

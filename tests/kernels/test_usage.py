@@ -53,7 +53,7 @@ def example_calls() -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("name", library.SCHEMAS)
+@pytest.mark.parametrize("name", [name for name in library.SCHEMAS if name not in library.ON_GPUS])
 def test_opcheck(name: str) -> None:
     """Schema, fake kernel, and agreement with AOTAutograd under dynamic shapes."""
     torch.library.opcheck(getattr(torch.ops.megatron_lsh, name).default, example_calls()[name])

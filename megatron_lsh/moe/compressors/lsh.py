@@ -160,8 +160,11 @@ class ClusterByHash(nn.Module):
     def _budgets(
         self, projection_NP: Tensor, index_N: Tensor | None, counts_E: Tensor, sent_E: Sequence[int] | None
     ) -> Clusters:
-        budgets_E = lsh.row_budgets(counts_E, self._rate)
-        total = int(budgets_E.sum()) if sent_E is None else sum(sent_E)
+        if sent_E is None:
+            budgets_E = lsh.row_budgets(counts_E, self._rate)
+            total = int(budgets_E.sum())
+        else:
+            budgets_E, total = lsh.on_device(sent_E, counts_E.device), sum(sent_E)
         return lsh.cluster_projection(projection_NP, counts_E, budgets_E, total, self._num_hashes, index_N)
 
 
