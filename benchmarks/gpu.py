@@ -87,7 +87,7 @@ def restoration(dry: bool) -> list[Command]:
 
 
 def training(dry: bool) -> list[Command]:
-    """The loss with kernels and without, and a step of a larger model with its MFU."""
+    """The loss with kernels and without, and steps of a model of 1.8 billion parameters with their MFU, exact and LSH."""
 
     def run(kernels: str, *size: str) -> Command:
         return ["env", f"MEGATRON_LSH_KERNELS={kernels}", *python("pretrain_gpt_moe.py", *_MODEL, *size)]
@@ -102,8 +102,9 @@ def training(dry: bool) -> list[Command]:
     if dry:
         return [run("1", *size(1, 32, 64, 16, 2, 2, 64))]
     parity = size(4, 512, 1024, 512, 8, 60, 8192)
-    billion = size(12, 2048, 2816, 2048, 4, 30, 32000)
-    return [run("1", *parity, "--bf16"), run("0", *parity, "--bf16"), run("1", *billion, "--bf16")]
+    billion = [*size(12, 2048, 2816, 2048, 8, 18, 32000), "--bf16", "--eval-iters", "0"]
+    exact = ["--moe-token-dispatcher-type", "alltoall"]
+    return [run("1", *parity, "--bf16"), run("0", *parity, "--bf16"), run("1", *billion, *exact), run("1", *billion)]
 
 
 PARTS: dict[str, Callable[[bool], list[Command]]] = {

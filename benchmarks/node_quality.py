@@ -3,6 +3,7 @@
     python -m benchmarks.node_quality                    # the plan below, what is not there yet of it
     python -m benchmarks.node_quality --report           # tables of what is there
     python -m benchmarks.node_quality --variants exact "node, one fit" --seeds 1 2 3 --iters 300 --group-rows 2048
+    python -m benchmarks.node_quality --gpu --jobs 16    # on a GPU, in bf16; into a file of its own
 
 Every run of one seed has the same initial weights and the same data in the same order, so that the difference of two is
 what the dispatcher did; given are its mean over seeds and its standard error. Nodes are emulated by one process
@@ -35,6 +36,7 @@ MODEL: list[Any] = [
 ROWS_PER_RANK, SEQUENCES_PER_RANK = 512, 4
 ONE_FIT = ("--lsh-interpolation-block", 1 << 16)
 BLOCKS = ("--lsh-interpolation-block", 128)
+GPU = ("--device", "cuda", "--bf16")
 LATENT = ("--moe-latent-size", 32, "--moe-ffn-hidden-size", 1024)
 """Rows of a quarter of the width; experts of four times the width have as many parameters."""
 
@@ -72,8 +74,8 @@ def _plan() -> list[Job]:
     return jobs + [Job(variant, 1, 2000, 8192) for variant in main[:2]]
 
 
-def flags_for(job: Job, folder: Path) -> list[Any]:
-    """The command line of one run. Six evaluations along it; clusters of an evaluation are as in training."""
+def flags_for(job: Job, folder: Path, gpu: bool = False) -> list[Any]:
+    """The command line of one run. Four evaluations along it; clusters of an evaluation are as in training."""
     scope, extra = VARIANTS[job.variant]
     ranks = job.group_rows // ROWS_PER_RANK
     batch = SEQUENCES_PER_RANK * ranks
@@ -84,7 +86,7 @@ def flags_for(job: Job, folder: Path) -> list[Any]:
         "--eval-iters", max(96 // batch, 2), "--lsh-eval", "both", "--metrics-jsonl", folder / "metrics.jsonl",
         "--save", folder / "state", "--load", folder / "state", "--save-interval", 25,
         "--save-retain-interval", 1_000_000,
-        "--moe-token-dispatcher-type", f"benchmarks.emulation:{name}", *extra,
+        "--moe-token-dispatcher-type", f"benchmarks.emulation:{name}", *extra, *(GPU if gpu else ()),
     ]  # fmt: skip
 
 
@@ -97,7 +99,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     )
     along = {entry["iteration"]: entry["validation_loss"] for entry in evaluations}  # a resumed run may repeat one
     last = evaluations[-1]
+    stopped = records[-1]["iteration"]
     return {
+        # The loss is that of the last evaluation, and no run's result, where this is not the end.
+        "iterations": stopped,
         "validation_loss": last["validation_loss"],
         "validation_loss_exact": last.get("validation_loss_exact") or last["validation_loss"],
         "along": along,
@@ -107,9 +112,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def train(jobs: Sequence[Job], folder: Path, name: str, parallel: int = 1) -> None:
+def train(jobs: Sequence[Job], folder: Path, name: str, parallel: int = 1, gpu: bool = False) -> None:
     """``parallel`` runs at a time; each result is written when it is there."""
-    waiting = [training_job(job, folder) for job in jobs]
+    waiting = [training_job(job, folder, gpu) for job in jobs]
     train_recorded(name, Job._fields, waiting, outcome, {"model": MODEL}, _cost, parallel)
 
 
@@ -118,9 +123,9 @@ def _cost(of: TrainingJob) -> float:
     return float(job.iters * job.group_rows)
 
 
-def training_job(job: Job, folder: Path) -> TrainingJob:
+def training_job(job: Job, folder: Path, gpu: bool = False) -> TrainingJob:
     place = folder / "-".join(map(str, job)).replace(" ", "-").replace("%", "").replace(",", "")
-    return TrainingJob(job, place, flags_for(job, place))
+    return TrainingJob(job, place, flags_for(job, place, gpu))
 
 
 def results(name: str) -> dict[Job, dict[str, Any]]:
@@ -129,31 +134,70 @@ def results(name: str) -> dict[Job, dict[str, Any]]:
 
 
 def report(found: dict[Job, dict[str, Any]]) -> str:
-    """Markdown: differences to the exact run of the same seed, in nats and per cent of its loss."""
+    """Markdown: differences to the exact run of the same seed, in nats and per cent of its loss; and how they grow."""
     parts = []
     for iters, group_rows in sorted({(job.iters, job.group_rows) for job in found}):
-        rows = []
+        ended, along = [], []
         for variant in VARIANTS:
             runs = {j.seed: r for j, r in found.items() if j[0] == variant and j[2:] == (iters, group_rows)}
             base = "latent exact" if variant.startswith("latent ") and variant != "latent exact" else "exact"
-            exact = {seed: found.get(Job(base, seed, iters, group_rows)) for seed in runs}
-            pairs = [(run, pair) for seed, run in runs.items() if (pair := exact[seed]) is not None]
-            if not runs:
-                continue
-            gaps = [run["validation_loss"] - pair["validation_loss"] for run, pair in pairs]
-            loss = statistics.mean(run["validation_loss"] for run in runs.values())
-            cells = ["", "", ""]
-            if gaps and variant != base:
-                gap = statistics.mean(gaps)
-                exactly = [r["validation_loss_exact"] - pair["validation_loss"] for r, pair in pairs]
-                share = gap / statistics.mean(pair["validation_loss"] for _, pair in pairs)
-                cells = [paired(gaps), f"{share:+.2%}", f"{statistics.mean(exactly):+.3f}"]
-            sent, seen = (statistics.mean(run[key] for run in runs.values()) for key in ("rows_sent", "expert_rows"))
-            rows.append([variant, len(runs), f"{sent:.0%}", f"{seen:.0%}", f"{loss:.3f}", *cells])
-        header = ["variant", "seeds", "rows sent", "rows at experts", "validation loss", "to exact ± standard error",
-                  "of the loss", "evaluated exactly"]  # fmt: skip
-        parts.append(f"{iters} iterations, {group_rows:,} rows per node and expert\n\n{table(header, rows)}")
+            exact = {
+                seed: found[Job(base, seed, iters, group_rows)]
+                for seed in runs
+                if Job(base, seed, iters, group_rows) in found
+            }
+            if row := _end_row(
+                variant, {s: r for s, r in runs.items() if r.get("iterations", iters) == iters}, exact, base
+            ):
+                ended.append(row)
+            if variant != base and (row := _along_row(variant, runs, exact)):
+                along.append(row)
+        title = f"{iters} iterations, {group_rows:,} rows per node and expert"
+        if ended:
+            header = ["variant", "seeds", "rows sent", "rows at experts", "validation loss", "to exact ± standard error",
+                      "of the loss", "evaluated exactly"]  # fmt: skip
+            parts.append(f"{title}\n\n{table(header, ended)}")
+        if along:
+            steps = sorted({step for row in along for step in row[1]})
+            lines = [[name, *(gaps.get(step, "") for step in steps)] for name, gaps in along]
+            parts.append(
+                f"{title}: to exact along the way\n\n{table(['variant', *(f'after {s}' for s in steps)], lines)}"
+            )
     return "\n\n".join(parts)
+
+
+def _end_row(variant: str, runs: dict[int, dict[str, Any]], exact: dict[int, dict[str, Any]], base: str) -> list[Any]:
+    if not runs:
+        return []
+    pairs = [(run, exact[seed]) for seed, run in runs.items() if seed in exact]
+    gaps = [run["validation_loss"] - pair["validation_loss"] for run, pair in pairs]
+    cells = ["", "", ""]
+    if gaps and variant != base:
+        exactly = [run["validation_loss_exact"] - pair["validation_loss"] for run, pair in pairs]
+        share = statistics.mean(gaps) / statistics.mean(pair["validation_loss"] for _, pair in pairs)
+        cells = [paired(gaps), f"{share:+.2%}", f"{statistics.mean(exactly):+.3f}"]
+    loss, sent, seen = (
+        statistics.mean(run[key] for run in runs.values()) for key in ("validation_loss", "rows_sent", "expert_rows")
+    )
+    return [variant, len(runs), f"{sent:.0%}", f"{seen:.0%}", f"{loss:.3f}", *cells]
+
+
+def _along_row(
+    variant: str, runs: dict[int, dict[str, Any]], exact: dict[int, dict[str, Any]]
+) -> tuple[str, dict[int, str]] | None:
+    """The gap after each evaluation that all seeds have."""
+    pairs = [
+        ({int(k): v for k, v in run["along"].items()}, {int(k): v for k, v in exact[seed]["along"].items()})
+        for seed, run in runs.items() if seed in exact
+    ]  # fmt: skip
+    if not pairs:
+        return None
+    common = set.intersection(*(set(ours) & set(theirs) for ours, theirs in pairs))
+    cells = {}
+    for step in sorted(common):
+        share = sum(ours[step] - theirs[step] for ours, theirs in pairs) / sum(theirs[step] for _, theirs in pairs)
+        cells[step] = f"{paired([ours[step] - theirs[step] for ours, theirs in pairs])} ({share:+.2%})"
+    return f"{variant} ({len(pairs)} seeds)", cells
 
 
 def main() -> None:
@@ -164,9 +208,11 @@ def main() -> None:
     parser.add_argument("--group-rows", nargs="+", type=int, default=[2048], help="rows per node and expert")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "node_quality")
-    parser.add_argument("--name", default="node_quality", help="of the result file")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, in bf16")
+    parser.add_argument("--name", help="of the result file (default: node_quality, with --gpu node_quality_gpu)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
+    name = arguments.name or ("node_quality_gpu" if arguments.gpu else "node_quality")
     jobs = _plan()
     if arguments.variants:
         jobs = [
@@ -177,8 +223,8 @@ def main() -> None:
             for variant in arguments.variants
         ]
     if not arguments.report:
-        train(jobs, arguments.folder, arguments.name, arguments.jobs)
-    print(report(results(arguments.name)))
+        train(jobs, arguments.folder, name, arguments.jobs, arguments.gpu)
+    print(report(results(name)))
 
 
 if __name__ == "__main__":
