@@ -21,7 +21,7 @@ Command = list[str]
 SECONDS = 600
 #: Folders with tests that need a GPU.
 TESTED = ("tests/kernels", "tests/moe", "tests/lsh", "tests/models", "tests/inference", "tests/training")
-_OPS = "plan or regroup or nearest or segment or hash or combine or members"
+_OPS = "plan or regroup or nearest or segment or hash or combine or members or differences"
 _MODEL = [
     "--mock-data",
     "--tokenizer-type",
@@ -64,7 +64,8 @@ def sanitizers(dry: bool) -> list[Command]:
     if dry or tool is None:
         return [python("-c", "print('no compute-sanitizer: nothing to do')")]
     under = ["--kernel-regex", "kns=megatron_lsh", "--error-exitcode", "9"]
-    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels/test_ops.py", "-k", _OPS)
+    files = ("tests/kernels/test_ops.py", "tests/kernels/test_differences.py")
+    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files, "-k", _OPS)
     return [[tool, "--tool", kind, *under, *run] for kind in ("memcheck", "racecheck", "synccheck")]
 
 
