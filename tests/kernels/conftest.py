@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def build() -> ModuleType:
     return load_build_module()
 
 
+@functools.cache  # a library is registered once
 def _emulated(build: ModuleType) -> Backend:
     """The .cu files compiled as C++ (about ten seconds, kept for the next run).
 
@@ -85,12 +87,19 @@ def backend(request: pytest.FixtureRequest, build: ModuleType) -> Backend:
     return Backend(request.param, torch.ops.megatron_lsh, request.param)
 
 
+@pytest.fixture(scope="session")
+def on_gpu(request: pytest.FixtureRequest, build: ModuleType) -> Backend:
+    """For ops that have no CPU twin."""
+    return _emulated(build) if request.param == "emulated" else Backend("cuda", torch.ops.megatron_lsh, "cuda")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        parameters = ["cpu", "emulated"]
-        if torch.cuda.is_available():
-            parameters.append(pytest.param("cuda", marks=pytest.mark.gpu))
-        metafunc.parametrize("backend", parameters, indirect=True, scope="session")
+    gpus = ["emulated"]
+    if torch.cuda.is_available():
+        gpus.append(pytest.param("cuda", marks=pytest.mark.gpu))  # type: ignore[arg-type]
+    for fixture, parameters in (("backend", ["cpu", *gpus]), ("on_gpu", gpus)):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, parameters, indirect=True, scope="session")
 
 
 @pytest.fixture

@@ -19,13 +19,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture
-def on_gpu(backend: Backend) -> Backend:
-    if backend.name == "cpu":
-        pytest.skip("these kernels are for GPUs")
-    return backend
-
-
 @dataclass(frozen=True)
 class Inputs:
     """Rows around their clusters' representatives, and what follows from them, by the definitions in fp64."""
