@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lsh.lsh.solve import half_inverse
-from megatron_lsh.ops import PlainOps
+from megatron_lsh.ops import PlainOps, library
 from tests.kernels.conftest import Backend
 
 PLAIN = PlainOps()
@@ -135,9 +135,27 @@ def test_wide_matrices_are_taken_by_halves(size: int) -> None:
     system = kernel_matrices(2, size)
     exact = PLAIN.half_inverse(system)
     assert (half_inverse(system, UpTo128()) - exact).norm() <= 1e-10 * exact.norm()
-    for given, want in (
-        (half_inverse, exact),
-        (lambda *x: half_inverse(*x).mT @ half_inverse(*x), torch.linalg.inv(system)),
-    ):
-        halves, library = given(system.float(), UpTo128()), given(system.float(), PLAIN)
-        assert (halves - want).norm() <= 3 * (library - want).norm()
+    halves, library = (half_inverse(system.float(), ops).double() for ops in (UpTo128(), PLAIN))
+    assert (halves - exact).norm() <= 3 * (library - exact).norm()
+    inverse = exact.mT @ exact
+    assert (halves.mT @ halves - inverse).norm() <= 3 * (library.mT @ library - inverse).norm()
+
+
+@pytest.mark.parametrize("name", library.ON_GPUS)
+def test_opcheck(on_gpu: Backend, name: str) -> None:
+    """Schema, fake kernel, and agreement with AOTAutograd under dynamic shapes."""
+    i = {key: x.to(on_gpu.device) for key, x in Inputs([3, 1, 7], 8, 16, torch.bfloat16).make().items()}
+    of = (i["around"], i["square"], i["slot"], i["moves"], i["among"], i["scale"])
+    sums, by_inverse = torch.ones(11, 8, device=on_gpu.device).bfloat16(), torch.ones_like(i["among"]).bfloat16()
+    calls = {
+        "differences": (i["rows"], None, i["cluster"], i["representatives"]),
+        "place": (i["representatives"], i["starts"], i["widths"], None, 8),
+        "fit": (i["products"], i["widths"], 0.01, 1.0),
+        "half_inverse": (i["system"],),
+        "split": (i["system"], i["widths"], torch.bfloat16),
+        "changes": of,
+        "changes_backward": (i["grad"], *of),
+        "pairs": (sums, sums, by_inverse, i["among"], i["scale"], i["starts"], i["widths"]),
+        "less": (i["rows"], i["square"], i["offset"], None),
+    }
+    torch.library.opcheck(getattr(on_gpu.ops, name).default, calls[name])
