@@ -88,7 +88,7 @@ def restoration(dry: bool) -> list[Command]:
 
 
 def training(dry: bool) -> list[Command]:
-    """The loss with kernels and without, and steps of a model of 1.8 billion parameters with their MFU, exact and LSH."""
+    """The loss with kernels and without, and steps of a model of 1.9 billion parameters with their MFU, exact and LSH."""
 
     def run(kernels: str, *size: str) -> Command:
         return ["env", f"MEGATRON_LSH_KERNELS={kernels}", *python("pretrain_gpt_moe.py", *_MODEL, *size)]

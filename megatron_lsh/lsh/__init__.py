@@ -5,7 +5,6 @@ The method is explained in ``docs/lsh.md``; the source is "LSH-MoE: Communicatio
 Locality-Sensitive Hashing" (arXiv 2411.08446, NeurIPS 2024).
 """
 
-from megatron_lsh.lsh.blocks import on_device
 from megatron_lsh.lsh.budget import cluster_by_budget, cluster_projection, row_budgets
 from megatron_lsh.lsh.cluster import Clusters, cluster_by_code
 from megatron_lsh.lsh.compress import compress, residual_energy
@@ -40,7 +39,6 @@ __all__ = [
     "measured_members",
     "nearest_centroid",
     "nearest_members",
-    "on_device",
     "prepare_interpolation",
     "prepare_leading",
     "project",

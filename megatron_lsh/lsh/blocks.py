@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lsh.lsh.cluster import Clusters
-from megatron_lsh.ops import Groups
+from megatron_lsh.ops import Groups, to_device
 
 
 def block_widths(counts: Sequence[int], most: int) -> list[int]:
@@ -84,7 +84,7 @@ class Blocks:
         device, num_clusters, num_rows = clusters.cluster_N.device, clusters.num_clusters, clusters.num_rows
         widths = block_widths(counts, most)
         groups, block = len(widths), max(widths)
-        width_G = on_device(widths, device)
+        width_G = to_device(torch.tensor(widths, dtype=torch.int64), device)
         end_G = width_G.cumsum(0)
         numbers_C = torch.arange(num_clusters, device=device)
         block_C = torch.arange(groups, device=device).repeat_interleave(width_G, output_size=num_clusters)
@@ -120,9 +120,3 @@ class Blocks:
             points=Groups(end_G - width_G, width_G, width_G),
             moving=(order_N, begin_C, end_C - begin_C),
         )
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int64. From pinned memory, out of which a copy needs no wait."""
-    host = torch.tensor(numbers, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_lsh.lsh.blocks import block_widths
 from megatron_lsh.lsh.cluster import Clusters
 from megatron_lsh.lsh.solve import inverse
-from megatron_lsh.ops import PlainOps, accumulator, choose
+from megatron_lsh.ops import PlainOps, accumulator, choose, to_device
 from megatron_lsh.ops.groups import grouped_mm, why_not_grouped
 
 #: Places of a block are a multiple of this, one of them spare: rows of bf16 then begin at multiples of 16 bytes.
@@ -98,8 +98,7 @@ class Runs(NamedTuple):
         start = width.cumsum() - width
         slot = np.arange(count) + np.repeat(np.arange(groups) * places - start, width)
         host = torch.from_numpy(np.concatenate([slot, start, width, start + width - 1]))
-        there = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-        slot_C, starts_G, widths_G, last_G = there.split([count, groups, groups, groups])
+        slot_C, starts_G, widths_G, last_G = to_device(host, device).split([count, groups, groups, groups])
 
         order_N = back_N = None
         cluster_N, segments, number_N = (

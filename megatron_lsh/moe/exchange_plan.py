@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lsh.ops import to_device
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -78,11 +80,6 @@ def completed(plan: Plan, counts_PE: Tensor, rank: int, routed_PE: Tensor | None
     sent_E, arriving_L = tuple(counts_PE[rank].tolist()), tuple(plan.counts_L.tolist())
     routed_E = () if routed_PE is None else tuple(routed_PE[rank].tolist())
     return replace(plan, sent_E=sent_E, routed_E=routed_E, arriving_L=arriving_L, counts_PE=counts_PE)
-
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy there. Out of pinned memory, or a GPU's driver would wait."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def expert_order(arriving_PL: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

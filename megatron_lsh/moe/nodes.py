@@ -34,13 +34,14 @@ from megatron_lsh.moe.dispatcher import (
     RowPath,
     count_exact_bytes,
 )
-from megatron_lsh.moe.exchange_plan import Plan, to_device
+from megatron_lsh.moe.exchange_plan import Plan
 from megatron_lsh.moe.experts import Experts
 from megatron_lsh.moe.gauges import Gauge, busiest_over_mean, ratio
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows, sort_by_expert, unpermute
 from megatron_lsh.moe.router import Routing
 from megatron_lsh.moe.transport import Transport
+from megatron_lsh.ops import to_device
 
 GAUGES = (
     Gauge("forwarded_rows_max_over_mean", "", "fullest forwarding rank / mean", busiest_over_mean("forwarded_rows"),

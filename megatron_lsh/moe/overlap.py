@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lsh.moe.dispatcher import PendingPlan
-from megatron_lsh.moe.exchange_plan import Plan, completed, to_device
+from megatron_lsh.moe.exchange_plan import Plan, completed
 from megatron_lsh.moe.experts import Experts, Feed
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows
 from megatron_lsh.moe.transport import Flight, Transport
+from megatron_lsh.ops import to_device
 
 
 class Piece(NamedTuple):

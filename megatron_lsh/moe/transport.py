@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lsh.moe.exchange_plan import Arrival, Plan, completed, expert_order, to_device
+from megatron_lsh.moe.exchange_plan import Arrival, Plan, completed, expert_order
 from megatron_lsh.moe.gauges import Gauge, averaged, busiest, summed
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.wire import Wire
+from megatron_lsh.ops import to_device
 from megatron_lsh.parallel.collectives import all_gather_single, reduce_scatter_single
 from megatron_lsh.parallel.context import Group
 

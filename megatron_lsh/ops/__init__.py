@@ -20,5 +20,6 @@ from megatron_lsh.ops.choice import choose, describe, reference_only
 from megatron_lsh.ops.dtypes import accumulator
 from megatron_lsh.ops.groups import Groups
 from megatron_lsh.ops.plain import PlainOps, by_row
+from megatron_lsh.ops.transfer import to_device
 
-__all__ = ["Groups", "PlainOps", "accumulator", "by_row", "choose", "describe", "reference_only"]
+__all__ = ["Groups", "PlainOps", "accumulator", "by_row", "choose", "describe", "reference_only", "to_device"]

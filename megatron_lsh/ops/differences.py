@@ -12,7 +12,7 @@ from megatron_lsh.ops.dtypes import accumulator
 
 #: exp of it times the least K that is not zero is finite. An exponent that rises more is that of a row of which its own
 #: representative knows nothing.
-MOST_RISE = 80.0
+_MOST_RISE = 80.0
 
 
 class PlainDifferences:
@@ -28,9 +28,8 @@ class PlainDifferences:
 
     def place(self, source: Tensor, starts: Tensor, widths: Tensor, mean: Tensor | None, places: int) -> Tensor:
         """Rows of clusters [C, D] in their places [G, B, D], less the mean [G, D] if there is one; zero elsewhere."""
-        place = torch.arange(places, device=source.device)
-        valid = place < widths.unsqueeze(1)
-        cluster = torch.where(valid, starts.unsqueeze(1) + place, 0)
+        valid = _valid(widths, places)
+        cluster = torch.where(valid, starts.unsqueeze(1) + torch.arange(places, device=source.device), 0)
         placed = source.index_select(0, cluster.flatten()).view(*cluster.shape, -1)
         if mean is not None:
             placed = placed - mean.unsqueeze(1)
@@ -47,7 +46,7 @@ class PlainDifferences:
             s [G], K and K + ridge I [G, B, B]: K_ij = exp(-|c_i - c_j|^2 / s); zero and the identity where there is no
             point.
         """
-        valid = torch.arange(products.shape[1], device=products.device) < widths.unsqueeze(1)
+        valid = _valid(widths, products.shape[1])
         norm = products.diagonal(dim1=1, dim2=2)
         # Between two of n points |c_i - c_j|^2 is on average twice their variance.
         scale = (2 * width / widths.to(norm.dtype) * norm.masked_fill(~valid, 0).sum(1)).clamp(min=1e-20)
@@ -72,12 +71,12 @@ class PlainDifferences:
         Returns:
             [G, 3 B, B]: high, low, high; and [G, 2 B, B]: high and low, each transposed.
         """
-        valid = torch.arange(inverse.shape[1], device=inverse.device) < widths.unsqueeze(1)
+        valid = _valid(widths, inverse.shape[1])
         inverse = inverse * valid.unsqueeze(2) * valid.unsqueeze(1)
         mean = inverse.sum(2, keepdim=True) / widths.to(inverse.dtype)[:, None, None]
         centred = (inverse - mean) * valid.unsqueeze(1)
         centred[:, :, -1:] = mean
-        high, low = in_two(centred, dtype)
+        high, low = _in_two(centred, dtype)
         return torch.cat([high, low, high], 1), torch.cat([high, low], 2).transpose(1, 2).contiguous()
 
     def changes(
@@ -91,7 +90,7 @@ class PlainDifferences:
             among, scale: K [G, B, B] and s [G].
         """
         rise, among_own, _ = _rise(products, square, slot, moves, among, scale)
-        high, low = in_two(rise.mul_(among_own), products.dtype)
+        high, low = _in_two(rise.mul_(among_own), products.dtype)
         return torch.cat([high, high, low], 1)
 
     def changes_backward(
@@ -143,7 +142,7 @@ class PlainDifferences:
         by_inverse = by_inverse.to(factor.dtype)
         by_inverse = (by_inverse + by_inverse[:, -1:]) * factor
         pairs = (difference - by_inverse).transpose(1, 2) - by_own * factor - by_inverse
-        valid = torch.arange(places, device=among.device) < widths.unsqueeze(1)
+        valid = _valid(widths, places)
         pairs = pairs * valid.unsqueeze(1) * valid.unsqueeze(2)
         pairs.diagonal(dim1=1, dim2=2).sub_(pairs.sum(2))
         return pairs.to(dtype)
@@ -154,7 +153,12 @@ class PlainDifferences:
         return result if order is None else torch.empty_like(result).index_copy_(0, order, result)
 
 
-def in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _valid(widths: Tensor, places: int) -> Tensor:
+    """bool [G, B]: the places that a cluster has."""
+    return torch.arange(places, device=widths.device) < widths.unsqueeze(1)
+
+
+def _in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two numbers of this dtype whose sum is x."""
     high = x.to(dtype)
     return high, (x - high).to(dtype)
@@ -169,5 +173,5 @@ def _rise(
     factor = (2 / scale).index_select(0, block).unsqueeze(1)
     own = products.gather(1, (slot - block * places).unsqueeze(1)).to(factor.dtype)
     shift = (own + square.unsqueeze(1) / 2) * factor
-    exponent = torch.mul(products, factor).sub_(shift).clamp_(max=MOST_RISE).masked_fill_(~moves.unsqueeze(1), 0)
+    exponent = torch.mul(products, factor).sub_(shift).clamp_(max=_MOST_RISE).masked_fill_(~moves.unsqueeze(1), 0)
     return exponent.expm1_(), among.flatten(0, 1).index_select(0, slot), factor

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lsh.ops.groups import Groups
+from megatron_lsh.ops.library import ON_GPUS
 from megatron_lsh.ops.plain import PlainOps
 from megatron_lsh.ops.wire_formats import FORMATS
 
@@ -27,6 +28,8 @@ class KernelOps(PlainOps):
         self.segment_residual = kernels.segment_residual  # type: ignore[method-assign]
         self.members = kernels.members  # type: ignore[method-assign]
         self.dots = kernels.dots  # type: ignore[method-assign]
+        for name in ON_GPUS:
+            setattr(self, name, self._by_device(name))
 
     def project(self, rows: Tensor, rotation: Tensor) -> Tensor:
         # On a GPU the library's product is as good.
@@ -44,74 +47,17 @@ class KernelOps(PlainOps):
             return super().grouped_outer(left, right, groups)
         return self._kernels.grouped_outer(left, right, *groups)
 
-    # Restoration by differences: kernels for GPUs.
-
-    def _where(self, rows: Tensor) -> Any:
-        return self._kernels if rows.is_cuda else super()
-
-    def differences(
-        self, rows: Tensor, order: Tensor | None, cluster: Tensor, representatives: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        there = self._where(rows)
-        return there.differences(rows, order, cluster, representatives)
-
-    def place(self, source: Tensor, starts: Tensor, widths: Tensor, mean: Tensor | None, places: int) -> Tensor:
-        there = self._where(source)
-        return there.place(source, starts, widths, mean, places)
-
-    def fit(self, products: Tensor, widths: Tensor, ridge: float, width: float) -> tuple[Tensor, Tensor, Tensor]:
-        there = self._where(products)
-        return there.fit(products, widths, ridge, width)
-
     def most_half(self, matrices: Tensor) -> int:
-        return _MOST_HALF if self._inverts(matrices) else super().most_half(matrices)
+        return _MOST_HALF if matrices.is_cuda else super().most_half(matrices)
 
-    def half_inverse(self, matrices: Tensor) -> Tensor:
-        return self._kernels.half_inverse(matrices) if self._inverts(matrices) else super().half_inverse(matrices)
+    def _by_device(self, name: str) -> Callable[..., Any]:
+        """For an operation that has a kernel on GPUs alone: where its first argument lies, decides."""
+        kernel, plain = getattr(self._kernels, name), getattr(super(), name)
 
-    @staticmethod
-    def _inverts(matrices: Tensor) -> bool:
-        return matrices.is_cuda and matrices.dtype == torch.float32
+        def run(first: Tensor, *rest: Any) -> Any:
+            return (kernel if first.is_cuda else plain)(first, *rest)
 
-    def split(self, inverse: Tensor, widths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        there = self._where(inverse)
-        return there.split(inverse, widths, dtype)
-
-    def changes(
-        self, products: Tensor, square: Tensor, slot: Tensor, moves: Tensor, among: Tensor, scale: Tensor
-    ) -> Tensor:
-        there = self._where(products)
-        return there.changes(products, square, slot, moves, among, scale)
-
-    def changes_backward(
-        self,
-        grad: Tensor,
-        products: Tensor,
-        square: Tensor,
-        slot: Tensor,
-        moves: Tensor,
-        among: Tensor,
-        scale: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        there = self._where(products)
-        return there.changes_backward(grad, products, square, slot, moves, among, scale)
-
-    def pairs(
-        self,
-        by_own: Tensor,
-        difference: Tensor,
-        by_inverse: Tensor,
-        among: Tensor,
-        scale: Tensor,
-        starts: Tensor,
-        widths: Tensor,
-    ) -> Tensor:
-        there = self._where(among)
-        return there.pairs(by_own, difference, by_inverse, among, scale, starts, widths)
-
-    def less(self, x: Tensor, weight: Tensor, offset: Tensor, order: Tensor | None) -> Tensor:
-        there = self._where(x)
-        return there.less(x, weight, offset, order)
+        return run
 
     def nearest(
         self,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_lsh import lsh
@@ -26,6 +27,7 @@ from megatron_lsh.moe.gauges import Gauge, averaged, ratio
 from megatron_lsh.moe.layer_pass import LayerPass
 from megatron_lsh.moe.permute import Rows
 from megatron_lsh.moe.rates import FollowedRate
+from megatron_lsh.ops import to_device
 
 #: The parts of LSH that are timed apart.
 STAGES = ("hash", "cluster", "refine", "compress", "restore")
@@ -164,7 +166,7 @@ class ClusterByHash(nn.Module):
             budgets_E = lsh.row_budgets(counts_E, self._rate)
             total = int(budgets_E.sum())
         else:
-            budgets_E, total = lsh.on_device(sent_E, counts_E.device), sum(sent_E)
+            budgets_E, total = to_device(torch.tensor(sent_E, dtype=torch.int64), counts_E.device), sum(sent_E)
         return lsh.cluster_projection(projection_NP, counts_E, budgets_E, total, self._num_hashes, index_N)
 
 
