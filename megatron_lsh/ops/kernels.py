@@ -18,6 +18,11 @@ _KEY_BITS = 63
 _MOST_HALF = 128
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Whether the kernels that only GPUs have take it: not in fp64, in which a run is checked and not trained."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
 class KernelOps(PlainOps):
     """For the dtypes and devices that ``choose`` lets through. Nothing here waits for the device."""
 
@@ -48,14 +53,14 @@ class KernelOps(PlainOps):
         return self._kernels.grouped_outer(left, right, *groups)
 
     def most_half(self, matrices: Tensor) -> int:
-        return _MOST_HALF if matrices.is_cuda else super().most_half(matrices)
+        return _MOST_HALF if _on_gpu(matrices) else super().most_half(matrices)
 
     def _by_device(self, name: str) -> Callable[..., Any]:
-        """For an operation that has a kernel on GPUs alone: where its first argument lies, decides."""
+        """For an operation that has a kernel on GPUs alone: its first argument decides."""
         kernel, plain = getattr(self._kernels, name), getattr(super(), name)
 
         def run(first: Tensor, *rest: Any) -> Any:
-            return (kernel if first.is_cuda else plain)(first, *rest)
+            return (kernel if _on_gpu(first) else plain)(first, *rest)
 
         return run
 

@@ -126,6 +126,28 @@ def test_half_of_an_inverse(on_gpu: Backend, size: int) -> None:
         on_gpu.ops.half_inverse(torch.eye(129, device=on_gpu.device).unsqueeze(0))
 
 
+class Claimed(Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_fp64_is_left_to_the_library(on_gpu: Backend) -> None:
+    """As are tensors on a CPU. What a GPU has in fp32 goes to the kernel."""
+    ops, system = on_gpu.functions, kernel_matrices(2, 7)
+    exact = PLAIN.half_inverse(system)
+    for claimed, most in (
+        (system.as_subclass(Claimed), 7),
+        (system.float(), 7),
+        (system.float().as_subclass(Claimed), 128),
+    ):
+        assert ops.most_half(claimed) == most
+        if on_gpu.device == "cpu":  # where the emulator's kernels run
+            found = ops.half_inverse(claimed).as_subclass(Tensor)
+            assert found.dtype == claimed.dtype
+            torch.testing.assert_close(found, exact.to(found.dtype), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [130, 417])
 def test_wide_matrices_are_taken_by_halves(size: int) -> None:
     class UpTo128(PlainOps):
