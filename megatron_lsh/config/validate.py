@@ -206,6 +206,11 @@ def _check_rates(cfg: Config, check: Checker) -> None:
         return
     if cfg.lsh.lsh_probe_interval is None and cfg.lsh.lsh_probe_warn != LSHConfig.lsh_probe_warn:
         check.notice("no effect without --lsh-probe-interval: --lsh-probe-warn")
+    check.rule(
+        "{lsh_probe_interval} must not be given with {moe_expert_dropout}: two passes through the experts differ by it",
+        lambda interval, dropout: interval is None or dropout == 0.0,
+        "drop --lsh-probe-interval or --moe-expert-dropout",
+    )
     if cfg.lsh.lsh_target_energy is None:
         if cfg.lsh.lsh_least_rate != LSHConfig.lsh_least_rate:
             check.notice("no effect without --lsh-target-energy: --lsh-least-rate")

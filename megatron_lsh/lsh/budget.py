@@ -18,11 +18,11 @@ from megatron_lsh.ops.clustering import cut_at_budgets
 
 
 def row_budgets(counts_E: Tensor, rate: float) -> Tensor:
-    """Clusters each expert may use: ``ceil(rate * n)``, int64 [E].
+    """Clusters each expert may use: ``ceil(rate * n)``, int64 [E]; at least 1 where there are rows.
 
     Rounding noise is taken off first, so that a tenth of 30 rows (3.0000000000000004 in floating point) is 3.
     """
-    return torch.ceil(counts_E.double() * rate - 1e-9).to(torch.int64).minimum(counts_E)
+    return torch.ceil(counts_E.double() * rate - 1e-9).to(torch.int64).clamp(min=1).minimum(counts_E)
 
 
 @torch.no_grad()

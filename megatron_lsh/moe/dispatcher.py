@@ -161,6 +161,7 @@ class Compressed(nn.Module):
             # Whoever asks first waits: the compressor, because how many rows are sent is the number of its clusters.
             p.agreed = plan
         wire_CD, counts_E, prepare = self.compressor.compress(rows, p)
+        p.agreed = None  # it holds this pass: in a circle both would live until Python looks for circles
         restore = p.defer(prepare)
         out = self.path(Rows(wire_CD, counts_E), experts, p, plan)
         restored = restore()(out.materialise())
@@ -170,7 +171,8 @@ class Compressed(nn.Module):
 
     @torch.no_grad()
     def _probe(self, rows: Rows, restored: Rows, experts: Experts, p: LayerPass) -> None:
-        """Run all rows through their experts once more, and compare."""
+        """Run all rows through their experts once more, and compare. Nothing is drawn at random, which a replay would miss:
+        the configuration refuses probes with dropout in experts."""
         self._probe_due = False  # one micro-batch of the iteration
         assert self.exact is not None
         exact_ND = self.exact(Rows(rows.materialise(), rows.counts_E), experts, p.silent()).materialise()

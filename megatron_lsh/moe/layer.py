@@ -20,6 +20,7 @@ from megatron_lsh.moe.shared_experts import SharedExperts
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.parameters import Init
+from megatron_lsh.parallel.random import derive_seed
 
 GAUGES = (
     Gauge("load_balancing_loss", "loss", "load-balancing loss", per_micro_batch("load_balancing_loss"),
@@ -65,7 +66,7 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         assert moe_cfg.num_experts is not None and model_cfg.hidden_size is not None  # checked by validate()
-        self.layer = layer
+        self.layer, self._rank = layer, ctx.rank
         self._noise = Noise(0)
         self.router = TopKRouter(model_cfg, moe_cfg, ctx)
         self.experts = Experts(model_cfg, moe_cfg, ctx)
@@ -86,7 +87,8 @@ class MoELayer(nn.Module):
     def set_iteration(self, iteration: int, total: int | None = None) -> None:
         """Say how many iterations are complete, and how many there will be; called before each one."""
         self.dispatcher.set_iteration(iteration, total)
-        self._noise = Noise((iteration * 1_000_003 + self.layer) % (1 << 62))
+        # A rank has its own: errors of rounding that are alike on all of them do not average out in a gradient.
+        self._noise = Noise(derive_seed("rounding", iteration, self.layer, self._rank))
 
     def forward(
         self, x_SBD: Tensor, token_mask_SB: Tensor | None = None, memo: ReplayMemo | None = None

@@ -187,7 +187,7 @@ class Deferred(Generic[T]):
 
 
 class Noise:
-    """Random numbers of stochastic rounding: one stream per layer and iteration, so that a resumed run repeats it."""
+    """Random numbers of stochastic rounding: one stream per rank, layer and iteration, so that a resumed run repeats it."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -290,18 +290,15 @@ class Flight:
             hand it to what must see that a gradient will come this way (``fully_shard`` looks at a module's arguments).
     """
 
-    def __init__(self, transport: Transport, plan: Plan, p: LayerPass, outward: bool) -> None:
-        self.token: Tensor
-        self._transport, self._plan, self._pass, self._outward = transport, plan, p, outward
-        self._landing: Callable[[], list[Tensor]] | None = None
+    def __init__(self, token: Tensor, crossing: _Crossing) -> None:
+        self.token, self._crossing = token, crossing
 
     @staticmethod
     def start(
         transport: Transport, plan: Plan, p: LayerPass, outward: bool, rows: Tensor, columns: tuple[Tensor, ...]
     ) -> Flight:
-        flight = Flight(transport, plan, p, outward)
-        flight.token = _Start.apply(flight, rows, *columns)
-        return flight
+        crossing = _Crossing(transport, plan, p, outward)
+        return Flight(_Start.apply(crossing, rows, *columns), crossing)
 
     def wait(self, token: Tensor | None = None) -> Any:
         """The rows, and the columns after them in a tuple if there are any.
@@ -309,8 +306,20 @@ class Flight:
         Args:
             token: :attr:`token`, if it went through something that autograd must see.
         """
-        rows, *columns = _Wait.apply(self, self.token if token is None else token)
+        rows, *columns = _Wait.apply(self._crossing, self.token if token is None else token)
         return (rows, *columns) if columns else rows
+
+
+class _Crossing:
+    """The two movements of a flight: of rows, and of their gradient back.
+
+    Autograd's graph holds it, so it must not hold the token, whose graph this is: in a circle all that the graph keeps would
+    live until Python looks for circles, which is seldom, and recomputation would save nothing.
+    """
+
+    def __init__(self, transport: Transport, plan: Plan, p: LayerPass, outward: bool) -> None:
+        self._transport, self._plan, self._pass, self.outward = transport, plan, p, outward
+        self._landing: Callable[[], list[Tensor]] | None = None
 
     def launch(self, outward: bool, tensors: tuple[Tensor, ...], gradient: bool) -> None:
         """Send rows and columns in one movement."""
@@ -363,7 +372,7 @@ class Arrived(Flight):
     """Rows that had no way to go."""
 
     def __init__(self, rows: Tensor, columns: tuple[Tensor, ...]) -> None:
-        self.token, self._columns, self._landing = rows, columns, None
+        self.token, self._columns = rows, columns
 
     def wait(self, token: Tensor | None = None) -> Any:
         rows = self.token if token is None else token
@@ -372,32 +381,31 @@ class Arrived(Flight):
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flight: Flight, rows: Tensor, *columns: Tensor) -> Tensor:
-        ctx.flight, ctx.floating = flight, [column.is_floating_point() for column in columns]
-        flight.launch(flight._outward, (rows, *columns), gradient=False)
+    def forward(ctx: Any, crossing: _Crossing, rows: Tensor, *columns: Tensor) -> Tensor:
+        ctx.crossing, ctx.floating = crossing, [column.is_floating_point() for column in columns]
+        crossing.launch(crossing.outward, (rows, *columns), gradient=False)
         return _stand_in(rows, rows.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows, *of_columns = ctx.flight.land()
+        grad_rows, *of_columns = ctx.crossing.land()
         found = iter(of_columns)
         return None, grad_rows, *(next(found) if floating else None for floating in ctx.floating)
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flight: Flight, token: Tensor) -> tuple[Tensor, ...]:
-        ctx.flight, ctx.token_shape = flight, token.shape
-        rows, *columns = flight.land()
+    def forward(ctx: Any, crossing: _Crossing, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.crossing, ctx.token_shape = crossing, token.shape
+        rows, *columns = crossing.land()
         ctx.mark_non_differentiable(*(c for c in columns if not c.is_floating_point()))
         return rows, *columns
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         rows, *columns = (grad.contiguous() for grad in grads)
-        ctx.flight.launch(
-            not ctx.flight._outward, (rows, *(c for c in columns if c.is_floating_point())), gradient=True
-        )
+        columns = [column for column in columns if column.is_floating_point()]
+        ctx.crossing.launch(not ctx.crossing.outward, (rows, *columns), gradient=True)
         return None, _stand_in(rows, ctx.token_shape)
 
 

@@ -160,6 +160,10 @@ def test_what_cannot_follow_an_energy_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=rule):
             tiny_config(f"{lsh} {flags}")
+    with pytest.raises(
+        ConfigError, match=r"lsh_probe_interval \(5\) must not be given with moe.moe_expert_dropout \(0.1\)"
+    ):
+        tiny_config("--lsh-probe-interval 5 --moe-expert-dropout 0.1")
     for flags, notice in (
         ("--lsh-target-energy 0.1", "no effect without --num-experts and --moe-token-dispatcher-type lsh"),
         ("--lsh-least-rate 0.1", "no effect without --lsh-target-energy"),

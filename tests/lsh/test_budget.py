@@ -80,7 +80,8 @@ def test_full_budget_keeps_row_order():
 
 
 @pytest.mark.parametrize(
-    ("rows", "rate", "budget"), [(30, 0.1, 3), (5, 0.2, 1), (6, 0.2, 2), (1, 0.01, 1), (0, 0.5, 0), (7, 1.0, 7)]
+    ("rows", "rate", "budget"),
+    [(30, 0.1, 3), (5, 0.2, 1), (6, 0.2, 2), (1, 0.01, 1), (0, 0.5, 0), (7, 1.0, 7), (5, 1e-10, 1), (0, 1e-10, 0)],
 )
 def test_row_budgets(rows, rate, budget):
     assert row_budgets(torch.tensor([rows]), rate).tolist() == [budget]

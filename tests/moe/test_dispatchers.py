@@ -21,6 +21,7 @@ from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.moe.telemetry import MoETelemetry
 from megatron_lsh.parallel.context import offline_context
 from megatron_lsh.parallel.initialize import initialize
+from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.parallel.parameters import initialize_parameters, local
 from megatron_lsh.parallel.testing import run_distributed_test
 
@@ -356,3 +357,21 @@ def test_registry():
         resolve_dispatcher("lhs")
     with pytest.raises(ConfigError, match="importable"):
         resolve_dispatcher("no.such.module:factory")
+
+
+def test_each_rank_layer_and_iteration_rounds_by_numbers_of_its_own():
+    """Errors that are alike on all ranks would not average out in their gradient. A resumed run repeats its own."""
+    model_cfg = ModelConfig(num_layers=2, hidden_size=HIDDEN, ffn_hidden_size=24, num_attention_heads=2)
+    moe_cfg, layout = (
+        MoEConfig(num_experts=EXPERTS, moe_ffn_hidden_size=24),
+        ParallelLayout.from_config(ParallelConfig(), 2),
+    )
+
+    def numbers(rank, number, iteration):
+        ctx = offline_context(layout, rank, "cpu")
+        layer = MoELayer(model_cfg, moe_cfg, FINE, ctx, number, MoETelemetry(ctx.device))
+        layer.set_iteration(iteration)
+        return torch.rand(8, generator=layer._noise.generator(ctx.device)).tolist()
+
+    drawn = [numbers(*key) for key in ((0, 0, 5), (1, 0, 5), (0, 1, 5), (0, 0, 6))]
+    assert len(set(map(tuple, drawn))) == 4 and numbers(1, 0, 5) == drawn[1]
