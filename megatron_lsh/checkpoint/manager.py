@@ -137,6 +137,17 @@ class CheckpointManager:
             self._notify(f"WARNING: --load {cfg.load} has no checkpoint in it: starting afresh")
         return result
 
+    def load_weights(self, root: Path, iteration: int, state: TrainingState) -> bool:
+        """Fill the model from the checkpoint of this iteration in `root`; False if there is none. Collective.
+
+        Raises CheckpointError, the same on all ranks, if it is damaged or of another model.
+        """
+        self.wait()
+        folder = folders.iteration_folder(root, iteration)
+        if not self._ranks.coordinator(f"{folder} could not be looked at", folder.is_dir):
+            return False
+        return self._load_newest(root, iteration, state, weights_only=True) is not None
+
     def check_finite(self, model: nn.Module, iteration: int) -> None:
         """Raise CheckpointError, the same on all ranks, if a weight is not finite on any. Collective.
 
@@ -168,13 +179,19 @@ class CheckpointManager:
         if self._fresh is None or (self._thread is not None and self._thread.is_alive()):
             return
         iteration, self._fresh = self._fresh, None
+        if self._failure is not None:
+            return  # its save failed, so a folder of its name is of an earlier attempt
         if self._ranks.is_coordinator and self._cfg.save is not None:
             self._tidy(Path(self._cfg.save), iteration)
 
     def _tidy(self, root: Path, iteration: int) -> None:
-        if not folders.iteration_folder(root, iteration).exists():
-            return  # loaded from another folder, or its save failed
-        removed, problems = folders.tidy(root, iteration, self._cfg.save_retain_interval)
+        try:
+            if not folders.iteration_folder(root, iteration).exists():
+                return  # loaded from another folder, or its save failed
+            removed, problems = folders.tidy(root, iteration, self._cfg.save_retain_interval)
+        except OSError as error:  # on this rank alone; and the checkpoint is safe
+            self._notify(f"WARNING: older checkpoints in {root} could not be looked at: {error}")
+            return
         for path in removed:
             self._notify(f"removed checkpoint {path}")
         for problem in problems:
@@ -219,7 +236,8 @@ class CheckpointManager:
             except DamagedCheckpoint as error:  # the same on all ranks
                 unreadable[found.folder] = str(error)
                 continue
-            self._fresh = None if no_more else result.iteration
+            # Beside one that was read from its .old folder lies a damaged one of the same iteration: nothing may go.
+            self._fresh = None if no_more or result.folder.suffix == ".old" else result.iteration
             kind = "weights of checkpoint" if no_more else "checkpoint"
             self._notify(f"loaded {kind} {found.folder} in {time.monotonic() - start:.2f} s")
             return result

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lsh.checkpoint.renames import RENAMED, Renamed, rename_keys, rename_optimizer
+from megatron_lsh.config.serialize import is_saved_config
 from megatron_lsh.errors import DamagedCheckpoint
 
 STATE = "state.json"
@@ -47,11 +48,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of the run: section -> name -> value. Raises DamagedCheckpoint."""
-    config = read_json(folder / CONFIG)
+    config = sections(read_json(folder / CONFIG))
     for name, section in config.items():
         if not isinstance(section, dict):
             raise DamagedCheckpoint(f"{folder / CONFIG}: {name} ({section!r:.40}) must be an object")
     return config
+
+
+def sections(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of a saved configuration; older checkpoints hold nothing else."""
+    return config["config"] if is_saved_config(config) else config  # type: ignore[no-any-return]
 
 
 def read_state(folder: Path, renamed: Renamed = RENAMED) -> SavedState:

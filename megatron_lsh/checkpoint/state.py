@@ -32,7 +32,7 @@ class TrainingState:
         optimizer: its state is saved by parameter name, so it loads whatever the grouping or the layout.
         schedule: ``state_dict()`` must be plain JSON.
         progress: where the run is: ``{"iteration": int, "consumed_samples": int, ...}``. Plain JSON; needs ``iteration``.
-        config: all settings as nested plain dicts (``dataclasses.asdict(config)``), compared when loading.
+        config: all settings, as ``config.to_saved`` gives them or their sections alone, compared when loading.
         rng: this rank's random state: tensors, numbers, strings and containers of them. Saved for each rank.
         extra: further plain JSON, the same on all ranks: LSH seed, fingerprint of the data, ...
         padded_rows: parameter name -> rows that carry meaning, for parameters whose dimension 0 is padded to a multiple
@@ -74,7 +74,8 @@ class LoadResult:
         folder: the checkpoint that was loaded; not always the newest (see `notices`).
         iteration: iteration to continue from; 0 when only weights were loaded.
         progress: the saved ``progress``; empty when only weights were loaded.
-        config, extra: as saved, always.
+        config: sections of the saved settings, always.
+        extra: as saved, always.
         rng: this rank's saved random state, or None if there is none to restore (not asked for, not saved, or saved by a
             layout that does not have this rank): then seed the generators, from the seed and `iteration`.
         weights_only: True with --finetune and for --pretrained-checkpoint.

@@ -254,11 +254,8 @@ def derive_classification(cfg: ClassificationConfig, check: Checker, world_size:
         check.fill("classifier_dropout", cfg.model.hidden_dropout)
     if tune.epochs == 0 or tune.zero_shot:
         check.fill("skip_train", True)
-    if training.skip_train:  # needs no state of the training, which the weights of the best epoch come without
-        check.fill("load_optim", False)
-        check.fill("load_rng", False)
-        if cfg.optimizer.lr is None:
-            check.fill("lr", 0.0)
+    if training.skip_train and cfg.optimizer.lr is None:
+        check.fill("lr", 0.0)
     for name in ("train_iters", "train_samples", "eval_interval"):
         check.rule(
             f"{{{name}}} must not be given", lambda _: False, "set --epochs; a validation follows each epoch by itself"

@@ -96,6 +96,9 @@ def _derive_router(cfg: Config, check: Checker) -> None:
 def _derive_training(cfg: Config, check: Checker, world_size: int) -> None:
     training, optimizer = cfg.training, cfg.optimizer
     ranks = model_parallel_size(cfg)
+    if training.skip_train:  # needs no state of the training, and none of its curves must be as they were
+        check.fill("load_optim", False)
+        check.fill("load_rng", False)
     if training.global_batch_size is None and training.micro_batch_size is not None and world_size % ranks == 0:
         check.fill("global_batch_size", training.micro_batch_size * (world_size // ranks))
     if training.train_samples is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_lsh.config.checkpoint import CheckpointConfig
 from megatron_lsh.config.config_file import read_document
 from megatron_lsh.config.kept_tokenizer import without_lost_files
-from megatron_lsh.config.serialize import is_saved_config, settings_given_in
+from megatron_lsh.config.serialize import as_saved_config, settings_given_in
 from megatron_lsh.config.settings import Setting, named, shown
 from megatron_lsh.errors import ConfigError
 
@@ -49,8 +49,8 @@ def with_checkpoint_args(values: Mapping[str, Any], settings: Mapping[str, Setti
         return dict(
             values
         ), f"--use-checkpoint-args: no checkpoint in {shown(folders[0], 1000)}, so the command line stands"
-    document = read_document(str(path))
-    if not is_saved_config(document):
+    document = as_saved_config(read_document(str(path)))
+    if document is None:
         raise ConfigError(f"{shown(path, 1000)} must be the configuration of a checkpoint: drop --use-checkpoint-args")
     there = {name: value for section in settings_given_in(document).values() for name, value in section.items()}
     there = without_lost_files(path.parent, there)

@@ -25,7 +25,12 @@ class ImageSettings:
     picture_sheet: str | None = flag(
         None, "At the end, draw validation pictures with what they are taken for into this PNG file"
     )
-    max_image_pixels: int = flag(89_478_485, "Pixels above which a picture is refused (Pillow's own bound)", at_least=1)
+    max_image_pixels: int = flag(
+        89_478_485,
+        "Pixels above which a picture is refused (Pillow warns from here on)",
+        at_least=1,
+        at_most=2 * 89_478_485,
+    )
     image_mean: list[float] = flag([0.485, 0.456, 0.406], "Mean of each channel, of values between 0 and 1")
     image_std: list[float] = flag([0.229, 0.224, 0.225], "Standard deviation of each channel", above=0)
     interpolation: str = flag("bicubic", "How pictures are resized", choices=("bicubic", "bilinear", "nearest"))

@@ -50,7 +50,7 @@ class ParallelConfig:
         "Backend of the process groups; auto is nccl on GPUs and gloo on CPUs (Megatron: nccl)",
         choices=("auto", "nccl", "gloo"),
     )
-    distributed_timeout_minutes: float = flag(10.0, "Time-out of every process group", above=0)
+    distributed_timeout_minutes: float = flag(10.0, "Time-out of every process group", above=0, at_most=1e6)
     device: str = flag("auto", "Where to train; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     world_size: int | None = flag(
         None, "Ranks assumed by --dry-run (default: the environment's WORLD_SIZE, else 1)", at_least=1
@@ -64,10 +64,17 @@ class PrecisionConfig:
     bf16: bool = flag(False, "Compute in bf16 with fp32 master weights, fp32 gradient accumulation and reduction")
     fp16: bool = flag(False, "As --bf16 in fp16, whose small gradients need the loss to be scaled up")
     loss_scale: float | None = flag(
-        None, "Fixed loss scale of --fp16 (default: one that follows the gradients)", above=0
+        None,
+        "Fixed loss scale of --fp16 (default: one that follows the gradients)",
+        at_least=2.0**-126,
+        at_most=2.0**127,
     )
-    initial_loss_scale: float = flag(2.0**32, "Loss scale of --fp16 to start with", above=0)
-    min_loss_scale: float = flag(1.0, "Loss scale of --fp16 below which it never falls", above=0)
+    initial_loss_scale: float = flag(
+        2.0**32, "Loss scale of --fp16 to start with", at_least=2.0**-126, at_most=2.0**127
+    )
+    min_loss_scale: float = flag(
+        1.0, "Loss scale of --fp16 below which it never falls", at_least=2.0**-126, at_most=2.0**127
+    )
     loss_scale_window: float = flag(
         1000.0, "Iterations without an overflow after which the loss scale doubles", at_least=1
     )

@@ -83,6 +83,14 @@ def is_saved_config(document: Any) -> bool:
     )
 
 
+def as_saved_config(document: Any) -> Mapping[str, Any] | None:
+    """The document that :func:`to_dict` writes, also of bare sections, as older checkpoints hold; else None."""
+    if is_saved_config(document):
+        return document  # type: ignore[no-any-return]
+    bare = isinstance(document, Mapping) and document and all(isinstance(part, Mapping) for part in document.values())
+    return {"version": FORMAT_VERSION, "derived": [], "config": document} if bare else None
+
+
 def settings_given_in(document: Mapping[str, Any]) -> dict[str, Any]:
     """``{section: {name: value}}`` of a saved configuration without what validate() had derived."""
     derived = _derived_in(document)

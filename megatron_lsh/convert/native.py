@@ -59,6 +59,7 @@ from megatron_lsh.checkpoint.writer import layout_of
 from megatron_lsh.config import Config, from_dict, to_dict
 from megatron_lsh.config.data import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from megatron_lsh.config.kept_tokenizer import CONVERTED, KEPT, kept_tokenizer, tokenizer_contents
+from megatron_lsh.config.serialize import FORMAT_VERSION
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.convert.files import read_json, write_json
 from megatron_lsh.convert.hf import vocabulary_pieces
@@ -320,7 +321,8 @@ class NativeWriter:
             "layout": layout,
         }
         write_json(self._folder / STATE, state)
-        write_json(self._folder / CONFIG, self._config())
+        # Of a model's shape nothing is derived again: under another --seq-length its tables stay as large as they are.
+        write_json(self._folder / CONFIG, {"version": FORMAT_VERSION, "derived": [], "config": self._config()})
         self._copy_small_files()
         write_manifest(self._folder, self._manifest(layout))
 

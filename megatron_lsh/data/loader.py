@@ -73,7 +73,9 @@ def build_datasets(
     if seed < 0:
         raise ConfigError(f"training.seed ({seed}) must not be negative: choose another --seed")
     if max(num_samples) >= MOST_SAMPLES:
-        raise ConfigError(f"the number of samples ({max(num_samples)}) must be below 2^62: lower --train-iters")
+        raise ConfigError(
+            f"the number of samples ({max(num_samples)}) must be below 2^62: lower --train-iters or --eval-iters"
+        )
     problems = data_problems(data)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -17,7 +17,7 @@ from megatron_lsh.config import Config, required, validate
 from megatron_lsh.config.classification import ClassificationConfig
 from megatron_lsh.config.config_file import read_document
 from megatron_lsh.config.from_checkpoint import first_weights
-from megatron_lsh.config.serialize import is_saved_config, settings_given_in
+from megatron_lsh.config.serialize import as_saved_config, settings_given_in
 from megatron_lsh.data.loader import Datasets
 from megatron_lsh.data.samples.classification import (
     ClassificationData,
@@ -116,8 +116,8 @@ def prepare(family: Family, written: ClassificationConfig, world_size: int) -> t
 
 def _classes_of(path: Path | None) -> list[str] | None:
     """The classes in the configuration of a checkpoint; None if it has none."""
-    document = None if path is None else read_document(str(path))
-    if document is None or not is_saved_config(document):
+    document = None if path is None else as_saved_config(read_document(str(path)))
+    if document is None:
         return None
     classes = settings_given_in(document).get("finetune", {}).get("classes")
     return list(classes) if isinstance(classes, list | tuple) else None

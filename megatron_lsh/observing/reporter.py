@@ -93,10 +93,18 @@ class Reporter:
         self._jsonl: JsonlFile | None = None
         self._writers: list[Writer] = []
 
-    def open(self, iteration: int, settings: Mapping[str, Any] = MappingProxyType({}), save: str | None = None) -> None:
+    def open(
+        self,
+        iteration: int,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        save: str | None = None,
+        *,
+        trains: bool = True,
+    ) -> None:
         """Prepare the outputs for a run that continues after `iteration` (0: a fresh one).
 
-        `settings` and `save` are what writers may want to know: every setting, and the --save folder.
+        `settings` and `save` are what writers may want to know: every setting, and the --save folder. One that only
+        evaluates (not `trains`) leaves everything that the training wrote.
 
         Raises:
             ConfigError: a file cannot be written; on the writing rank only.
@@ -105,9 +113,9 @@ class Reporter:
         self._started = time.perf_counter()
         if not self.writes:
             return
-        self._writers = open_writers(RunFacts(self.cfg, iteration, save, settings, self.print))
+        self._writers = open_writers(RunFacts(self.cfg, iteration, save, settings, self.print, trains))
         if self.cfg.metrics_jsonl is not None:
-            self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration, self.print)
+            self._jsonl = JsonlFile(self.cfg.metrics_jsonl, iteration if trains else None, self.print)
             if self._jsonl.notice:
                 self.print(f"> {self._jsonl.notice}")
 

@@ -46,6 +46,8 @@ class RunFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """every setting, by section, as JSON has it"""
     warn: Callable[[str], None] = print
+    trains: bool = True
+    """False: it only evaluates, and nothing that the training wrote may go"""
 
 
 class Steady:
@@ -140,7 +142,7 @@ def open_writers(facts: RunFacts) -> list[Writer]:
     """
     cfg = facts.logging
     refuse_missing_writers(cfg)
-    board = open_tensorboard(cfg, facts.iteration, facts.warn)
+    board = open_tensorboard(cfg, facts.iteration if facts.trains else 0, facts.warn)
     writers: list[Writer] = [] if board is None else [board]
     factories: dict[str, Callable[[], Callable[[RunFacts], Writer]]] = {}
     if cfg.wandb_project is not None:

@@ -108,17 +108,18 @@ class JsonlFile:
     """Appends one JSON object per line; every line is on its way to the disk before `write` returns.
 
     Opening prepares the file. A run that continues at iteration N drops what an earlier attempt wrote beyond N (and a last
-    line cut short by a crash). A run that starts afresh moves a file that is already there aside.
+    line cut short by a crash). A run that starts afresh moves a file that is already there aside. One that only evaluates
+    (`iteration` None) adds to what is there.
     """
 
-    def __init__(self, path: str | Path, iteration: int, warn: Callable[[str], None] = print) -> None:
+    def __init__(self, path: str | Path, iteration: int | None, warn: Callable[[str], None] = print) -> None:
         """`iteration`: iterations already complete. Raises ConfigError if the file cannot be opened."""
         self.path = Path(path)
         self.notice: str | None = None
         """what happened to an older file, for the user; None if there was none"""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and self.path.stat().st_size > 0:
+            if iteration is not None and self.path.exists() and self.path.stat().st_size > 0:
                 self.notice = self._cut_back(iteration) if iteration > 0 else self._set_aside()
             self._file = AppendedFile(self.path, "--metrics-jsonl", warn)
         except OSError as error:

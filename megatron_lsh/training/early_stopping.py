@@ -78,6 +78,7 @@ class BestWeights:
     ) -> None:
         """`cfg` has a --save folder, `lock` is of it. Collective: makes a process group, and tries out the folder."""
         self.folder = Path(str(cfg.save)) / BEST
+        self._places = [self.folder] if cfg.load is None else [self.folder, Path(cfg.load) / BEST]
         self._manager = CheckpointManager(
             dataclasses.replace(
                 cfg,
@@ -103,6 +104,7 @@ class BestWeights:
         Their validation speaks for them: they are never doubtful."""
         self._manager.save(state, Standing.FRESH if standing is Standing.DOUBTFUL else Standing.SOUND)
 
-    def load(self, state: TrainingState) -> None:
-        """Fill the model with them."""
-        self._manager.load(state)
+    def load(self, state: TrainingState, iteration: int) -> bool:
+        """Fill the model with those of this iteration, here or beside --load; False if there are only others, or none."""
+        whole = dataclasses.replace(state, fresh=(), renewed=(), unused=(), resized={})  # this run's own: all of it
+        return any(self._manager.load_weights(place, iteration, whole) for place in self._places)

@@ -6,6 +6,7 @@ which are skipped, but never below the minimum; double after a window of iterati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class LossScale:
             return cls(precision.loss_scale, precision.loss_scale, window, hysteresis)
         start, least = precision.initial_loss_scale, precision.min_loss_scale
         return cls(start, least, window, hysteresis, fixed=False, patience=hysteresis)
+
+    @staticmethod
+    def follows(precision: Mapping[str, Any]) -> bool:
+        """Whether a run of these saved settings had a scale that follows its gradients, which another can go on with."""
+        return bool(precision.get("fp16")) and precision.get("loss_scale") is None
 
     @property
     def can_fall(self) -> bool:

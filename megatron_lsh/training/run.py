@@ -117,7 +117,7 @@ class Run:
             optimizer=self.step.optimizer,
             schedule=self.step.schedule,
             progress=self.state.state_dict(),
-            config=to_saved(self.cfg)["config"],
+            config=to_saved(self.cfg),
             rng=get_rng_state(),
             extra={
                 "data": train.fingerprint() if train is not None else None,
@@ -197,7 +197,8 @@ def set_up(cfg: Config, family: Family, ctx: ParallelContext, place: Place | Non
     if needed > planned:  # the checkpoint is of a run with larger batches: later samples than planned will be read
         run.datasets = together(ctx, lambda: family.datasets(cfg, tokenizer, ctx, _samples(cfg, needed)))
     settings = to_saved(cfg)["config"]
-    together(ctx, lambda: run.reporter.open(run.state.iteration, settings, cfg.checkpoint.save))
+    trains = not cfg.training.skip_train
+    together(ctx, lambda: run.reporter.open(run.state.iteration, settings, cfg.checkpoint.save, trains=trains))
     return run
 
 
@@ -278,7 +279,7 @@ def _restore(run: Run) -> None:
         run.state = TrainState.from_state_dict(result.progress)
         if not run.cfg.checkpoint.load_optim:
             run.step.schedule.move_to(run.state.scheduled_samples)
-        elif result.extra.get("loss_scale") is not None:
+        elif result.extra.get("loss_scale") is not None and LossScale.follows(result.config.get("precision", {})):
             run.step.loss_scale.load_state_dict(result.extra["loss_scale"])
         _set_length(run, result)
         _compare_data(run, result)

@@ -37,6 +37,22 @@ class ScheduleShape:
     decoupled_lr: float | None = None
     decoupled_min_lr: float | None = None
 
+    def plain(self) -> ScheduleShape:
+        """The same curves, with zero for what has no influence on them, so that it cannot differ from a checkpoint's."""
+        unused: dict[str, Any] = {}
+        if self.decay_style == "constant":
+            unused |= {"min_lr": 0.0, "decay_samples": 0}
+            unused["decoupled_min_lr"] = None
+        if self.decay_style != "WSD":
+            unused |= {"wsd_decay_samples": 0, "wsd_decay_style": ""}
+        if self.decoupled_lr is None:
+            unused["decoupled_min_lr"] = None
+        if self.weight_decay_style == "constant":
+            unused |= {"start_weight_decay": self.end_weight_decay, "weight_decay_samples": 0}
+        if self.warmup_samples == 0:
+            unused["warmup_init_lr"] = 0.0
+        return replace(self, **unused)
+
     def of_vocabulary(self) -> ScheduleShape:
         """The same for the word embeddings and the output layer."""
         if self.decoupled_lr is None:
@@ -121,23 +137,23 @@ def schedule_shape(cfg: OptimizerConfig, training: TrainingConfig) -> ScheduleSh
         )
     if cfg.lr_decay_style == "WSD" and not wsd:
         raise ConfigError("--lr-decay-style WSD needs the length of its final decay: give --lr-wsd-decay-iters")
-    # What has no influence on the curves is 0, so that it cannot differ from a checkpoint's.
-    return ScheduleShape(
+    shape = ScheduleShape(
         max_lr=cfg.lr,
         min_lr=cfg.min_lr,
         warmup_init_lr=cfg.lr_warmup_init,
         warmup_samples=warmup,
-        decay_samples=0 if cfg.lr_decay_style == "constant" else decay,
+        decay_samples=decay,
         decay_style=cfg.lr_decay_style,
         wsd_decay_samples=wsd or 0,
         wsd_decay_style=cfg.lr_wsd_decay_style,
         start_weight_decay=cfg.weight_decay if cfg.start_weight_decay is None else cfg.start_weight_decay,
         end_weight_decay=cfg.weight_decay if cfg.end_weight_decay is None else cfg.end_weight_decay,
         weight_decay_style=cfg.weight_decay_incr_style,
-        weight_decay_samples=0 if cfg.weight_decay_incr_style == "constant" else total,
+        weight_decay_samples=total,
         decoupled_lr=cfg.decoupled_lr,
         decoupled_min_lr=cfg.decoupled_min_lr,
     )
+    return shape.plain()
 
 
 class Schedule:
@@ -187,7 +203,8 @@ class Schedule:
         line wins) or ``--use-checkpoint-opt_param-scheduler`` (the checkpoint wins) is given.
         """
         names = [name for name in asdict(self.shape) if name in state or not name.startswith("decoupled")]
-        saved = ScheduleShape(**{name: state[name] for name in names})  # checkpoints of before have no decoupled rate
+        # Checkpoints of before have no decoupled rate, and not zero for everything that has no influence.
+        saved = ScheduleShape(**{name: state[name] for name in names}).plain()
         if saved != self.shape and not self.override:
             if not self.use_checkpoint:
                 raise ConfigError(_differences(saved, self.shape))

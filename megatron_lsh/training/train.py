@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 
-from megatron_lsh.config import Config
+from megatron_lsh.config import Config, required
 from megatron_lsh.families import Family
 from megatron_lsh.moe.schedule import exact_dispatch
 from megatron_lsh.observing.state import StepResult, TrainState
@@ -221,8 +221,14 @@ def _take_best_weights(run: Run) -> int | None:
     watcher, keeper = run.early_stopping, run.best_weights
     if watcher is None or keeper is None or watcher.best_iteration in (None, run.state.iteration):
         return None
-    together(run.ctx, lambda: keeper.load(run.checkpoint_state()))
-    return watcher.best_iteration
+    best = required(watcher.best_iteration)
+    if together(run.ctx, lambda: keeper.load(run.checkpoint_state(), best)):
+        return best
+    run.reporter.print(
+        f"WARNING: the weights of the best validation, of iteration {best}, are not in {keeper.folder}: the last ones are "
+        "tested"
+    )
+    return None
 
 
 def _dispatches(run: Run) -> list[str]:

@@ -53,6 +53,15 @@ def test_state_goes_on(tmp_path: Path) -> None:
     assert first == second and first.value == 64.0
 
 
+def test_a_run_that_goes_on_in_fp16_starts_with_its_own_scale(tmp_path: Path) -> None:
+    """A checkpoint of bf16, or of a fixed scale, has none that followed its gradients."""
+    base = f"--save {tmp_path}/r --load {tmp_path}/r --metrics-jsonl {tmp_path}/m.jsonl --lr-decay-style constant "
+    for iteration, words in ((1, "--bf16"), (2, "--fp16 --loss-scale 8"), (3, "--fp16 --initial-loss-scale 64")):
+        train(tiny_config(f"{base} --train-iters {iteration} --log-interval 1 {words}"), GPT)
+    train(tiny_config(f"{base} --train-iters 4 --log-interval 1 --fp16 --initial-loss-scale 2"), GPT)
+    assert [r["loss_scale"] for r in read_jsonl(tmp_path / "m.jsonl") if "loss_scale" in r] == [1, 8, 64, 64]
+
+
 def test_a_run_in_fp16(tmp_path: Path) -> None:
     """Overflows are skipped, lower the scale and do not count as lost; the losses are near those of fp32; a resumed run
     goes on with the scale, and is the run in one piece."""

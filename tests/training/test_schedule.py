@@ -109,6 +109,20 @@ def test_resume_follows_the_saved_curve_or_says_why_not() -> None:
     assert use_checkpoint.learning_rate == pytest.approx(0.55)
 
 
+def test_what_has_no_influence_may_differ_from_the_checkpoint() -> None:
+    wsd = {"lr_wsd_decay_iters": 30, "lr_wsd_decay_style": "cosine"}
+    for style, unused in (("cosine", wsd), ("constant", {"min_lr": 0.5, "lr_decay_iters": 77, **wsd})):
+        saved = make(shape(style)).state_dict()
+        make(shape(style, **unused)).load_state_dict(saved)
+        make(shape(style, **unused)).load_state_dict(
+            saved | {"wsd_decay_style": "exponential"}
+        )  # as older ones have it
+    with pytest.raises(ConfigError, match="wsd_decay_samples"):
+        make(shape("WSD", lr_wsd_decay_iters=30)).load_state_dict(
+            make(shape("WSD", lr_wsd_decay_iters=20)).state_dict()
+        )
+
+
 def test_impossible_schedules_are_refused() -> None:
     with pytest.raises(ConfigError, match="--lr is missing"):
         shape(lr=None)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_lsh.checkpoint import inspect
-from megatron_lsh.config import from_dict
+from megatron_lsh.config import from_dict, parse_args, validate
 from megatron_lsh.data.tokenizers import NullTokenizer
 from megatron_lsh.errors import CheckpointError, ConfigError, DataError
 from megatron_lsh.families import GPT, Losses
@@ -130,6 +130,36 @@ def test_nothing_is_resumed_or_overwritten_by_accident(tmp_path: Path) -> None:
     ]
     tuned = launch(f"--load {tmp_path}/ckpt --finetune --save {tmp_path}/tuned --train-iters 1")
     assert tuned.iteration == 1
+
+
+def test_an_evaluation_leaves_what_the_training_wrote(tmp_path: Path) -> None:
+    """The command line of the training with --skip-train, also of an earlier checkpoint; and it needs no optimizer."""
+    flags = f"--save {tmp_path}/ckpt --load {tmp_path}/ckpt --metrics-jsonl {tmp_path}/m.jsonl --save-interval 2"
+    launch(f"{flags} --train-iters 4")
+    before = (tmp_path / "m.jsonl").read_bytes()
+    words = f"{flags} --skip-train --ckpt-step 2 --optimizer sgd --lr 7 --train-iters 30 --lr-decay-style linear"
+    assert launch(words).iteration == 2
+    after = (tmp_path / "m.jsonl").read_bytes()
+    assert after.startswith(before) and len(after) > len(before)
+    assert [record["iteration"] for record in read_jsonl(tmp_path / "m.jsonl")][-1] == 2
+    assert not list(tmp_path.glob("m.jsonl.*"))
+
+
+def test_the_settings_in_a_checkpoint_are_those_of_a_run(tmp_path: Path) -> None:
+    """For --config, which derives again what was derived, and for --use-checkpoint-args."""
+    launch(f"--save {tmp_path} --train-iters 2")
+    saved = tmp_path / "iter_0000002" / "config.json"
+    assert json.loads(saved.read_text()) == json.loads((tmp_path / "config.json").read_text())
+    again = validate(parse_args(f"--config {saved} --train-iters 20 --hidden-size 64".split()), 1)
+    assert again.optimizer.lr_decay_iters == 20 and again.model.kv_channels == 64 // (
+        again.model.num_attention_heads or 0
+    )
+    words = f"--use-checkpoint-args --load {tmp_path} --micro-batch-size 1 --train-iters 3"
+    shaped = parse_args(words.split())
+    assert shaped.model.num_layers == again.model.num_layers and shaped.moe.num_experts == again.moe.num_experts
+    bare = json.loads(saved.read_text())["config"]  # what checkpoints of before hold
+    saved.write_text(json.dumps(bare))
+    assert parse_args(words.split()).model == shaped.model
 
 
 def test_a_changed_schedule_is_noticed(tmp_path: Path) -> None:
