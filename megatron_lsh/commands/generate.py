@@ -119,7 +119,10 @@ def settings_and_tokenizer(args: argparse.Namespace) -> tuple[Path, Config, Toke
     parallel.expert_tensor_parallel_size = parallel.pipeline_model_parallel_size = parallel.context_parallel_size = 1
     parallel.device, parallel.distributed_backend, parallel.use_distributed_optimizer = args.device, "auto", False
     parallel.moe_node_size = None
-    tokenizer = build_tokenizer(_tokenizer_settings(args, cfg, folder).data, None)
+    data, numbers = _tokenizer_settings(args, cfg, folder).data, None
+    if data.tokenizer_type in (None, "NullTokenizer") and cfg.model.vocab_size:
+        numbers = cfg.model.vocab_size - 1 - data.vocab_extra_ids  # the model's has the end of a document and sentinels
+    tokenizer = build_tokenizer(data, numbers)
     vocab = cfg.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab:
         raise ConfigError(

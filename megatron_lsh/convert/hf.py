@@ -74,7 +74,7 @@ class HuggingFaceSource:
         self._further = further_layers(config, str(where), self.family)
         self._tied = bool(config.get("tie_word_embeddings"))
         self._model = ModelShape.from_config(self.cfg.model)
-        files, notices = _weight_files(folder)
+        files, notices = weight_files(folder)
         self.notices += notices
         self._reader = SafetensorsReader(files)
         self._rows: dict[str, tuple[Row, int]] = {}
@@ -323,7 +323,7 @@ def _family(source: Source, model_type: str | None) -> Family:
     return choose_family(source.cfg, model_type)
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     """The files of weights that transformers would read, and a notice if there are others."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if single.exists():

@@ -289,6 +289,8 @@ class MegatronWriter:
             raise CheckpointError("--qk-layernorm-width full has no place in a Megatron-LM checkpoint: export to hf")
         if cfg.moe.moe_latent_size is not None:
             raise CheckpointError("--moe-latent-size: latent experts have no place in the legacy layout")
+        if cfg.model.apply_residual_connection_post_layernorm:
+            raise CheckpointError("--apply-residual-connection-post-layernorm has no place in a Megatron-LM checkpoint")
         for kind, size in (("tensor", tp), ("expert", ep)):
             if size < 1:
                 raise CheckpointError(f"--target-{kind}-parallel-size ({size}) must be at least 1: change it")

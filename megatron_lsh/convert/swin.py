@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lsh.config import required
 from megatron_lsh.config.swin import SwinConfig
 from megatron_lsh.config.swin_presets import PRESETS
 from megatron_lsh.convert.files import read_json, write_json
+from megatron_lsh.convert.hf import weight_files
 from megatron_lsh.convert.output import new_folder
 from megatron_lsh.convert.safetensors import SafetensorsReader, SafetensorsWriter
 from megatron_lsh.convert.source import (
@@ -150,11 +152,20 @@ def load_huggingface(folder: Path) -> SwinSource:
         ("hidden_act", "gelu"),
         ("qkv_bias", True),
         ("mlp_ratio", 4),
+        ("layer_norm_eps", 1e-5),  # transformers uses it in some of the norms, and 1e-5 in the others
     ):
         if config.get(key, usual) != usual:
             raise CheckpointError(f"{folder}: {key} ({config[key]}) must be {usual}: such a Swin is not supported")
-    theirs = from_huggingface(_model_in(folder / "model.safetensors"))
-    return SwinSource(str(folder), theirs, config.get("image_size"))
+    size = config.get("image_size")
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(side is None or (type(side) is int and side > 0) for side in sides):
+        raise CheckpointError(f"{folder}: image_size ({size!r:.40}) must be a number of pixels, or height and width")
+    files, notices = weight_files(folder)
+    reader = SafetensorsReader(files)
+    source = SwinSource(str(folder), from_huggingface({name: reader.read(name) for name in reader.tensors}), sides[0])
+    source.cfg.swin.img_w = sides[1] or source.cfg.swin.img_w
+    source.notices += notices
+    return source
 
 
 def save_huggingface(source: Source, folder: Path, *, verify: bool = True) -> None:
@@ -163,7 +174,7 @@ def save_huggingface(source: Source, folder: Path, *, verify: bool = True) -> No
     Args:
         verify: read back what was written, and compare it to the bit before the folder gets its name.
 
-    Raises CheckpointError: experts, or windows of different sides, which Hugging Face's Swin does not have; a difference.
+    Raises CheckpointError: experts, windows of different sides, or another layer than Hugging Face's Swin has; a difference.
     """
     cfg = source.cfg
     assert isinstance(cfg, SwinConfig)
@@ -171,6 +182,15 @@ def save_huggingface(source: Source, folder: Path, *, verify: bool = True) -> No
         raise CheckpointError(
             f"{source.what} has experts, and Hugging Face's Swin has none: only dense models are exported"
         )
+    model = cfg.model
+    for name, usual in (
+        ("ffn_hidden_size", 4 * required(model.hidden_size)), ("normalization", "LayerNorm"), ("norm_epsilon", 1e-5),
+        ("swiglu", False), ("openai_gelu", False), ("add_bias_linear", True), ("qk_layernorm", False),
+    ):  # fmt: skip
+        if (value := getattr(model, name)) != usual:
+            raise CheckpointError(
+                f"{source.what}: model.{name} ({value}) must be {usual}, as in every Swin of Hugging Face, to be exported"
+            )
     sides = {Windows.of(*grid, cfg.swin.swin_window_size, shifted=False).side for grid in stage_grids(cfg)}
     if len(sides) > 1:
         raise CheckpointError(
@@ -181,7 +201,8 @@ def save_huggingface(source: Source, folder: Path, *, verify: bool = True) -> No
     theirs = _with_tables(to_microsoft(ours, lambda stage: cfg.heads()[stage]), cfg)
     weights = {name: value.contiguous() for name, value in to_huggingface(theirs).items()}
     config = {
-        "architectures": ["SwinForImageClassification"], "model_type": "swin", "image_size": cfg.swin.img_h,
+        "architectures": ["SwinForImageClassification"], "model_type": "swin",
+        "image_size": cfg.swin.img_h if cfg.swin.img_h == cfg.swin.img_w else [cfg.swin.img_h, cfg.swin.img_w],
         "patch_size": cfg.swin.patch_dim, "num_channels": cfg.swin.num_channels, "embed_dim": cfg.model.hidden_size,
         "depths": cfg.swin.swin_depths, "num_heads": cfg.heads(), "window_size": min(sides), "mlp_ratio": 4.0,
         "qkv_bias": True, "hidden_act": "gelu", "layer_norm_eps": cfg.model.norm_epsilon,
@@ -270,7 +291,9 @@ def _config_of(theirs: Mapping[str, Tensor], image_size: int | None) -> SwinConf
         _set_like_the_presets(cfg)
         if any(name.endswith("gates.0.sim_matrix") for name in theirs):
             cfg.moe.moe_router_type = "cosine"
-    first = next(block for block, here in enumerate(moe) if not here)
+    if all(moe):
+        raise ValueError("no block without experts")
+    first = moe.index(False)
     stage, block = blocks[first]
     cfg.model.ffn_hidden_size = len(theirs[f"layers.{stage}.blocks.{block}.mlp.fc1.bias"]) >> stage
     return cfg

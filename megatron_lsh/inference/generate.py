@@ -169,9 +169,11 @@ class _Batch:
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from fp32 logits: temperature, then top-k, then top-p."""
-    if sampling.temperature <= 0.0:
+    temperature = float(torch.tensor(sampling.temperature, dtype=torch.float32))
+    if temperature <= 0.0:
         return int(logits_V.argmax())
-    logits_V = logits_V / sampling.temperature
+    # The largest is 0 then, so that none overflows, however low the temperature.
+    logits_V = (logits_V - logits_V.max()) / temperature
     if 0 < sampling.top_k < logits_V.numel():
         threshold = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < threshold, float("-inf"))

@@ -188,6 +188,10 @@ def test_refused(real: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str
         save_megatron(real, tmp_path / "out", ep=3, checks=QUIET)
     with pytest.raises(CheckpointError, match="2 query groups cannot be cut over 4 ranks"):
         save_megatron(real, tmp_path / "out", tp=4, checks=QUIET)
+    post = load_megatron(REAL)
+    post.cfg.model.apply_residual_connection_post_layernorm = True
+    with pytest.raises(CheckpointError, match="apply-residual-connection-post-layernorm has no place"):
+        save_megatron(post, tmp_path / "out", checks=QUIET)
     for size in (0, -1):
         with pytest.raises(CheckpointError, match=rf"--target-tensor-parallel-size \({size}\) must be at least 1"):
             save_megatron(real, tmp_path / "out", tp=size, checks=QUIET)

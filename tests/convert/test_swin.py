@@ -148,6 +148,40 @@ def test_huggingface_and_back(tmp_path: Path, bias: str) -> None:
         torch.testing.assert_close(model(images)[0], logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--ffn-hidden-size 64", "--swiglu --ffn-hidden-size 128", "--normalization RMSNorm", "--norm-epsilon 1e-2",
+     "--openai-gelu", "--disable-bias-linear"],
+)  # fmt: skip
+def test_layers_that_hugging_face_does_not_have_are_not_exported(tmp_path: Path, flags: str) -> None:
+    cfg = swin_config(FLAGS + "--swin-position-bias table " + flags)
+    source = SwinSource("model", microsofts(FLAGS + "--swin-position-bias table")[2], 32)
+    source.cfg.model = cfg.model
+    with pytest.raises(CheckpointError, match=r"model: model\.\w+ \(.*\) must be .*, as in every Swin of Hugging Face"):
+        save_huggingface(source, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_hugging_faces_own_settings(tmp_path: Path) -> None:
+    """Height and width, several files, and an epsilon that half of its norms would not use."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": [32, 48], "patch_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [1, 2]}
+    config = transformers.SwinConfig(**sizes, window_size=4, num_labels=10)
+    reference = transformers.SwinForImageClassification(config).eval()
+    reference.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    source = load_huggingface(tmp_path / "hf")
+    assert (source.cfg.swin.img_h, source.cfg.swin.img_w) == (32, 48)
+    reference.save_pretrained(tmp_path / "one")
+    (file,) = (tmp_path / "one").glob("*.safetensors")
+    whole = load_huggingface(file.parent).weights
+    assert source.weights.keys() == whole.keys() and all(torch.equal(source.weights[n], whole[n]) for n in whole)
+    config.layer_norm_eps = 1e-2
+    config.save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"layer_norm_eps \(0.01\) must be 1e-05"):
+        load_huggingface(tmp_path / "hf")
+
+
 def test_what_is_written_for_hugging_face_is_compared_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,8 @@ def test_draw() -> None:
     assert drawn(top_p=0.95) == {1, 2, 3}
     assert drawn(top_p=0.95, top_k=2, temperature=5.0) == {1, 2}
     assert drawn(top_p=1e-9) == {1}
+    for temperature in (1e-300, 1e-45, 1e-40, 1e-38, 1e-30):
+        assert drawn(temperature=temperature) == drawn(temperature=temperature, top_p=0.9) == {1}
 
 
 def run_tool(flags: list[str]) -> tuple[int, str]:
@@ -268,6 +270,17 @@ def test_a_model_that_was_trained_over_nodes_needs_none(tmp_path: Path) -> None:
         found.append((run_tool([*flags, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "5"]),
                       perplexity_of([*flags, "--file", str(tmp_path / "text.txt")])))  # fmt: skip
     assert found[0] == found[1] and found[0][0][0] == 0
+
+
+def test_ids_in_and_out_with_a_tokenizer_of_numbers(tmp_path: Path) -> None:
+    """The checkpoint knows the size of the vocabulary with the end of a document; --vocab-size is one less."""
+    cfg = configure()
+    cfg.data.tokenizer_type = "NullTokenizer"
+    status, out = run_tool(["--load", str(save(tmp_path, cfg)), "--device", "cpu", "--prompt", "1 2 255", *_SHORT])
+    assert status == 0 and [word.isdecimal() for word in out.split()[:3]] == [True] * 3
+
+
+_SHORT = ["--temperature", "0", "--max-new-tokens", "3"]
 
 
 @pytest.mark.parametrize("kind", [{}, MOE], ids=["dense", "experts"])

@@ -69,7 +69,8 @@ def _refuse(picture: Any, what: str, most_pixels: int) -> None:
             f"{what} has {width} x {height} pixels, and --max-image-pixels allows {most_pixels}: make it smaller, or "
             "raise that"
         )
-    if picture.mode in _DEEP or ";16" in str(getattr(picture, "tile", "")):
+    layout = str(getattr(picture, "tile", "")).replace("BGR;16", "")  # 5, 6 and 5 bits: an ordinary bitmap
+    if picture.mode in _DEEP or ";16" in layout:
         raise DataError(f"{what} has 16 or more bits per channel (mode {picture.mode}): convert it to 8 bits")
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
         raise DataError(f"{what} has {picture.n_frames} frames, and must have one: save the one that is meant")

@@ -25,6 +25,7 @@ from megatron_lsh.data.images.decode import ENDINGS, pillow
 from megatron_lsh.data.images.idx import read_idx
 from megatron_lsh.data.preparation.sources import load_split, require_datasets
 from megatron_lsh.data.samples.classification import numbers_first, some_names
+from megatron_lsh.data.splits import split_documents
 from megatron_lsh.errors import DataError, first_line
 
 DEFAULT_SPLIT = "90,10"
@@ -124,6 +125,8 @@ class HubPictures:
                 )
         names = getattr(loaded.features[label_key], "names", None)
         labels = loaded[label_key][:]
+        if None in labels:
+            raise DataError(f"{self.what} has rows without a class (row {labels.index(None)}): leave them out")
         self.classes = list(names) if names else sorted({str(label) for label in labels}, key=numbers_first)
         if names:
             self.labels = np.asarray(labels, dtype=np.int64)
@@ -214,7 +217,9 @@ def open_sets(
         place = places.get(part)
         if place is not None:
             inside = _parts_of(place, image_key, label_key)
-            found[part] = inside.get(part, next(iter(inside.values())))
+            if not inside:
+                raise DataError(f"{place} has none of the parts {', '.join(SPLITS)}: rename one, or give another place")
+            found[part] = inside[part] if part in inside else next(iter(inside.values()))
     indices = {part: np.arange(len(pictures.labels)) for part, pictures in found.items()}
     if whole is not None and set(found) == {"train"}:
         found, indices = _divided(found["train"], split or DEFAULT_SPLIT)
@@ -249,12 +254,10 @@ def _part(pictures: Pictures, indices: np.ndarray, names: Sequence[str]) -> Part
 
 def _divided(pictures: Pictures, split: str) -> tuple[dict[str, Pictures], dict[str, np.ndarray]]:
     order = np.random.RandomState(_ORDER_SEED).permutation(len(pictures.labels))
-    found, indices, start = {}, {}, 0
-    for part, share in zip(SPLITS, parse_split(split), strict=True):
-        stop = start + round(len(order) * share)
+    found, indices, shares = {}, {}, parse_split(split)
+    for part, share, (start, stop) in zip(SPLITS, shares, split_documents(len(order), shares), strict=True):
         if share:
             found[part], indices[part] = pictures, np.sort(order[start:stop])
-        start = stop
     return found, indices
 
 

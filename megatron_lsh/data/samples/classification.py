@@ -72,6 +72,11 @@ class Encoding:
             DataError: too long without truncation, or no token at all.
         """
         room = self.length - len(self.start) - len(parts)
+        if room < len(parts):
+            raise DataError(
+                f"{where}: --seq-length {self.length} leaves {max(room, 0)} tokens for {len(parts)} texts beside the "
+                "special ones: raise it"
+            )
         lengths = [len(part) for part in parts]
         if min(lengths) == 0:
             raise DataError(f"{where}: the tokenizer makes no token of the text: correct or remove it")

@@ -196,7 +196,7 @@ def _read_hub(name: str, config: str | None, split: str, columns: Columns) -> La
         examples.append(make_example([row[key] for key in texts], value, where))
     if not examples:
         raise DataError(f"{what} holds no texts: choose another split")
-    return Labelled(what, examples, list(names) if names is not None else None)
+    return Labelled(what, examples, [encodable(str(name)).strip() for name in names] if names is not None else None)
 
 
 def require_columns(where: str, columns: Sequence[str], keys: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ that the end of the prompt remains. Legend: S --seq-length, C classes.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,9 @@ class Prompt:
         texts = list(example.texts)
         cut = False
         while True:
-            prompt = self.template.replace("{text}", texts[0]).replace("{pair}", texts[1] if len(texts) > 1 else "")
+            # At once: an example's own text may have braces.
+            parts = {"{text}": texts[0], "{pair}": texts[1] if len(texts) > 1 else ""}
+            prompt = "".join(parts.get(piece, piece) for piece in re.split(r"(\{text\}|\{pair\})", self.template))
             rows = [_continued(tokenizer, prompt, name) for name in self.names]
             excess = max(len(tokens) for tokens, _ in rows) - (self.length + 1)
             if excess <= 0:

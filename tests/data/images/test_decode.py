@@ -32,6 +32,14 @@ def ramp() -> Image.Image:
     return Image.fromarray((np.arange(30) * 8).astype(np.uint8).reshape(5, 6))
 
 
+def test_a_bitmap_of_5_6_and_5_bits_is_an_ordinary_picture() -> None:
+    pixel = (31 << 11 | 21 << 5 | 10).to_bytes(2, "little")
+    header = b"BM" + (66 + 8).to_bytes(4, "little") + bytes(4) + (66).to_bytes(4, "little")
+    info = [40, 2, 2, 1 | 16 << 16, 3, 8, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F]
+    content = header + b"".join(value.to_bytes(4, "little") for value in info) + pixel * 4
+    assert rgb(content)[:, 0, 0].tolist() == [255, 85, 82]
+
+
 def test_shades_of_grey_palettes_and_other_spaces_become_rgb() -> None:
     grey = np.asarray(ramp())
     assert np.array_equal(rgb(encoded(ramp(), "PNG")), np.stack([grey] * 3))

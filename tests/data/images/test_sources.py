@@ -65,6 +65,17 @@ def test_one_part_is_divided_the_same_way_every_time(tmp_path: Path) -> None:
     assert len(sets_at(tmp_path).parts["valid"]) == 4
 
 
+@pytest.mark.parametrize("split", ["90,10", "50,25,25", "1,1,1", "70,15,15"])
+def test_every_picture_falls_to_one_part(split: str, tmp_path: Path) -> None:
+    for count in (6, 11, 14, 25, 30):
+        folder = tmp_path / str(count)
+        write_gratings(folder, train=count)
+        for path in folder.glob("valid-*"):
+            path.unlink()
+        parts = sets_at(folder, split=split).parts
+        assert sorted(index for part in parts.values() for index in part.indices.tolist()) == list(range(count))
+
+
 def test_a_folder_per_class_sorted_by_name(tmp_path: Path) -> None:
     write_tree(tmp_path / "one")
     found = sets_at(tmp_path / "one", split="1,1")
@@ -103,6 +114,15 @@ def test_huggingface_sets_that_were_saved(tmp_path: Path) -> None:
         sets_at(f"hf:{tmp_path}/plain")
     with pytest.raises(DataError, match="cannot be loaded"):
         sets_at(f"hf:{tmp_path}/nothing")
+    for name, labels in (("none", [None, 1, 2, 3, 0, 1]), ("words", [*words[:5], None])):
+        column = {"label": labels} if name == "none" else {"label": [str(word) if word else None for word in labels]}
+        kinds = features if name == "none" else None
+        datasets.Dataset.from_dict({"image": columns["image"], **column}, features=kinds).save_to_disk(tmp_path / name)
+        with pytest.raises(DataError, match=rf"has rows without a class \(row {labels.index(None)}\): leave them out"):
+            sets_at(f"hf:{tmp_path}/{name}")
+    datasets.DatasetDict({"foo": train}).save_to_disk(tmp_path / "foo")
+    with pytest.raises(DataError, match="has none of the parts train, valid, test: rename one"):
+        open_sets({"all": None, "train": f"hf:{tmp_path}/named", "valid": f"hf:{tmp_path}/foo"}, "image", "label")
 
 
 def broken_places(folder: Path) -> dict[str, tuple[Path, str]]:

@@ -216,6 +216,12 @@ def test_an_epoch_reads_every_text_once_and_fills_its_last_batch() -> None:
     assert [int(evaluation[i]["label"]) for i in range(len(evaluation))] == [0, 1] * 5 + [BLANK] * 2
 
 
+@pytest.mark.parametrize(("texts", "length"), [(("1",), 1), (("1 2", "3"), 3)])
+def test_a_length_without_room_for_a_token_of_each_text(texts: tuple[str, ...], length: int) -> None:
+    with pytest.raises(DataError, match=rf"--seq-length {length} leaves \d tokens for {len(texts)} texts"):
+        null_set([(texts, "a"), (texts, "b")], length=length)  # type: ignore[list-item]
+
+
 # Zero-shot prompts
 
 
@@ -239,6 +245,9 @@ def test_zero_shot_prompts() -> None:
         Prompt("{text} is", ["art", "sport"], 20, False).rows(part.examples[1], tokenizer)
     with pytest.raises(DataError, match="leave no room for a text"):
         Prompt("{text}" + "z" * 30, ["art"], 20, True).rows(part.examples[0], tokenizer)
+    braces = Example(("a {pair} {text}", "b {text}"), "art", "")
+    ((tokens, start), *_), _ = Prompt("{text}|{pair}|", ["art", "sport"], 99, True).rows(braces, tokenizer)
+    assert tokenizer.detokenize(tokens[:start]).startswith("a {pair} {text}|b {text}|")
     # A prompt that is the text alone, of nothing: something must be there to predict the first token from.
     ((tokens, start),), _ = Prompt("{text}", ["ab"], 20, True).rows(Example(("",), "ab", ""), tokenizer)
     assert (tokens[0], start) == (tokenizer.eod, 1)
