@@ -23,6 +23,7 @@ class Stack:
         causal: whether a position sees only itself and earlier ones.
         memory_length: positions of the encoder that cross-attention reads; 0 without cross-attention.
         attended: positions that one position attends to, where those are fewer than all of a sample.
+        widened: positions that attention runs on over those of a sample: above 1 where windows are filled up.
     """
 
     cfg: Config
@@ -31,6 +32,7 @@ class Stack:
     causal: bool = True
     memory_length: int = 0
     attended: int | None = None
+    widened: float = 1.0
 
     @property
     def shape(self) -> ModelShape:

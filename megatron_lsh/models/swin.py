@@ -10,6 +10,7 @@ Legend: B pictures, C channels, S patches of a picture in a stage, D width of th
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,9 @@ def swin_stacks(cfg: SwinConfig) -> tuple[Stack, ...]:
                 cfg.recompute, recompute_num_layers=None if layers is None else min(layers, depth)
             ),
         )
-        side = Windows.of(height, width, cfg.swin.swin_window_size, shifted=False).side
-        stacks.append(Stack(stage_cfg, f"stages.{stage}", first, causal=False, attended=side**2))
+        windows = Windows.of(height, width, cfg.swin.swin_window_size, shifted=False)
+        attended, widened = windows.side**2, math.prod(windows.padded) / (height * width)
+        stacks.append(Stack(stage_cfg, f"stages.{stage}", first, causal=False, attended=attended, widened=widened))
         first += depth
     return tuple(stacks)
 

@@ -105,6 +105,7 @@ def layer_work(stack: Stack, *, is_moe: bool) -> LayerWork:
         memory = stack.memory_length
         projections += 2 * hidden * heads * head_dim + 2 * hidden * groups * head_dim * memory / stack.seq_length
         scores += 2 * heads * head_dim * memory
+    projections, scores = projections * stack.widened, scores * stack.widened
     if not is_moe:
         return LayerWork(projections, scores, matrices * hidden * shape.ffn)
     row = moe.moe_latent_size or hidden

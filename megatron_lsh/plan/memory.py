@@ -146,6 +146,8 @@ class Sizes:
     """bytes of one [S, B, D] activation of this rank"""
     gathered: float
     """the same for the whole sequence"""
+    widened: float = 1.0
+    """of the stack (models/stacks.py)"""
 
     @classmethod
     def of(cls, stack: Stack, layout: ParallelLayout) -> Sizes:
@@ -156,7 +158,8 @@ class Sizes:
         full = attended / layout.cp
         tokens = full / layout.tp if sequence_parallel else full
         element = 2.0 if cfg.precision.half else 4.0
-        return cls(tokens, full, attended, element, tokens * shape.hidden * element, full * shape.hidden * element)
+        residual, gathered = tokens * shape.hidden * element, full * shape.hidden * element
+        return cls(tokens, full, attended, element, residual, gathered, stack.widened)
 
 
 def _layer_bytes(
@@ -169,7 +172,8 @@ def _layer_bytes(
         attention += sizes.tokens_full / tp * (sizes.element * heads + 4.0 * shape.heads)  # output, log-sum-exp
     else:
         attention += sizes.tokens_full / tp * sizes.element * heads
-    norm_input, projection_input = sizes.residual, sizes.gathered
+    attention *= sizes.widened
+    norm_input, projection_input = sizes.residual, sizes.gathered * sizes.widened
     if "layernorm" in modules:
         projection_input = 0.0
     masks = 2.0 * sizes.residual / sizes.element if cfg.model.hidden_dropout > 0.0 else 0.0

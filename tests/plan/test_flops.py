@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lsh.config import validate
-from megatron_lsh.families import BERT, GPT, T5
-from megatron_lsh.plan.flops import forward_flops, measure_matmul, peak_flops, training_flops
+from megatron_lsh.families import BERT, GPT, SWIN, T5
+from megatron_lsh.plan.flops import forward_flops, layer_work, measure_matmul, peak_flops, training_flops
+from tests.models.swin_helpers import make_pictures, make_swin, swin_config
 from tests.training.helpers import tiny_config
 
 
@@ -91,3 +93,17 @@ def test_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, bf16: float | No
     gpu = torch.device("cuda", 0)
     assert peak_flops(gpu, torch.bfloat16) == (bf16 and bf16 * 1e12)
     assert peak_flops(gpu, torch.float32) == (fp32 and fp32 * 1e12)
+
+
+@pytest.mark.parametrize("side", [56, 64, 72])
+def test_windows_that_are_filled_up_count_as_what_they_are(side: int) -> None:
+    """Grids of 14, of 16 and of 18 patches, the latter two filled up to 21, in windows of 7: as torch counts them, which
+    leaves out the scores on a CPU; the formula leaves out the networks of positions."""
+    flags = f"--img-h {side} --swin-depths 2 2 --hidden-size 48 --swin-window-size 7 --num-classes 4"
+    cfg = swin_config(flags)
+    model = make_swin(cfg).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(make_pictures(cfg, 1)[0])
+    layers = ((stack, layer_work(stack, is_moe=False).scores) for stack in SWIN.stacks(cfg))
+    scores = sum(2 * stack.num_layers * stack.seq_length * of_layer for stack, of_layer in layers)
+    assert forward_flops(SWIN, cfg, 0) - scores == pytest.approx(counter.get_total_flops(), rel=0.02)
