@@ -15,6 +15,7 @@ from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.layout_rules import check_context_parallel, check_pipeline, model_parallel_size
 from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.config.settings import shown
+from megatron_lsh.config.without_effect import tell_what_nothing_reads
 from megatron_lsh.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -54,6 +55,7 @@ def validate(cfg: C, world_size: int) -> C:
     _check_data(cfg, check)
     _check_checkpoint(cfg, check)
     _check_logging(cfg, check, world_size)
+    tell_what_nothing_reads(cfg, check)
     check.finish()
     if not cfg.training.dry_run:
         _try_writing(cfg, check)  # last: it creates folders
@@ -297,8 +299,6 @@ def _check_layout(cfg: Config, check: Checker, world_size: int) -> None:
     check.rule(
         "{distributed_backend} must be gloo on {device}", lambda backend, device: (backend, device) != ("nccl", "cpu")
     )
-    if cfg.parallel.world_size is not None and not cfg.training.dry_run:
-        check.notice("no effect without --dry-run: --world-size")
 
 
 def _check_length_and_batch(cfg: Config, check: Checker, world_size: int) -> None:
@@ -414,8 +414,6 @@ def _check_data(cfg: Config, check: Checker) -> None:
 def _check_checkpoint(cfg: Config, check: Checker) -> None:
     checkpoint = cfg.checkpoint
     check.rule(_DIVISIBLE % ("save_retain_interval", "save_interval"), _divides)
-    if checkpoint.save is None and checkpoint.save_interval is not None:
-        check.notice("no effect without --save: --save-interval")
     _check_upcycling(cfg, check)
     if checkpoint.load is None:
         check.rule("{ckpt_step} must not be given without a folder", lambda _: False, "set --load")
@@ -455,12 +453,6 @@ def _check_logging(cfg: Config, check: Checker, world_size: int) -> None:
             f"{{profile_ranks}} must be below world size ({world_size})",
             lambda ranks: all(rank < world_size for rank in ranks),
         )
-    if cfg.parallel.device == "cpu" and (cfg.logging.memory_snapshot_path or cfg.logging.record_memory_history):
-        check.notice("no effect with --device cpu: --memory-snapshot-path, --record-memory-history")
-    alone = [name for name in ("exp_name", "save_dir", "entity") if getattr(cfg.logging, f"wandb_{name}") is not None]
-    if cfg.logging.wandb_project is None and alone:
-        flags = ", ".join(f"--wandb-{name.replace('_', '-')}" for name in alone)
-        check.notice(f"no effect without --wandb-project: {flags}")
 
 
 def _try_writing(cfg: Config, check: Checker) -> None:

@@ -132,7 +132,15 @@ def test_recomputation(
         ("--num-query-groups 2", "no effect without --group-query-attention: --num-query-groups 2"),
         ("--recompute-modules moe", "no effect without --recompute-granularity selective: --recompute-modules"),
         ("--save-interval 5", "no effect without --save: --save-interval"),
+        ("--async-save --no-save-optim", "no effect without --save: --async-save, --no-save-optim"),
+        ("--no-load-rng", "no effect without --load: --no-load-rng"),
         ("--world-size 8", "no effect without --dry-run: --world-size"),
+        ("--loss-scale 128 --hysteresis 3", "no effect without --fp16: --loss-scale, --hysteresis"),
+        (
+            "--fp16 --loss-scale 128 --initial-loss-scale 4",
+            "no effect beside --loss-scale, which is fixed: --initial-loss-scale",
+        ),
+        ("--lr-wsd-decay-iters 3", "no effect without --lr-decay-style WSD: --lr-wsd-decay-iters"),
         (
             "--moe-aux-loss-coeff 0",
             "nothing balances the experts: set --moe-aux-loss-coeff (1e-2 is usual) or --moe-router-enable-expert-bias",
