@@ -40,7 +40,8 @@ from megatron_lsh.plan.cluster import Cluster, cluster_of
 from megatron_lsh.plan.counting import parameter_counts
 from megatron_lsh.plan.dry_run import vocabulary_of
 from megatron_lsh.plan.step_time import StepTime, step_cost
-from megatron_lsh.training.primitives import measure_links, measure_primitives
+from megatron_lsh.training.link_speeds import measure_links
+from megatron_lsh.training.primitives import measure_primitives
 from megatron_lsh.training.run import set_up
 
 MODEL = [
@@ -69,16 +70,17 @@ class Case(NamedTuple):
 
 
 #: Listed before anything was fitted. Held out: a link of most sizes and ranks, both of one, and one faster than any fitted.
+#: Those of a first list (30 to 600 Mbit/s) showed what the model lacked, and are held out no more: these have other links.
 CASES = (
-    Case(2, 1, 64, 30, False), Case(2, 1, 64, 120, True),
-    Case(2, 1, 128, 50, True), Case(2, 1, 128, 200, False),
-    Case(2, 1, 256, 100, False), Case(2, 1, 256, 400, True),
-    Case(4, 1, 64, 30, True), Case(4, 1, 64, 120, False),
-    Case(4, 1, 128, 50, True), Case(4, 1, 128, 200, True),
+    Case(2, 1, 64, 30, False), Case(2, 1, 64, 60, True),
+    Case(2, 1, 128, 80, True), Case(2, 1, 128, 200, False),
+    Case(2, 1, 256, 100, False), Case(2, 1, 256, 250, True),
+    Case(4, 1, 64, 50, True), Case(4, 1, 64, 120, False),
+    Case(4, 1, 128, 80, True), Case(4, 1, 128, 300, True),
     Case(4, 1, 256, 100, False), Case(4, 1, 256, 400, False),
-    Case(2, 2, 64, 30, False), Case(2, 2, 64, 120, True),
-    Case(2, 2, 128, 50, False), Case(2, 2, 128, 100, True), Case(2, 2, 128, 200, False), Case(2, 2, 128, 600, True),
-    Case(2, 2, 256, 100, True), Case(2, 2, 256, 400, False),
+    Case(2, 2, 64, 30, False), Case(2, 2, 64, 80, True),
+    Case(2, 2, 128, 50, False), Case(2, 2, 128, 120, True), Case(2, 2, 128, 200, False), Case(2, 2, 128, 500, True),
+    Case(2, 2, 256, 150, True), Case(2, 2, 256, 400, False),
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python -m megatron_lsh convert_checkpoint --from hf --to native --load Mixtral-8x7B-v0.1 --save checkpoints/mixtral
     python -m megatron_lsh convert_checkpoint --from native --to hf --load checkpoints/run --save exported
     python -m megatron_lsh convert_checkpoint --from megatron --to native --load megatron/run --save checkpoints/run
-    python -m megatron_lsh convert_checkpoint --from hf --to native --load Llama-3.2-1B --save checkpoints/upcycled \\
+    python -m megatron_lsh convert_checkpoint --from hf --to native --load Qwen3-0.6B-Base --save checkpoints/upcycled \\
         --moe-use-upcycling --num-experts 8 --moe-router-topk 2
     python -m megatron_lsh convert_checkpoint --from microsoft --to native --load NAME.pth --save checkpoints/swin
 

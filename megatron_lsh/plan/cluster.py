@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_lsh.config.config_file import read_document
 from megatron_lsh.config.flag import Bounds
@@ -21,6 +21,9 @@ from megatron_lsh.config.settings import shown, to_float, to_int, to_str
 from megatron_lsh.errors import ConfigError
 
 Points = tuple[tuple[float, float], ...]
+#: What ranks do on a link: an all-to-all of all of them; one among the ranks of a place on their nodes, the middle hop of
+#: dispatch in two levels; a reduction or gathering in a ring; a send from one pipeline stage to the next.
+Kind = Literal["alltoall", "hop", "reduction", "send"]
 _MOST_POINTS = 100
 _MOST_INCLUDED = 8
 
@@ -48,28 +51,28 @@ class Link:
         points: (bytes that one sender sends in all, seconds); of an idle call, and rising.
         ranks: senders that took part when they were measured. With more, the time of the smallest call grows by the
             logarithm, as that of collectives does that take log2 steps (Thakur et al. 2005).
-        reduction: how fast reductions send, as a share of the all-to-all's speed.
+        speeds: how fast the other kinds of calls send, as a share of the all-to-all's speed; 1 for those not named.
         measured: bytes up to which it was measured; 0 for figures of a datasheet.
     """
 
     points: Points
     ranks: int = 2
-    reduction: float = 1.0
+    speeds: Mapping[Kind, float] = field(default_factory=dict)
     measured: float = 0.0
 
     @classmethod
-    def of_curve(cls, curve: Sequence[Sequence[float]], ranks: int, reduction: float = 1.0) -> Link:
+    def of_curve(cls, curve: Sequence[Sequence[float]], ranks: int, speeds: Mapping[Kind, float] | None = None) -> Link:
         """Of measured all-to-alls: [bytes, microseconds], rising."""
-        return cls(tuple((x, y * 1e-6) for x, y in curve), ranks, reduction, curve[-1][0])
+        return cls(tuple((x, y * 1e-6) for x, y in curve), ranks, speeds or {}, curve[-1][0])
 
-    def seconds(self, size: float, ranks: int, faster: float = 1.0, *, reduces: bool = False) -> float:
+    def seconds(self, size: float, ranks: int, faster: float = 1.0, kind: Kind = "alltoall") -> float:
         """Of one call in which each of `ranks` senders sends `size` bytes, on links `faster` times as fast."""
         if ranks < 2 or size <= 0:
             return 0.0
         start = self.points[0][1]
-        steps = max(math.log2(ranks) / math.log2(max(self.ranks, 2)), 1.0)
+        steps = 1.0 if kind == "send" else max(math.log2(ranks) / math.log2(max(self.ranks, 2)), 1.0)
         moving = (self._at(size) - start) / faster
-        return start * steps * (2 if reduces else 1) + moving / (self.reduction if reduces else 1.0)
+        return start * steps * (2 if kind == "reduction" else 1) + moving / self.speeds.get(kind, 1.0)
 
     def _at(self, size: float) -> float:
         sizes = [x for x, _ in self.points]
@@ -114,8 +117,10 @@ class Cluster:
     lsh_flops: float = math.inf
     deduplicated_row_seconds: float = 0.0
     node_row_seconds: float = 0.0
+    casting: float = math.inf
+    """bytes per second of turning rows into bf16 or fp32, or back"""
     coding: float = math.inf
-    """bytes per second of encoding or decoding rows"""
+    """the same of numbers of at most 8 bits with their scales"""
     hidden_reduction: float = 0.0
     """share of the backward pass behind which gradients are reduced"""
     slowdown: float = 1.0
@@ -128,14 +133,15 @@ class Cluster:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
-    def across_seconds(self, size: float, nodes: int, faster: float = 1.0, *, reduces: bool = False) -> float:
+    def across_seconds(self, size: float, nodes: int, faster: float = 1.0, kind: Kind = "alltoall") -> float:
         """As `Link.seconds`, of a node; what leaves a switch is oversubscribed."""
         near = self.nodes_per_switch or 1
         if nodes > near and self.oversubscription > 1.0:
-            # A ring passes each switch's uplinks once, however many nodes there are; an all-to-all goes up but for the near.
-            leaving = 1.0 / near if reduces else (nodes - near) / max(nodes - 1, 1)
+            # Rings and pipelines pass each switch's uplinks once, however many nodes there are; all of an all-to-all but
+            # what is for the near goes up.
+            leaving = 1.0 / near if kind in ("reduction", "send") else (nodes - near) / max(nodes - 1, 1)
             size *= max(1.0, leaving * self.oversubscription)
-        return self.across.seconds(size, nodes, faster, reduces=reduces)
+        return self.across.seconds(size, nodes, faster, kind)
 
 
 class Key(NamedTuple):
@@ -150,6 +156,7 @@ class Key(NamedTuple):
 
 
 _POSITIVE, _SIZE = Bounds(above=0, at_most=1e15), Bounds(at_least=1, at_most=2**20)
+_SHARE = Bounds(above=0, at_most=10)
 
 #: Every key of a cluster file by its section; "" is the top.
 SECTIONS: Mapping[str, Mapping[str, Key]] = MappingProxyType({
@@ -172,7 +179,8 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = MappingProxyType({
         "latency_us": Key(to_float, Bounds(at_least=0, at_most=1e9)),
         "alltoall_us": Key(to_float, _POSITIVE, curve=True),
         "ranks": Key(to_int, Bounds(at_least=2, at_most=2**20), 2),
-        "reduction_efficiency": Key(to_float, Bounds(above=0, at_most=10), 1.0),
+        "reduction_efficiency": Key(to_float, _SHARE, 1.0),
+        "send_efficiency": Key(to_float, _SHARE, 1.0),
     },
     "lsh": {
         "row_ns": Key(to_float, Bounds(at_least=0, at_most=1e12), 0.0),
@@ -181,6 +189,7 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = MappingProxyType({
     "dispatch": {
         "deduplicated_row_ns": Key(to_float, Bounds(at_least=0, at_most=1e12), 0.0),
         "node_row_ns": Key(to_float, Bounds(at_least=0, at_most=1e12), 0.0),
+        "casting_gb_per_s": Key(to_float, _POSITIVE),
         "coding_gb_per_s": Key(to_float, _POSITIVE),
     },
     "overlap": {
@@ -191,6 +200,7 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = MappingProxyType({
 })  # fmt: skip
 _ACROSS = MappingProxyType({
     **SECTIONS["inside"],
+    "hop_efficiency": Key(to_float, _SHARE, 1.0),
     "nics_per_node": Key(to_int, _SIZE, 1),
     "oversubscription": Key(to_float, Bounds(at_least=1, at_most=1e6), 1.0),
     "nodes_per_switch": Key(to_int, _SIZE),
@@ -243,6 +253,7 @@ def cluster_of(document: Mapping[str, Any], path: str, nodes: int | None = None)
         lsh_flops=(lsh["tflops"] or math.inf) * 1e12,
         deduplicated_row_seconds=dispatch["deduplicated_row_ns"] * 1e-9,
         node_row_seconds=dispatch["node_row_ns"] * 1e-9,
+        casting=(dispatch["casting_gb_per_s"] or dispatch["coding_gb_per_s"] or math.inf) * 1e9,
         coding=(dispatch["coding_gb_per_s"] or math.inf) * 1e9,
         hidden_reduction=overlap["hidden_reduction"],
         slowdown=overlap["slowdown"],
@@ -351,8 +362,10 @@ class _Reader:
     def link(self, name: str, values: Mapping[str, Any], *, given: bool) -> Link:
         """Of a curve, or of bandwidth and latency."""
         gbit, latency, curve = (values[key] for key in ("gbit_per_s", "latency_us", "alltoall_us"))
-        ranks, reduction = values["ranks"] or 2, values["reduction_efficiency"] or 1.0
-        usual = Link(((0.0, 0.0), (1.0, 1e-12)), ranks, reduction)
+        ranks = values["ranks"] or 2
+        kinds: tuple[Kind, ...] = ("hop", "reduction", "send")
+        speeds = {kind: values.get(f"{kind}_efficiency") or 1.0 for kind in kinds}
+        usual = Link(((0.0, 0.0), (1.0, 1e-12)), ranks, speeds)
         if not given:
             return usual
         if curve is not None:
@@ -364,13 +377,13 @@ class _Reader:
                 self.problem(f"{name}.alltoall_us", [list(pair) for pair in curve],
                              "must be at least two pairs [bytes, microseconds], both rising")  # fmt: skip
                 return usual
-            return Link.of_curve(curve, ranks, reduction)
+            return Link.of_curve(curve, ranks, speeds)
         if gbit is None:
             if not any(problem.find(f" {name}.") >= 0 for problem in self.problems):
                 self.problem(f"{name}.gbit_per_s", None, "must be given, or alltoall_us", "give one")
             return usual
         start, speed = (latency or 0.0) * 1e-6, gbit * 1e9 / 8 * (values.get("nics_per_node") or 1)
-        return Link(((0.0, start), (speed, start + 1.0)), ranks, reduction)
+        return Link(((0.0, start), (speed, start + 1.0)), ranks, speeds)
 
 
 def _scaled(points: Points, factor: float) -> Rate:

@@ -4,9 +4,10 @@ A micro-batch takes a stage, forward and backward,
 
     FLOPs outside the experts / speed + layers x (experts' FLOPs / speed + LSH + what rows wait for) + other collectives
 
-and a step the micro-batches of its slowest stage, the pipeline's bubble, the reduction of gradients and the optimizer. A
-collective takes the longer of its two parts, inside nodes and between them. Everything is counted for even routing, and
-the busiest rank has ``imbalance`` times the mean. Parameters, FLOPs, memory and rows come from where the dry run takes them.
+and a step the micro-batches of its slowest stage, the pipeline's bubble and what of its sends is not hidden, the reduction
+of gradients and the optimizer. A collective takes the longer of its two parts, inside nodes and between them. Everything
+is counted for even routing, and the busiest rank has ``imbalance`` times the mean. Parameters, FLOPs, memory and rows come
+from where the dry run takes them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from megatron_lsh.moe.registry import DispatcherSpec, deduplicates, metadata_byt
 from megatron_lsh.moe.wire import row_bytes
 from megatron_lsh.parallel.context import ParallelContext, offline_context
 from megatron_lsh.parallel.layout import ParallelLayout
-from megatron_lsh.parallel.pipeline import bubble_share
-from megatron_lsh.plan.cluster import Cluster
+from megatron_lsh.parallel.pipeline import iteration_time
+from megatron_lsh.plan.cluster import Cluster, Kind
 from megatron_lsh.plan.counting import ParameterCounts, kinds_of_stages
 from megatron_lsh.plan.flops import LayerWork, layer_work
 from megatron_lsh.plan.memory import Sizes
@@ -55,7 +56,7 @@ class Transfer:
         calls: of it.
         far, near: bytes of one call that leave a node, and that a rank sends inside it.
         nodes, ranks: that take part, and of a node.
-        reduces: whether it adds up.
+        kind: of call.
     """
 
     calls: float
@@ -63,13 +64,13 @@ class Transfer:
     near: float
     nodes: int
     ranks: int
-    reduces: bool = False
+    kind: Kind = "alltoall"
 
     def seconds(self, cluster: Cluster, faster: float, pieces: int = 1) -> tuple[float, float]:
         """(between nodes, inside nodes) of all calls, each in so many pieces: the longer one, and zero for the other."""
         calls = self.calls * pieces
-        across = calls * cluster.across_seconds(self.far / pieces, self.nodes, faster, reduces=self.reduces)
-        inside = calls * cluster.inside.seconds(self.near / pieces, self.ranks, reduces=self.reduces)
+        across = calls * cluster.across_seconds(self.far / pieces, self.nodes, faster, self.kind)
+        inside = calls * cluster.inside.seconds(self.near / pieces, self.ranks, kind=self.kind)
         return (across, 0.0) if across >= inside else (0.0, inside)
 
 
@@ -113,15 +114,16 @@ class ExpertPass:
 @dataclass(frozen=True)
 class StageCost:
     """One micro-batch on one stage: seconds of arithmetic outside the experts (LSH among them), and everything that
-    travels."""
+    travels among ranks of the stage. `sends`: to the next stage, and back to the one before."""
 
     compute: float
     lsh: float
     experts: tuple[ExpertPass, ...]
     transfers: tuple[Transfer, ...]
+    sends: Transfer | None
 
     def seconds(self, cluster: Cluster, faster: float) -> tuple[float, float, float]:
-        """(arithmetic, between nodes, inside nodes)."""
+        """(arithmetic, between nodes, inside nodes), without sends."""
         parts = [(self.compute + self.lsh, 0.0, 0.0)]
         parts += [passed.seconds(cluster, faster) for passed in self.experts]
         parts += [(0.0, *transfer.seconds(cluster, faster)) for transfer in self.transfers]
@@ -165,14 +167,15 @@ class StepCost:
     def at(self, faster: float = 1.0) -> StepTime:
         """On links between nodes that are `faster` times as fast as the cluster's."""
         cluster = self.cluster
-        of_stage = [stage.seconds(cluster, faster) for stage in self.of_stage]
-        compute, far, near = max(of_stage, key=sum)
-        count = self.micro_batches
-        chain = count / (1.0 - bubble_share(self.stages, count))
+        compute, far, near = max((stage.seconds(cluster, faster) for stage in self.of_stage), key=sum)
+        count, sends = self.micro_batches, self.of_stage[0].sends
+        sent = (0.0, 0.0) if sends is None else sends.seconds(cluster, faster)
         # Ranks that share a processor with other stages' ranks compute faster while those wait.
-        alone = min(cluster.ranks_per_processor, self.stages.ranks)
-        longest = max(count * (compute + far + near), chain * (compute / alone + far + near))
-        bubble = longest - count * (compute + far + near)
+        alone = compute / min(cluster.ranks_per_processor, self.stages.ranks) + far + near
+        busy = count * (compute + far + near)
+        idle = max(iteration_time(self.stages, count, alone, 0.0), busy)
+        longest = max(iteration_time(self.stages, count, alone, sum(sent)), busy)
+        exposed, bubble = longest - idle, idle - busy
         reduced_far = reduced_near = 0.0
         for transfer in self.reductions:
             across, inside = transfer.seconds(cluster, faster)
@@ -182,8 +185,8 @@ class StepCost:
         share = 1.0 - hidden / waits if waits > 0.0 else 1.0
         return StepTime(
             count * compute + self.update + hidden * (cluster.slowdown - 1.0),
-            count * far + reduced_far * share,
-            count * near + reduced_near * share,
+            count * far + reduced_far * share + (exposed if sent[0] > 0.0 else 0.0),
+            count * near + reduced_near * share + (exposed if sent[0] == 0.0 else 0.0),
             bubble,
         )
 
@@ -212,27 +215,27 @@ def step_cost(
     for held, dimensions in zip(slowest, (("dp", "cp"), ("edp",)), strict=True):
         group = spread(layout, node_size, *dimensions)
         sent = reduced(group.size, sharded, 4.0 * held, compute_bytes * held)
-        reductions.append(_ring(cluster, group, layers, sent, reduces=True))
+        reductions.append(_ring(cluster, group, layers, sent, "reduction"))
     everyone = spread(layout, node_size, "pp", "dp", "cp", "tp")
-    reductions.append(_ring(cluster, everyone, _SMALL_CALLS, 64.0, reduces=True))
+    reductions.append(_ring(cluster, everyone, _SMALL_CALLS, 64.0, "reduction"))
     update = owned / cluster.parameters_per_second + cluster.step_seconds
     return StepCost(
         cluster, stages, max(total // (micro * layout.dp), 1), tuple(of_stage.values()), tuple(reductions), update
     )
 
 
-def _ring(cluster: Cluster, group: Spread, calls: float, size: float, *, reduces: bool) -> Transfer:
+def _ring(cluster: Cluster, group: Spread, calls: float, size: float, kind: Kind) -> Transfer:
     """Each rank hands on `size` bytes in all to the next: of a group's ranks on a node one sends across."""
     rings = min(cluster.ranks_per_node, cluster.ranks) / group.per_node if group.nodes > 1 else 0.0
     near = size if group.near > 0 else 0.0
     calls = calls if group.size > 1 else 0.0
-    return Transfer(calls, rings * size / max(calls, 1.0), near / max(calls, 1.0), group.nodes, _here(group), reduces)
+    return Transfer(calls, rings * size / max(calls, 1.0), near / max(calls, 1.0), group.nodes, _here(group), kind)
 
 
-def _exchange(cluster: Cluster, group: Spread, to_each: float, calls: float = 1.0) -> Transfer:
+def _exchange(cluster: Cluster, group: Spread, to_each: float, calls: float = 1.0, kind: Kind = "alltoall") -> Transfer:
     """Each rank sends so many bytes to each other one."""
     senders = min(cluster.ranks_per_node, cluster.ranks)
-    return Transfer(calls, senders * group.far * to_each, group.near * to_each, group.nodes, _here(group))
+    return Transfer(calls, senders * group.far * to_each, group.near * to_each, group.nodes, _here(group), kind)
 
 
 def _here(group: Spread) -> int:
@@ -258,6 +261,7 @@ def _stage_cost(
     work, lsh = 0.0, 0.0
     experts: list[ExpertPass] = []
     transfers: list[Transfer] = []
+    sends: Transfer | None = None
     tokens = 0.0
     for stack in family.stacks(cfg):
         sizes = Sizes.of(stack, layout)
@@ -280,11 +284,11 @@ def _stage_cost(
                 lsh += count * moe.lsh_seconds()
                 experts += moe.passes(count)
         if stages.ranks > 1:
-            transfers.append(_stage_transfer(cluster, layout, stages, sizes))
+            sends = _sends(cluster, layout, stages, sizes)
     if stage == stages.ranks - 1:
         work += 3.0 * family.head(cfg, vocab_size).multiply_adds * micro
     flops = 2.0 * work / ranks / cluster.dense.at(max(tokens, 1.0))
-    return StageCost(flops, lsh, tuple(experts), tuple(transfers))
+    return StageCost(flops, lsh, tuple(experts), tuple(transfers), sends)
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,7 @@ def _layer_transfers(
         calls = tensor_parallel_passes(stack, is_moe=layer.is_moe) * (1.5 if layer.whole_again else 1.0)
         group = spread(layout, node_size, "tp")
         sent = count * calls * (layout.tp - 1) / layout.tp * sizes.gathered
-        found.append(_ring(cluster, group, count * calls, sent, reduces=False))
+        found.append(_ring(cluster, group, count * calls, sent, "alltoall"))
     if layout.cp > 1:
         shape = stack.shape
         row = shape.query_groups * shape.head_dim / layout.tp * sizes.element
@@ -353,13 +357,13 @@ def _layer_transfers(
     return found
 
 
-def _stage_transfer(cluster: Cluster, layout: ParallelLayout, stages: Stages, sizes: Sizes) -> Transfer:
+def _sends(cluster: Cluster, layout: ParallelLayout, stages: Stages, sizes: Sizes) -> Transfer:
     """Hidden states to the next stage and gradients to the one before, of a stage in the middle."""
     node_size = cluster.ranks_per_node
     borders = stages.ranks * stages.chunks - 1
     crossing = rows_to_stages(layout, stages, node_size) / 2.0 / borders
     size, senders = sizes.residual, min(cluster.ranks_per_node, cluster.ranks)
-    return Transfer(2.0 * stages.chunks, crossing * senders * size, (1.0 - crossing) * size, 2, 2)
+    return Transfer(2.0 * stages.chunks, crossing * senders * size, (1.0 - crossing) * size, 2, 2, "send")
 
 
 class _MoE:
@@ -401,7 +405,8 @@ class _MoE:
             per_row += self.compressed * (cluster.lsh_row_seconds + work / cluster.lsh_flops)
         if lsh.lsh_wire_dtype is not None:
             travelling = self.seen * (4 + 2 * (self.layer.forward_passes - 1)) * 2.0  # encoded, and decoded
-            per_row += travelling * spec.hidden * self.sizes.element / cluster.coding
+            speed = cluster.casting if lsh.lsh_wire_dtype in ("bf16", "fp32") else cluster.coding
+            per_row += travelling * spec.hidden * self.sizes.element / speed
         return self.rows * per_row
 
     def passes(self, count: int) -> list[ExpertPass]:
@@ -437,13 +442,13 @@ class _MoE:
         outer = Spread(nodes, nodes - 1.0, 0.0, nodes)
         if self.scope == "node":
             inside = _exchange(cluster, inner, rows / per_node * plain, 2.0)
-            across = _exchange(cluster, outer, rows / nodes * self.sent * wire, 2.0)
+            across = _exchange(cluster, outer, rows / nodes * self.sent * wire, 2.0, "hop")
             return (*told, inside), (across,)
         if self.deduplicated:
             visits = rows_across(nodes, spec.moe.moe_router_topk)[1] / max(nodes - 1, 1)  # of each other node
             tokens = rows / spec.moe.moe_router_topk * visits
             beside = metadata_bytes(spec.moe.moe_router_topk) / 2  # out, and not back
-            across = _exchange(cluster, outer, tokens * (wire + beside), 2.0)
+            across = _exchange(cluster, outer, tokens * (wire + beside), 2.0, "hop")
             inside = _exchange(cluster, inner, rows / per_node * plain, 2.0)
             return (*told, across), (inside,)
         if spec.moe.moe_token_dispatcher_type == "allgather":

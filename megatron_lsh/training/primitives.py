@@ -1,8 +1,8 @@
 """What the planner computes with, measured on this cluster with this model: the part of a cluster file that is no datasheet.
 
 Speeds are those of one rank while all are busy: micro-batches of the real model, whole and halved, with every way of
-dispatching in turn; what the planner counts for them is divided by what they took. Links: all-to-alls of growing size,
-inside a node and between nodes, and one reduction. A file of them is a cluster file without nodes and memory.
+dispatching in turn; what the planner counts for them is divided by what they took. Links: ``training/link_speeds.py``. A
+file of all that is a cluster file without nodes and memory.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,24 +25,21 @@ from megatron_lsh.models.stacks import moe_layers
 from megatron_lsh.moe.layer import MoELayer
 from megatron_lsh.moe.registry import DispatcherSpec, build_dispatcher
 from megatron_lsh.moe.schedule import Scheduled
-from megatron_lsh.parallel.collectives import all_reduce_
-from megatron_lsh.parallel.context import Group, ParallelContext
+from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.parameters import is_expert, local
 from megatron_lsh.plan.cluster import Link
 from megatron_lsh.plan.flops import experts_share, forward_flops
 from megatron_lsh.plan.memory import Sizes
 from megatron_lsh.plan.traffic import reduced
+from megatron_lsh.training.link_speeds import finish, measure_links, measure_slowdown, slowest_since
 from megatron_lsh.training.pipeline import to_device
 from megatron_lsh.training.run import Run
 
 RATES = (0.1, 0.3)
 """shares of rows at which LSH is measured"""
-SIZES = (2**10, 2**14, 2**17, 2**20, 2**23)
-"""bytes that a rank sends in a measured all-to-all"""
-LONGEST = 0.4
-"""seconds after which no larger one is tried"""
-_REPEATS = 5
+CASTS, CODES = "bf16", "fp8"
+"""wire dtypes at which casts and codes are measured"""
 
 
 class Way(NamedTuple):
@@ -54,6 +48,7 @@ class Way(NamedTuple):
     rate: float | None = None
     scope: str | None = None
     deduplicated: bool = False
+    wire: str | None = None
 
 
 class Sample(NamedTuple):
@@ -63,13 +58,14 @@ class Sample(NamedTuple):
     alltoall: float
     experts: float
     lsh: float
+    wire: float
     tokens: float
     """of a rank"""
     imbalance: float
 
     @property
     def rest(self) -> float:
-        return self.whole - self.alltoall - self.experts - self.lsh
+        return self.whole - self.alltoall - self.experts - self.lsh - self.wire
 
 
 def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
@@ -90,8 +86,7 @@ def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
     links = measure_links(ctx)
     samples = _samples(run, steps)
     compute, dispatch = _speeds(run, samples)
-    rate = _optimizer(run, steps, samples[Way(), 1].whole, links)
-    compute["optimizer_gparams_per_s"] = rate
+    compute |= _once(run, steps, samples[Way(), 1].whole, links)
     exact = samples[Way(), 1]
     return {
         "source": "measured",
@@ -105,104 +100,7 @@ def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
 
 def iterations_for(steps: int) -> int:
     """Iterations whose data is enough for :func:`measure_primitives`: all ways, micro-batches whole and halved, steps."""
-    return (2 * (len(RATES) + 3) + 1) * (steps + 1)
-
-
-def measure_links(ctx: ParallelContext) -> dict[str, Any]:
-    """The sections `inside` and `across`, those that there are. Collective over the world."""
-    found: dict[str, Any] = {}
-    several = len({ctx.node_of_rank[rank] for rank in ctx.ep.ranks}) > 1
-    per_node = ctx.ep_local.size if several else ctx.ep.size
-    if per_node > 1:
-        group = ctx.ep_local if several else ctx.ep
-        found["inside"] = {"ranks": group.size, "alltoall_us": _curve(group, ctx, 1)}
-    if several:
-        group = ctx.ep_node if per_node > 1 else ctx.ep
-        found["across"] = {"ranks": group.size, "alltoall_us": _curve(group, ctx, per_node)}
-    # One reduction over everybody, against what an all-to-all takes for as many bytes as it sends between nodes.
-    name = "across" if several else "inside"
-    curve = found[name]["alltoall_us"]
-    link = Link.of_curve(curve, found[name]["ranks"])
-    size = curve[-1][0] if several else curve[-1][0] / 2
-    payload = torch.ones(max(int(size / 4 / 2), 1), device=ctx.device)
-    taken = _timed(lambda: dist.all_reduce(payload, group=ctx.world.process_group), ctx)
-    sent = reduced(ctx.world.size, False, 4.0 * payload.numel(), 0.0)
-    start = 2 * link.points[0][1]
-    moving = link.seconds(sent, link.ranks) - link.points[0][1]
-    found[name]["reduction_efficiency"] = round(min(max(moving / max(taken - start, 1e-9), 0.01), 10.0), 4)
-    return found
-
-
-def _curve(group: Group, ctx: ParallelContext, senders: int) -> list[list[float]]:
-    """[bytes, microseconds] of all-to-alls in which `senders` ranks of a node send so many bytes in all; rising."""
-    points: list[list[float]] = []
-    for size in SIZES:
-        each = max(size // (4 * (group.size - 1)), 1)
-        leaving = torch.ones(each * group.size, device=ctx.device)
-        arriving = torch.empty_like(leaving)
-        call = partial(dist.all_to_all_single, arriving, leaving, group=group.process_group)
-        taken = _timed(call, ctx)
-        sent = 4.0 * each * (group.size - 1) * senders
-        if not points or taken * 1e6 > points[-1][1]:
-            points.append([sent, round(taken * 1e6, 3)])
-        if taken > LONGEST and len(points) > 1:
-            break
-    if len(points) == 1:  # a link on which a million bytes are no slower than a thousand
-        points.append([points[0][0] * 2, points[0][1] * 1.001])
-    return points
-
-
-def _timed(call: Callable[[], Any], ctx: ParallelContext) -> float:
-    """Median seconds of a collective, of the slowest rank."""
-    taken = []
-    for _ in range(_REPEATS + 1):
-        dist.barrier(group=ctx.world.process_group)
-        _finish(ctx.device)
-        began = time.perf_counter()
-        call()
-        _finish(ctx.device)
-        taken.append(_slowest_since(began, ctx))
-        if taken[-1] > LONGEST and len(taken) > 2:
-            break
-    return statistics.median(taken[1:])
-
-
-def _slowest_since(began: float, ctx: ParallelContext) -> float:
-    """Seconds of the rank that took longest since its own moment ``began``."""
-    seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=ctx.device)
-    return float(all_reduce_(seconds, ctx.world, dist.ReduceOp.MAX))
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure_slowdown(ctx: ParallelContext, seconds: float = 0.05) -> float:
-    """How much slower matrices are multiplied while an all-to-all is under way."""
-    group = ctx.ep
-    a = torch.ones(256, 256, device=ctx.device)
-
-    def multiply(times: int) -> float:
-        dist.barrier(group=ctx.world.process_group)
-        began = time.perf_counter()
-        for _ in range(times):
-            torch.mm(a, a)
-        _finish(ctx.device)
-        return time.perf_counter() - began
-
-    times = max(int(seconds / max(multiply(10) / 10, 1e-7)), 1)
-    shared = torch.tensor(float(times), device=ctx.device)
-    times = int(all_reduce_(shared, ctx.world, dist.ReduceOp.MAX))
-    ratios = []
-    for _ in range(3):
-        alone = multiply(times)
-        leaving = torch.ones(group.size * 2**18, device=ctx.device)
-        work = dist.all_to_all_single(torch.empty_like(leaving), leaving, group=group.process_group, async_op=True)
-        ratios.append(multiply(times) / alone)
-        work.wait()
-    ratio = torch.tensor(statistics.median(ratios), device=ctx.device)
-    return round(max(float(all_reduce_(ratio, ctx.world)) / ctx.world.size, 1.0), 4)
+    return (2 * (len(RATES) + 5) + 1) * (steps + 1)
 
 
 def use(run: Run, way: Way) -> None:
@@ -215,7 +113,7 @@ def use(run: Run, way: Way) -> None:
         moe_overlap_chunks=1,
     )
     lsh = dataclasses.replace(
-        cfg.lsh, lsh_target_rate=str(way.rate or 1.0), lsh_scope=way.scope, lsh_start_layer=0, lsh_wire_dtype=None
+        cfg.lsh, lsh_target_rate=str(way.rate or 1.0), lsh_scope=way.scope, lsh_start_layer=0, lsh_wire_dtype=way.wire
     )
     layers = [module for module in run.model.modules() if isinstance(module, MoELayer)]
     for layer, dispatcher in zip(layers, dispatchers(run, moe, lsh), strict=True):
@@ -234,7 +132,7 @@ def dispatchers(run: Run, moe: MoEConfig, lsh: LSHConfig) -> list[Scheduled]:
 def ways(ctx: ParallelContext) -> list[Way]:
     """Those that this layout has."""
     even = ctx.ep_local.size > 1 and ctx.ep_node.size > 1
-    found = [Way(), *(Way(rate, "rank") for rate in RATES)]
+    found = [Way(), Way(wire=CASTS), Way(wire=CODES), *(Way(rate, "rank") for rate in RATES)]
     return found + ([Way(RATES[0], "node"), Way(deduplicated=True)] if even else [])
 
 
@@ -267,11 +165,11 @@ def _micro_batch(run: Run, batch: Batch) -> Sample:
     accumulate(run.model, last=False)
     run.telemetry.collect(ctx, iterations=1)
     dist.barrier(group=ctx.world.process_group)
-    _finish(ctx.device)
+    finish(ctx.device)
     began = time.perf_counter()
     run.step.forward_step(run.model, batch).objective(micro_batches=1).backward()
-    _finish(ctx.device)
-    whole = _slowest_since(began, ctx)
+    finish(ctx.device)
+    whole = slowest_since(began, ctx)
     layers = run.telemetry.collect(ctx, iterations=1)
 
     def total(name: str) -> float:
@@ -284,7 +182,7 @@ def _micro_batch(run: Run, batch: Batch) -> Sample:
     busiest = total("alltoall_bytes_in_max") / mean if mean else 1.0
     return Sample(
         whole, 1e-3 * total("alltoall_time_ms"), 1e-3 * total("experts_time_ms"), 1e-3 * total("lsh_time_ms"),
-        tokens, max(busiest, 1.0),
+        1e-3 * total("wire_time_ms"), tokens, max(busiest, 1.0),
     )  # fmt: skip
 
 
@@ -299,6 +197,8 @@ def _speeds(run: Run, samples: dict[tuple[Way, int], Sample]) -> tuple[dict[str,
     dense, grouped = {}, {}
     clustering: list[tuple[float, float]] = []  # (operations per row, seconds per row)
     further: dict[str, list[float]] = {"node": [], "deduplicated": []}
+    coded: dict[str, list[float]] = {CASTS: [], CODES: []}
+    element = Sizes.of(family.stacks(cfg)[0], ctx.layout).element
     for (way, cut), sample in samples.items():
         exact, samples_in = samples[Way(), cut], micro / cut
         rows = sample.tokens * topk
@@ -307,10 +207,12 @@ def _speeds(run: Run, samples: dict[tuple[Way, int], Sample]) -> tuple[dict[str,
         if way == Way():
             dense[sample.tokens] = flops * (1 - routed) / sample.rest * 1e-12
         sent = 1.0 if way.rate is None else way.rate
-        if way.scope != "node":
+        if way.scope != "node" and way.wire is None:
             grouped[ctx.ep.size * groups * sent] = flops * routed * sent / max(sample.experts, 1e-9) * 1e-12
         extra = (sample.rest - exact.rest) / layers / rows
-        if way.scope == "rank":
+        if way.wire is not None:  # a row is encoded and decoded in each of four all-to-alls
+            coded[way.wire].append(layers * rows * 8 * spec.hidden * element / max(sample.wire, 1e-9))
+        elif way.scope == "rank":
             clusters = max(sent * groups, 1.0)
             work = grouping_operations(clusters, spec.hidden, *cfg.lsh.hash_shape(), cfg.lsh.lsh_refine_steps)
             if cfg.lsh.lsh_residual == "interpolate":
@@ -325,8 +227,9 @@ def _speeds(run: Run, samples: dict[tuple[Way, int], Sample]) -> tuple[dict[str,
     compute = {"dense_tflops": _rising(dense), "grouped_tflops": _rising(grouped)}
     sections: dict[str, Any] = {"lsh": {"row_ns": per_row * 1e9, **({"tflops": speed * 1e-12} if speed else {})}}
     medians = {name: max(statistics.median(values), 0.0) * 1e9 for name, values in further.items() if values}
-    if medians:
-        sections["dispatch"] = {f"{name}_row_ns": value for name, value in medians.items()}
+    speeds = {name: statistics.median(coded[dtype]) * 1e-9 for name, dtype in (("casting", CASTS), ("coding", CODES))}
+    sections["dispatch"] = {f"{name}_row_ns": value for name, value in medians.items()}
+    sections["dispatch"] |= {f"{name}_gb_per_s": value for name, value in speeds.items()}
     return compute, sections
 
 
@@ -352,18 +255,30 @@ def _rising(points: dict[float, float]) -> list[list[float]]:
     return [[size, rate] for size, rate in sorted(points.items())]
 
 
-def _optimizer(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) -> float:
-    """10^9 parameters of a rank per second, that a step takes beside its micro-batches and reductions."""
-    ctx, taken = run.ctx, []
+def _once(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) -> dict[str, float]:
+    """The speed of the optimizer, and what else a step takes beside its micro-batches and reductions."""
+    ctx, optimizer = run.ctx, run.step.optimizer
+    taken, updates, moments = [], [], list[float]()
+
+    def mark(*_: Any) -> None:
+        finish(ctx.device)
+        moments.append(time.perf_counter())
+
+    hooks = [optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)]
     use(run, Way())
     with run.batches("train") as batches:
         for iteration in range(steps + 1):
+            moments.clear()
             dist.barrier(group=ctx.world.process_group)
             began = time.perf_counter()
             run.step(batches, iteration, False)
-            taken.append(_slowest_since(began, ctx))
+            taken.append(slowest_since(began, ctx))
+            updates.append(moments[-1] - moments[0] if moments else 0.0)  # none where a gradient is not finite
+    for hook in hooks:
+        hook.remove()
     run.telemetry.collect(ctx, iterations=1)
-    rest = statistics.median(taken[1:]) - run.step.micro_batches * micro_batch
+    update = statistics.median(updates[1:])
+    rest = statistics.median(taken[1:]) - update - run.step.micro_batches * micro_batch
     name = "across" if "across" in links else "inside"
     link = Link.of_curve(links[name]["alltoall_us"], links[name]["ranks"])
     held = 0
@@ -372,4 +287,5 @@ def _optimizer(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) 
         held += numbers
         sent = reduced(copies, False, 4.0 * numbers, 0.0)
         rest -= sent / link.bandwidth / links[name]["reduction_efficiency"]
-    return round(held / max(rest, 1e-3 * micro_batch) * 1e-9, 6)
+    speed = held / max(update, 1e-3 * micro_batch) * 1e-9
+    return {"optimizer_gparams_per_s": round(speed, 6), "step_ms": round(max(1e3 * rest, 0.0), 3)}

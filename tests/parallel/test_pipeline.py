@@ -7,7 +7,14 @@ from collections import deque
 import pytest
 
 from megatron_lsh.config.pipeline import Stages
-from megatron_lsh.parallel.pipeline import Action, bubble_share, passes_at_once, training_order, warm_up_passes
+from megatron_lsh.parallel.pipeline import (
+    Action,
+    bubble_share,
+    iteration_time,
+    passes_at_once,
+    training_order,
+    warm_up_passes,
+)
 
 CASES = [
     (ranks, chunks, micro_batches)
@@ -83,3 +90,37 @@ def test_one_stage_runs_one_forward_and_one_backward_pass_in_turn() -> None:
 def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages() -> None:
     assert [warm_up_passes(Stages(4), rank) for rank in range(4)] == [3, 2, 1, 0]
     assert [warm_up_passes(Stages(4, 2), rank) for rank in range(4)] == [10, 8, 6, 4]  # Megatron-LM's numbers
+
+
+def played(stages: Stages, micro_batches: int, send: float) -> float:
+    """When the last rank is done, if a stage's work on a micro-batch takes 1, a third of it forward."""
+    orders = [deque(training_order(stages, rank, micro_batches)) for rank in range(stages.ranks)]
+    clocks, left = [0.0] * stages.ranks, dict[tuple[bool, int, int], float]()
+    virtual = stages.ranks * stages.chunks
+    while any(orders):
+        for rank, order in enumerate(orders):
+            while order:
+                forward, chunk, number = order[0]
+                stage = chunk * stages.ranks + rank
+                before = (forward, stage - 1 if forward else stage + 1, number)
+                if 0 <= before[1] < virtual:
+                    if before not in left:
+                        break
+                    clocks[rank] = max(clocks[rank], left[before] + send)
+                order.popleft()
+                clocks[rank] += (1 if forward else 2) / 3 / stages.chunks
+                left[forward, stage, number] = clocks[rank]
+    return max(clocks)
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), CASES)
+def test_an_iteration_takes_as_long_as_its_schedule_played(ranks: int, chunks: int, micro_batches: int) -> None:
+    stages = Stages(ranks, chunks)
+    for send in (0.0, 0.02, 0.1, 0.3, 1.0):
+        found = iteration_time(stages, micro_batches, 1.0, 2 * chunks * send)
+        exact = played(stages, micro_batches, send)
+        if chunks == 1:
+            part_of_a_round = micro_batches % ranks and micro_batches > ranks
+            assert found == pytest.approx(exact) or (part_of_a_round and exact <= found <= exact + 2 * ranks * send)
+        else:
+            assert 0.92 * exact <= found <= (1.1 if micro_batches >= 6 * ranks else 1.4) * exact

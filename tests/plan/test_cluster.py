@@ -102,3 +102,7 @@ def test_curves_by_hand() -> None:
     assert link.seconds(0, 2) == link.seconds(10, 1) == 0.0
     assert link.seconds(1000, 8) == pytest.approx(3 * 1e-3 + 2e-3)  # three steps of starting
     assert link.seconds(1000, 2, faster=4) == pytest.approx(1e-3 + 2e-3 / 4)
+    link = Link(link.points, ranks=2, speeds={"reduction": 2.0, "send": 4.0})
+    assert link.seconds(1000, 8, kind="reduction") == pytest.approx(2 * 3 * 1e-3 + 2e-3 / 2)
+    assert link.seconds(1000, 8, kind="send") == pytest.approx(1e-3 + 2e-3 / 4)
+    assert link.seconds(1000, 8, kind="hop") == link.seconds(1000, 8)

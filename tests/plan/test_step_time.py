@@ -45,6 +45,8 @@ def test_lsh_sends_and_computes_its_share_and_costs_its_time() -> None:
     time = cost(words + "--lsh-scope node", on).at()
     assert time.compute == pytest.approx(4 * (DENSE + EXPERTS * 5 / 8 + 2 * 32 * 1e-6))
     assert time.network == pytest.approx(4 * 2 * (HOP + TOLD) + dense_reduction() + SMALL)
+    slow = cost(words + "--lsh-scope node", cluster(across={"gbit_per_s": 1, "hop_efficiency": 0.5})).at()
+    assert slow.network == pytest.approx(4 * 2 * (2 * HOP + TOLD) + dense_reduction() + SMALL)
     inside = 32 * 128 / 1e9
     """of two hops, each way: half of a rank's rows go to the other rank"""
     assert time.node_links == pytest.approx(4 * 2 * 4 * inside)
@@ -79,8 +81,10 @@ def test_a_pipeline_waits_and_where_stages_share_a_processor_it_does_not() -> No
     assert time.compute == pytest.approx(8 * stage, rel=1e-6)
     held = 128 * 32 + 32 * 32 + 4 * 32 * 32 + 2 * 32 + 4 * 32  # of the first stage, on two ranks of a node
     assert time.node_links == pytest.approx(8 * (4 * rows + told) + 4 * held / 1e9, rel=1e-6)
-    assert time.network == pytest.approx(8 * hidden + SMALL, rel=1e-6)
-    assert time.bubble == pytest.approx(stage + hidden + 4 * rows + told, rel=1e-6)  # (p - 1) micro-batches
+    assert time.network == pytest.approx(4 * hidden + SMALL, rel=1e-6)  # half is hidden behind the other micro-batch
+    assert time.bubble == pytest.approx(stage + 4 * rows + told, rel=1e-6)  # (p - 1) micro-batches
+    quick = cost(words, cluster(across={"gbit_per_s": 1, "send_efficiency": 2})).at()
+    assert quick.network == pytest.approx(2 * hidden + SMALL, rel=1e-6)
     shared = cluster(compute={"dense_tflops": 1e-3, "grouped_tflops": 1e-3, "ranks_per_processor": 2})
     assert cost(words, shared).at().bubble == 0.0
 
@@ -114,6 +118,15 @@ def test_more_of_anything_is_never_slower(words: str) -> None:
     assert total(overlap={"hidden_reduction": 0.5}) <= usual <= total(routing={"max_over_mean": 1.5})
     assert total(overlap={"slowdown": 1.5}) >= usual
     assert total(across={"gbit_per_s": 1, "oversubscription": 3}) >= usual
+
+
+def test_numbers_of_the_wire_cost_what_their_kind_costs() -> None:
+    words = "--expert-model-parallel-size 4 --micro-batch-size 1 --moe-node-deduplication off --lsh-wire-dtype "
+    on = cluster(dispatch={"casting_gb_per_s": 4, "coding_gb_per_s": 1})
+    coded = 4 * 2 * 64 * 8 * 128  # bytes: 64 rows, of a layer four all-to-alls, encoded and decoded
+    for name, speed in (("bf16", 4e9), ("fp8", 1e9), ("int4", 1e9)):
+        time = cost(words + name, on).at()
+        assert time.compute == pytest.approx(4 * (DENSE + EXPERTS) + coded / speed)
 
 
 def test_pieces_hide_the_shorter_of_travel_and_experts() -> None:

@@ -110,6 +110,8 @@ def test_primitives_are_what_a_cluster_file_includes(tmp_path: Path) -> None:
     cluster = read_cluster(tmp_path / "c.yaml")
     assert cluster.source == "measured" and cluster.slowdown >= 1.0 <= cluster.imbalance
     assert cluster.across.measured > 1e6 and cluster.across.bandwidth > 1e6 and cluster.parameters_per_second > 1e3
+    assert all(0.01 <= cluster.across.speeds[kind] <= 10 for kind in ("reduction", "send"))
+    assert 1e6 < cluster.coding < 1e13 and 1e6 < cluster.casting < 1e13 and cluster.step_seconds >= 0.0
     sizes = [size for size, _ in cluster.grouped.points]
     assert len(sizes) >= 3 and sizes == sorted(sizes) and all(rate > 0 for _, rate in cluster.grouped.points)
     assert all(rate > 0 for _, rate in cluster.dense.points) and cluster.lsh_row_seconds + 1 / cluster.lsh_flops > 0
