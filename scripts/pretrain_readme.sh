@@ -14,6 +14,7 @@ RUN_DIR=${RUN_DIR:-runs/$MODEL-moe-lsh}
 DATA_DIR=${DATA_DIR:-$([ "$MODEL" = swin ] && echo data/digits || echo data/stdlib)}
 NPROC=${NPROC:-}
 
+there() { printf %q "$RUN_DIR"; } # as a shell takes it
 say() { echo "[pretrain] $*"; }
 fail() {
     echo "[pretrain] ERROR: $*" >&2
@@ -49,12 +50,12 @@ before=$(newest_checkpoint "$RUN_DIR/checkpoints")
 if [ "${RESUME:-}" = 1 ] && [ "${RESTART:-}" = 1 ]; then
     fail "RESUME=1 and RESTART=1 exclude each other"
 elif [ "${RESUME:-}" = 1 ]; then
-    [ -n "$before" ] || fail "nothing to resume: $RUN_DIR holds no checkpoint. Start with: $again RUN_DIR=$RUN_DIR"
+    [ -n "$before" ] || fail "nothing to resume: $RUN_DIR holds no checkpoint. Start with: $again RUN_DIR=$(there)"
     say "resuming $RUN_DIR; its newest checkpoint is $(in_words "$before")"
 elif [ -n "$before" ] && [ "${RESTART:-}" != 1 ]; then
     say "$RUN_DIR holds an earlier run; its newest checkpoint is $(in_words "$before"). Nothing was started or changed."
-    say "  continue it:   $again RESUME=1 RUN_DIR=$RUN_DIR    (add ITERS=N for a longer run)"
-    say "  start afresh:  $again RESTART=1 RUN_DIR=$RUN_DIR   (moves the earlier run aside)"
+    say "  continue it:   $again RESUME=1 RUN_DIR=$(there)    (add ITERS=N for a longer run)"
+    say "  start afresh:  $again RESTART=1 RUN_DIR=$(there)   (moves the earlier run aside)"
     say "  or elsewhere:  $again RUN_DIR=runs/another-name"
     exit 1
 elif [ -e "$RUN_DIR" ]; then
@@ -166,6 +167,6 @@ exec 3>&-
 wait "$tee" || true
 after=$(newest_checkpoint "$RUN_DIR/checkpoints")
 if ((status != 0)) && [ -n "$after" ] && [ "$after" != "$before" ]; then
-    say "stopped; the newest checkpoint is $(in_words "$after"). Continue with: $again RESUME=1 RUN_DIR=$RUN_DIR"
+    say "stopped; the newest checkpoint is $(in_words "$after"). Continue with: $again RESUME=1 RUN_DIR=$(there)"
 fi
 exit "$status"

@@ -18,6 +18,7 @@ from megatron_lsh.checkpoint.folders import read_tracker
 from megatron_lsh.checkpoint.inspection import CheckpointInfo, inspect, inspect_folder
 from megatron_lsh.checkpoint.manifest import MANIFEST, ManifestError, read_manifest
 from megatron_lsh.checkpoint.metadata import read_metadata
+from megatron_lsh.config.serialize import positions_per_sample
 from megatron_lsh.config.tool_flags import ToolParser, a_path
 from megatron_lsh.errors import CheckpointError, exit_status
 
@@ -70,7 +71,7 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
         return facts
     manifest = info.manifest
     samples = info.progress.get("consumed_samples")
-    sequence = (info.config.get("model") or {}).get("seq_length")
+    sequence = positions_per_sample(info.config)
     tokens = info.progress.get("consumed_tokens")
     if tokens is None and samples is not None and sequence is not None:
         tokens = samples * sequence

@@ -104,7 +104,7 @@ def page(answer: Answer, cluster: Cluster, most: int, command: str) -> PlanPage:
          layout_words(candidate), dispatch_words(candidate)]
         for number, (candidate, time) in enumerate(zip(best, times, strict=True), 1)
     ]  # fmt: skip
-    charts = [
+    charts = [] if not cluster.networked else [
         Curves(
             "Step time and ranks", "The layout stays; data parallelism and the global batch grow with the nodes. Beyond "
             f"{cluster.ranks} ranks: model.", "ranks", "ms per step", by_ranks(answer.candidates),
@@ -148,13 +148,14 @@ def question_of(cfg: Config, fixed: frozenset[str], own: argparse.Namespace) -> 
 def without_own(flags: Sequence[str]) -> list[str]:
     """The flags without those of a dry run."""
     kept: list[str] = []
+    own = ("--dry-run", "--dry-run-json", "--world-size")
     skip = False
     for word in flags:
-        if skip:
+        if skip and not word.startswith("-"):  # its value
             skip = False
-        elif word == "--world-size":
-            skip = True
-        elif word not in ("--dry-run", "--dry-run-json") and not word.startswith("--world-size="):
+            continue
+        skip = word in own
+        if word.split("=")[0] not in own:
             kept.append(word)
     return kept
 

@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 
 from megatron_lsh.config import Config, assumed_world_size, required, validate
-from megatron_lsh.config.tool_flags import ToolParser, a_path, integer, real
+from megatron_lsh.config.tool_flags import ToolParser, a_path, check_place, integer, real
 from megatron_lsh.families import GPT
 from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.plan.cost_model import as_json, fit, measured_text, predicted_text
@@ -50,6 +50,9 @@ def main(words: Sequence[str] | None = None) -> int:
     def configure() -> tuple[argparse.Namespace, Config]:
         own, flags = own_flags().parse_known_args(words)
         cfg = GPT.parse(flags)
+        for flag, path in (("--json", own.json), ("--primitives-out", own.primitives_out)):
+            if path is not None:
+                check_place(flag, path)
         return own, profiling_config(validate(cfg, assumed_world_size(cfg)))
 
     return launch(configure, lambda job: profile(*job))

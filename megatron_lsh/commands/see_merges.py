@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from megatron_lsh.commands.generate import add_model_flags, context_length, load, settings_and_tokenizer
 from megatron_lsh.commands.perplexity import read_text, tokens_of
 from megatron_lsh.config import Config
-from megatron_lsh.config.tool_flags import ToolParser, a_path, integer
+from megatron_lsh.config.tool_flags import ToolParser, a_path, check_place, integer
 from megatron_lsh.data.tokenizers import Tokenizer
 from megatron_lsh.data.tokenizers.pieces import pieces
 from megatron_lsh.errors import ConfigError
@@ -67,7 +66,7 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         raise ConfigError(f"see_merges must run on 1 rank, and was started on {ranks}: start it without torchrun")
-    _check_place(args.out)
+    check_place("--out", args.out, args.out.with_name(FILE))
     folder, cfg, tokenizer = settings_and_tokenizer(args)
     if cfg.moe.num_experts is None:
         raise ConfigError(f"--load ({args.load}) must be a model with experts, and has no rows to merge: load another")
@@ -85,18 +84,6 @@ def prepare(arguments: Sequence[str] | None) -> Job:
     ids_BS = [ids[length * number : length * (number + 1)] for number in range(sequences)]
     iteration = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
     return Job(args, cfg, tokenizer, ids_BS, iteration, exact)
-
-
-def _check_place(out: Path) -> None:
-    """That the page and the file beside it can be written, without a trace if they are not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-        for path in (out, out.with_name(FILE)):
-            if path.exists():
-                path.open("r+b").close()
-    except OSError as error:
-        raise ConfigError(f"--out ({out}) must be a file that can be written: {error}; change it") from None
 
 
 def _set_rate(cfg: Config, rate: str | None) -> None:

@@ -105,6 +105,20 @@ def _derived_in(document: Mapping[str, Any]) -> set[str]:
     return {name for name in derived if isinstance(name, str)} if isinstance(derived, list) else set()
 
 
+def positions_per_sample(sections: Mapping[str, Any]) -> int | None:
+    """Tokens of a sample as long as saved settings allow, of both stacks of a T5; None for pictures, and if unknown."""
+    places = (
+        [("t5", "encoder_seq_length"), ("t5", "decoder_seq_length")] if "t5" in sections else [("model", "seq_length")]
+    )
+    total = 0
+    for section, name in places:
+        length = sections[section].get(name) if isinstance(sections.get(section), Mapping) else None
+        if type(length) is not int or not 0 < length < 1 << 31 or "swin" in sections:
+            return None
+        total += length
+    return total
+
+
 def describe(cfg: Config) -> str:
     """The text printed at start-up: what differs from the default, or everything with --print-full-config.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -81,3 +82,15 @@ def _number(convert: Callable[[str], Number], bounds: Bounds) -> Callable[[str],
 
 def _broken(word: str, rule: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"({shown(word) or repr('')}) {rule}: change it")
+
+
+def check_place(flag: str, *paths: Path) -> None:
+    """That files can be written, before anything is worked out for them; without a trace. Raises ConfigError."""
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+            if path.exists():
+                path.open("r+b").close()
+    except OSError as error:
+        raise ConfigError(f"{flag} ({paths[0]}) must be a file that can be written: {error}; change it") from None

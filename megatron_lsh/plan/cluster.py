@@ -128,6 +128,8 @@ class Cluster:
     imbalance: float = 1.0
     """rows of the busiest rank over the mean"""
     source: str = "datasheet"
+    networked: bool = True
+    """whether links between nodes are known"""
 
     @property
     def ranks(self) -> int:
@@ -259,6 +261,7 @@ def cluster_of(document: Mapping[str, Any], path: str, nodes: int | None = None)
         slowdown=overlap["slowdown"],
         imbalance=values["routing"]["max_over_mean"],
         source=top["source"],
+        networked="across" in document,
     )  # fmt: skip
 
 

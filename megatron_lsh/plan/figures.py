@@ -47,7 +47,7 @@ def by_ranks(candidates: Sequence[Candidate], most: int = MOST_RANKS) -> Curves:
     for kind in kinds(candidates):
         ranks, points = kind.layout.world_size, []
         factor = 1
-        while ranks * factor <= most:
+        while factor == 1 or ranks * factor <= most:
             points.append((float(ranks * factor), 1e3 * grown(kind, factor).at().total))
             factor *= 2
         curves[f"{dispatch_words(kind)} ({layout_words(kind)})"] = points

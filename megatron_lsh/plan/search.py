@@ -76,7 +76,7 @@ class Candidate:
 
     @property
     def exact(self) -> bool:
-        return self.cfg.moe.moe_token_dispatcher_type != "lsh" and self.cfg.lsh.lsh_wire_dtype is None
+        return self.cfg.moe.moe_token_dispatcher_type not in ("lsh", "auto") and self.cfg.lsh.lsh_wire_dtype is None
 
     @property
     def limit(self) -> str:
@@ -130,7 +130,7 @@ def search(question: Question, cluster: Cluster, tell: Callable[[str], None] = l
     for number, sizes in enumerate(_layouts(question, cluster), 1):
         if number % 50 == 0:
             tell(f"{number} layouts looked at, {len(found)} candidates")
-        pressed = False
+        pressed, waiting = False, list[Settings]()
         for recompute in _recomputations(question):
             settings = {**sizes, **recompute}
             try:
@@ -143,15 +143,22 @@ def search(question: Question, cluster: Cluster, tell: Callable[[str], None] = l
             if memory > cluster.memory:
                 too_large, pressed = too_large + 1, True
                 continue
-            for dispatch in _dispatches(question, layout, cluster):
+            ways = waiting or list(_dispatches(question, layout, cluster))
+            waiting = []
+            for way in ways:
                 try:
-                    found.append(
-                        pricing.candidate(cfg, {**settings, **dict(dispatch)}, dispatch, held, layout, pressed)
-                    )
+                    dispatch = pricing.checked(question.cfg, settings, way, layout)
+                    candidate = pricing.candidate(cfg, {**settings, **dict(way)}, dispatch, held, layout, pressed)
                 except ConfigError as error:
                     first, refused = first or error, refused + 1
-            break
-    found = [candidate for candidate in found if candidate.memory <= cluster.memory]
+                    continue
+                if candidate.memory > cluster.memory:
+                    waiting.append(way)
+                else:
+                    found.append(candidate)
+            if not waiting:
+                break
+            too_large, pressed = too_large + 1, True
     if not found and too_large:
         raise ConfigError(
             f"memory_gib ({cluster.memory / 2**30:g}) must hold a rank, and the smallest layout takes {least / 2**30:.1f} "
@@ -199,6 +206,7 @@ class _Pricing:
         self._cluster = cluster
         self._counts: dict[tuple[object, ...], ParameterCounts] = {}
         self._vocabularies: dict[type, int] = {}
+        self._ways: dict[tuple[object, ...], Settings | ConfigError] = {}
 
     def _parts(self, cfg: Config) -> tuple[Family, ParallelLayout, ParameterCounts, int]:
         family = family_of(cfg)
@@ -220,6 +228,21 @@ class _Pricing:
         micro_batches = max(total // (micro * layout.dp), 1)
         estimates = estimate_memory(family, cfg, counts, layout, padded, micro_batches)
         return (family, counts, padded), layout, max(estimate.total for estimate in estimates)
+
+    def checked(self, cfg: Config, settings: dict[str, Any], way: Settings, layout: ParallelLayout) -> Settings:
+        """The settings of a dispatch in training's own spelling (a rate by layer). Raises ConfigError where it refuses."""
+        key = (way, layout.tp, layout.pp, layout.cp, layout.ep)
+        if key not in self._ways:
+            try:
+                accepted = _validated(cfg, {**settings, **dict(way)}, self._cluster.ranks)
+                known = settings_of(type(accepted))
+                self._ways[key] = tuple((name, known[name].get(accepted)) for name, _ in way)
+            except ConfigError as error:
+                self._ways[key] = error
+        found = self._ways[key]
+        if isinstance(found, ConfigError):
+            raise found
+        return found
 
     def candidate(
         self,

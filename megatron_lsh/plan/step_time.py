@@ -45,6 +45,7 @@ from megatron_lsh.plan.traffic import (
 )
 
 LIMITS = ("compute", "network", "node links", "pipeline bubble")
+_AT_THE_END = 1 << 62  # an iteration
 _SMALL_CALLS = 3  # sums over all ranks in a step: losses, gradient norm, whether all are finite
 
 
@@ -318,16 +319,16 @@ class _Layer:
 
 
 def _rate_of(stack: Stack, number: int) -> Hashable:
-    """What tells how many rows an MoE layer sends."""
+    """What tells how many rows an MoE layer sends: its rate at the end, which of a schedule holds for most of a run."""
     layer = stack.first_layer + number
-    return stack.cfg.lsh.rates().at(layer, 0), layer < stack.cfg.lsh.lsh_start_layer
+    return stack.cfg.lsh.rates().at(layer, _AT_THE_END), layer < stack.cfg.lsh.lsh_start_layer
 
 
 def _rates(family: Family, cfg: Config, stages: Stages) -> list[Hashable]:
     """For each stage those of its layers."""
-    phases = cfg.lsh.rates().phases[0][1]
-    if len(phases) == 1 and cfg.lsh.lsh_start_layer == 0:
-        return [phases] * stages.ranks
+    last = cfg.lsh.rates().phases[-1][1]
+    if len(last) == 1 and cfg.lsh.lsh_start_layer == 0:
+        return [last] * stages.ranks
     return [
         tuple(
             _rate_of(stack, number)
@@ -363,7 +364,8 @@ def _sends(cluster: Cluster, layout: ParallelLayout, stages: Stages, sizes: Size
     borders = stages.ranks * stages.chunks - 1
     crossing = rows_to_stages(layout, stages, node_size) / 2.0 / borders
     size, senders = sizes.residual, min(cluster.ranks_per_node, cluster.ranks)
-    return Transfer(2.0 * stages.chunks, crossing * senders * size, (1.0 - crossing) * size, 2, 2, "send")
+    nodes = max(spread(layout, node_size, "pp").nodes, 2)
+    return Transfer(2.0 * stages.chunks, crossing * senders * size, (1.0 - crossing) * size, nodes, 2, "send")
 
 
 class _MoE:
@@ -386,7 +388,7 @@ class _MoE:
         self.sent = 1.0
         if self.scope is not None:
             rows = max(round(self.per_group), 1)
-            self.sent = int(row_budgets(torch.tensor([rows]), cfg.lsh.rates().at(layer.number, 0))) / rows
+            self.sent = int(row_budgets(torch.tensor([rows]), cfg.lsh.rates().at(layer.number, _AT_THE_END))) / rows
         #: of the rows, those that clusters stand for, and those that experts see
         self.compressed = 0.0 if self.scope is None else (nodes - 1) / nodes if self.scope == "node" else 1.0
         self.seen = 1.0 - self.compressed + self.compressed * self.sent

@@ -83,6 +83,12 @@ def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
             f"parallel.pipeline_model_parallel_size ({ctx.layout.pp}) must be 1 and parallel.expert_model_parallel_size "
             f"({ctx.ep.size}) above 1 to measure primitives: change them"
         )
+    nodes = len(set(ctx.node_of_rank))
+    if nodes > 1 and len({ctx.node_of_rank[rank] for rank in ctx.ep.ranks}) == 1:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size ({ctx.ep.size}) must span the {nodes} nodes, so that the links between "
+            "them are measured: raise it"
+        )
     links = measure_links(ctx)
     samples = _samples(run, steps)
     compute, dispatch = _speeds(run, samples)

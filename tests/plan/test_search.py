@@ -11,10 +11,10 @@ import pytest
 from megatron_lsh.commands import plan
 from megatron_lsh.config import parse_args, validate
 from megatron_lsh.errors import ConfigError
-from megatron_lsh.families import GPT
+from megatron_lsh.families import GPT, T5
 from megatron_lsh.parallel.layout import ParallelLayout
 from megatron_lsh.plan.figures import by_bandwidth, by_ranks
-from megatron_lsh.plan.search import Answer, Question, changes, named_in, search
+from megatron_lsh.plan.search import Answer, Question, _validated, changes, named_in, search
 from megatron_lsh.plan.table import command_line
 from tests.plan.helpers import MODEL, cluster, document, parsed
 
@@ -90,6 +90,57 @@ def test_curves_fall_with_bandwidth_and_reach_16384_ranks(answer: Answer) -> Non
         1e3 * answer.candidates[0].seconds
     )
     assert list(times) == sorted(times)  # the same work per rank, and more to reduce
+
+
+def test_a_dispatch_that_only_misses_memory_is_tried_with_recomputation() -> None:
+    """More memory is never slower, and LSH is among what little memory leaves."""
+    words = BOUND + " --expert-model-parallel-size 4 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
+    on = cluster(across={"gbit_per_s": 0.01})
+    every = search(question(words), on).candidates
+    sizes = sorted({candidate.memory for candidate in every})
+    times = []
+    for memory in [*sizes, *((low + high) / 2 for low, high in pairwise(sizes))]:
+        found = search(question(words), replace(on, memory=memory)).candidates
+        times.append((memory, found[0].seconds, any(not candidate.exact for candidate in found)))
+    seconds = [time for _, time, _ in sorted(times)]
+    assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) > 1 and all(lsh for *_, lsh in times)
+
+
+def test_what_training_refuses_of_a_dispatch_is_no_candidate() -> None:
+    words = BOUND + " --lsh-target-energy 0.05 --lsh-least-rate 0.3 --expert-model-parallel-size 4"
+    asked = question(words, rates=("0.1", "0.5"))
+    found = search(asked, cluster(lsh=LSH))
+    assert found.refused > 0 and any(not candidate.exact for candidate in found.candidates)
+    for candidate in found.candidates:
+        _validated(asked.cfg, dict(candidate.settings), 4)
+
+
+def test_a_rate_for_each_stack_of_a_t5() -> None:
+    words = (
+        "--encoder-num-layers 2 --decoder-num-layers 2 --hidden-size 32 --num-attention-heads 4 --encoder-seq-length 32 "
+        "--decoder-seq-length 16 --num-experts 4 --moe-aux-loss-coeff 1e-2 --vocab-size 127 --mock-data "
+        "--tokenizer-type NullTokenizer --global-batch-size 16 --expert-model-parallel-size 4 "
+        "--tensor-model-parallel-size 1 --lsh-target-rate [0.1,0.5] " + BOUND
+    )
+    cfg = parse_args(words.split(), T5.config)
+    found = search(Question(cfg, named_in(words.split(), type(cfg)), rates=("[0.1,0.5]",), chunks=(1,)), cluster())
+    lsh = next(candidate for candidate in found.candidates if not candidate.exact)
+    assert lsh.cfg.lsh.rates().at(0, 0) == 0.1 and lsh.cfg.lsh.rates().at(3, 0) == 0.5
+
+
+def test_pages_of_clusters_at_both_ends(answer: Answer, tmp_path: Path) -> None:
+    """More ranks than the last point of the axis; and one node, of whose network nothing is known."""
+    assert [len(points) for points in by_ranks(answer.candidates[:1], most=2).values()] == [1]
+    alone = document(nodes=1)
+    del alone["across"]
+    (tmp_path / "one.yaml").write_text(json.dumps(alone))
+    words = [*MODEL.split(), *BOUND.split(), "--cluster", str(tmp_path / "one.yaml"), "--out", str(tmp_path)]
+    assert plan.main(words) == 0 and "Step time and ranks" not in (tmp_path / "plan.html").read_text()
+
+
+def test_flags_of_a_dry_run_leave_nothing_behind() -> None:
+    words = "--dry-run true --world-size 8 --lr 1 --dry-run-json --bf16 --world-size=4 --dry-run=false"
+    assert plan.without_own(words.split()) == ["--lr", "1", "--bf16"]
 
 
 def test_a_training_that_nothing_fits_says_why() -> None:

@@ -120,6 +120,21 @@ def test_more_of_anything_is_never_slower(words: str) -> None:
     assert total(across={"gbit_per_s": 1, "oversubscription": 3}) >= usual
 
 
+def test_a_schedule_costs_what_its_last_rate_costs() -> None:
+    words = "--expert-model-parallel-size 4 --micro-batch-size 1 --moe-token-dispatcher-type lsh --lsh-target-rate "
+    assert cost(words + "1.0,0.25@10", cluster()).at() == cost(words + "0.25", cluster()).at()
+
+
+def test_sends_over_switches_are_oversubscribed() -> None:
+    words = "--pipeline-model-parallel-size 8 --num-layers 8 --micro-batch-size 1"
+
+    def total(oversubscription: float) -> float:
+        across = {"gbit_per_s": 1, "oversubscription": oversubscription, "nodes_per_switch": 2}
+        return cost(words, cluster(nodes=8, ranks_per_node=1, across=across)).at().network
+
+    assert total(1) == pytest.approx(total(2)) and total(64) > 10 * total(1)
+
+
 def test_numbers_of_the_wire_cost_what_their_kind_costs() -> None:
     words = "--expert-model-parallel-size 4 --micro-batch-size 1 --moe-node-deduplication off --lsh-wire-dtype "
     on = cluster(dispatch={"casting_gb_per_s": 4, "coding_gb_per_s": 1})

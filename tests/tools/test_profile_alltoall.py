@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lsh.commands import profile_alltoall
 from megatron_lsh.errors import ConfigError
 from megatron_lsh.moe.compressors.lsh import STAGES as LSH_STAGES
 from megatron_lsh.parallel.testing import run_distributed_test
@@ -71,9 +72,17 @@ def test_only_where_rows_travel(tmp_path: Path) -> None:
     assert profiled.checkpoint.save is None and cfg.checkpoint.save == str(tmp_path)
 
 
-def _profile(words: list[str]) -> str:
-    from megatron_lsh.commands import profile_alltoall
+@pytest.mark.parametrize("flag", ["--json", "--primitives-out"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = [*TINY.split(), "--train-iters", "2", flag, str(tmp_path / "file" / "figures.json")]
+    assert profile_alltoall.main(words) == 1
+    assert f"{flag} ({tmp_path}/file/figures.json) must be a file that can be written" in capsys.readouterr().err
 
+
+def _profile(words: list[str]) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert profile_alltoall.main(words) == 0

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_lsh.config import parse_args, to_dict, validate
+from megatron_lsh.config.serialize import positions_per_sample
 from megatron_lsh.errors import DataError
+from megatron_lsh.families import BERT, GPT, T5, Family
 from megatron_lsh.observing.report.charts import (
     Series,
     line_chart,
@@ -124,9 +127,38 @@ def test_page_of_the_least_there_can_be(tmp_path: Path) -> None:
     check(render([read_run(path)], "alone"))
 
 
+def test_a_run_that_skipped_everything_so_far_takes_no_page_down(tmp_path: Path) -> None:
+    good = read_run(write_run(tmp_path / "good", lsh=True))
+    for name, evaluation in (("skipped", None), ("judged", {"iteration": 5, "validation_loss": 2.5})):
+        lines = [record(iteration, True) | {"lm_loss": None} for iteration in (2, 4)] + [evaluation] * (
+            evaluation is not None
+        )
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run = read_run(tmp_path / f"{name}.jsonl")
+        check(render([run], "alone"))
+        check(render([good, run], "both"))
+
+
+def test_settings_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    """Two files of metrics beside a folder that is a run of its own."""
+    write_run(tmp_path / "other", lsh=True)
+    for name in ("exact", "lsh"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record(2, True)) + "\n")
+        run = read_run(tmp_path / f"{name}.jsonl")
+        assert run.config == {} and run.tokens_per_sample is None and run.curve("lm_loss", "tokens") == [(0.0, 4.0)]
+
+
+@pytest.mark.parametrize("family", [GPT, T5, BERT])
+def test_tokens_are_counted_as_in_the_log(family: Family) -> None:
+    lengths = {"t5": "--encoder-seq-length 16 --decoder-seq-length 8"}.get(family.name, "--seq-length 16")
+    words = f"--hidden-size 32 --num-attention-heads 4 --num-layers 2 --vocab-size 64 --micro-batch-size 1 {lengths}"
+    cfg = validate(parse_args(words.split(), family.config), 1)
+    assert positions_per_sample(to_dict(cfg)["config"]) == family.tokens_per_sample(cfg)
+
+
 def test_curves(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", lsh=True))
-    assert run.name == "run" and run.seq_length == 16
+    assert run.name == "run" and run.tokens_per_sample == 16
     assert run.curve("lm_loss", "tokens")[0] == (2 * 8 * 16, 4.0)
     assert run.curve("lm_loss", "seconds")[-1] == (pytest.approx(1.0), 0.8)
     assert run.curve("lm_loss", "bytes")[1] == (pytest.approx(4e6), 2.0)
@@ -160,6 +192,8 @@ def test_axes() -> None:
         "123k",
         "2.5G",
     ]
+    assert [short(v) for v in (999_700, 999.7e6, 9.997e11, 9_996)] == ["1M", "1G", "1T", "10k"]
+    assert len(set(ticks(0.0, 5e-13))) == len(ticks(0.0, 5e-13)) == 6
     assert [short(v) for v in (1e-4, -2.5e-7)] == ["1e-4", "-2.5e-7"]
     assert tick_words([0.2012, 0.2014]) == ["0.2012", "0.2014"]
     assert padded(1.0, 10.0)[0] == 0.0 and padded(0.0, 0.0) == (0.0, 1.0)

@@ -39,8 +39,7 @@ def test_the_recorder_is_armed_by_its_flag_alone_and_variables_that_are_set_hold
 
 def test_a_run_without_a_gpu_says_that_allocations_are_not_recorded() -> None:
     for flags in ("--memory-snapshot-path memory.pickle", "--record-memory-history"):
-        notices = tiny_config(flags).notices
-        assert "no effect with --device cpu: --memory-snapshot-path, --record-memory-history" in notices
+        assert f"no effect with --device cpu: {flags.split()[0]}" in tiny_config(flags).notices
 
 
 @pytest.mark.gpu

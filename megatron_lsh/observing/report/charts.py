@@ -191,7 +191,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= about)
     first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{n * step:.12g}") for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
@@ -215,9 +215,10 @@ def short(value: float) -> str:
     """``1.5k``, ``2.35``, ``0.042``: three figures at most."""
     if value == 0:
         return "0"
+    rounded = float(f"{value:.3g}")  # 999,700 is 1M
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
+        if abs(rounded) >= limit:
+            return f"{rounded / (1e3 if letter == 'k' else limit):.3g}{letter}"
     if abs(value) >= 100:
         return f"{value:.0f}"
     if abs(value) < 1e-3:

@@ -144,9 +144,10 @@ def _losses(runs: Sequence[RunData], axis: str, label: str) -> str:
     series, shown = [], []
     for number, run in enumerate(runs):
         training, validation = run.curve("lm_loss", axis), run.curve("validation_loss", axis)
-        if axis == "bytes" and training[-1][0] == 0.0:
-            continue  # every rank holds all experts
-        series.append(Series(f"{run.name}, training", number, training, "faint" if validation else "line"))
+        if axis in ("bytes", "tokens") and not any(place for place, _ in (*training, *validation)):
+            continue  # every rank holds all experts; pictures have no tokens
+        if training:  # not of a run that has skipped everything so far
+            series.append(Series(f"{run.name}, training", number, training, "faint" if validation else "line"))
         if validation:
             series.append(Series(f"{run.name}, validation", number, validation, "dots"))
         skip = len(training) // 12  # the first steep fall would flatten all that follows

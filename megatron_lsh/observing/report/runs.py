@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_lsh.config.serialize import positions_per_sample
 from megatron_lsh.errors import DataError
 from megatron_lsh.observing.report.merges import FILE, LayerMerges, load
 from megatron_lsh.observing.writers import MOST, is_number, read_jsonl
@@ -41,9 +42,8 @@ class RunData:
     merges: list[LayerMerges] = field(default_factory=list)
 
     @property
-    def seq_length(self) -> int | None:
-        found = self.config.get("model", {}).get("seq_length")
-        return found if type(found) is int and 0 < found < 1 << 31 else None
+    def tokens_per_sample(self) -> int | None:
+        return positions_per_sample(self.config)
 
     def positions(self, axis: str) -> dict[int, float]:
         """Iteration -> place on an axis: "steps", "tokens", "seconds" or "bytes" (totals since the run began)."""
@@ -53,7 +53,7 @@ class RunData:
             if axis == "steps":
                 total = iteration
             elif axis == "tokens":
-                total = (record.get("consumed_samples") or 0) * (self.seq_length or 1)
+                total = (record.get("consumed_samples") or 0) * (self.tokens_per_sample or 0)
             else:
                 milliseconds, size = record.get("iteration_time_ms") or 0.0, record.get("alltoall_bytes")
                 per_step = milliseconds / 1e3 if axis == "seconds" else size
@@ -122,9 +122,9 @@ def read_run(place: Path, name: str | None = None) -> RunData:
     if not training:
         raise DataError(f"{metrics} holds no training records: the run has not reached its first --log-interval")
     evaluations = [record for record in records if "validation_loss" in record]
-    settings = _first_of(metrics.parent, "config.json")
+    settings = _beside(metrics, "config.json")
     config = _settings(settings) if settings else {}
-    seen = _first_of(metrics.parent, FILE)
+    seen = _beside(metrics, FILE)
     return RunData(name or _name(place), training, evaluations, config, load(seen) if seen else [])
 
 
@@ -154,6 +154,12 @@ def _settings(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} must be the config.json of a run: {error}; remove it, and the report goes without"
         ) from None
+
+
+def _beside(metrics: Path, name: str) -> Path | None:
+    """The file of this name that belongs to the same run: in its folder, or in one below that has no metrics of its own."""
+    places = (metrics.parent, *(path for path in sorted(metrics.parent.glob("*/")) if not any(path.glob("*.jsonl"))))
+    return next((path for place in places if (path := place / name).is_file()), None)
 
 
 def _first_of(folder: Path, *patterns: str) -> Path | None:
