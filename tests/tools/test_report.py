@@ -151,7 +151,7 @@ def test_settings_of_another_run_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [GPT, T5, BERT])
 def test_tokens_are_counted_as_in_the_log(family: Family) -> None:
     lengths = {"t5": "--encoder-seq-length 16 --decoder-seq-length 8"}.get(family.name, "--seq-length 16")
-    words = f"--hidden-size 32 --num-attention-heads 4 --num-layers 2 --vocab-size 64 --micro-batch-size 1 {lengths}"
+    words = f"--hidden-size 32 --num-attention-heads 4 --num-layers 2 --micro-batch-size 1 --dry-run {lengths}"
     cfg = validate(parse_args(words.split(), family.config), 1)
     assert positions_per_sample(to_dict(cfg)["config"]) == family.tokens_per_sample(cfg)
 
