@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_lsh.config.bert import BertConfig
 from megatron_lsh.config.model import ModelConfig
-from megatron_lsh.models.language_model import LanguageModel, positions_of
+from megatron_lsh.models.language_model import LanguageModel, by_sample, positions_of
 from megatron_lsh.models.model import WHOLE, StagePass
 from megatron_lsh.models.norms import build_norm
 from megatron_lsh.models.shape import ModelShape
@@ -151,7 +151,7 @@ class BertModel(LanguageModel):
         if labels_BS is None:
             return gather_vocabulary(logits_SBv, self.ctx.tp).transpose(0, 1).contiguous(), order_B2
         loss_SB = vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp)
-        return loss_SB.t().contiguous(), order_B2, aux_loss
+        return by_sample(loss_SB), order_B2, aux_loss
 
     def encode(
         self, tokens_BS: Tensor, token_types_BS: Tensor | None = None, padding_mask_BS: Tensor | None = None

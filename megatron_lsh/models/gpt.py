@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_lsh.config.config import Config
 from megatron_lsh.models.cache import KVCache
-from megatron_lsh.models.language_model import LanguageModel, positions_of
+from megatron_lsh.models.language_model import LanguageModel, by_sample, positions_of
 from megatron_lsh.models.model import WHOLE, StagePass
 from megatron_lsh.models.stacks import Stack
 from megatron_lsh.models.transformer import SideInputs, TransformerBlock
@@ -77,7 +77,7 @@ class GPTModel(LanguageModel):
         if labels_BS is None:
             return gather_vocabulary(logits_SBv, self.ctx.tp).transpose(0, 1).contiguous()
         loss_SB = vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp)
-        return loss_SB.t().contiguous(), aux_loss
+        return by_sample(loss_SB), aux_loss
 
     def encode(self, tokens_BS: Tensor, padding_mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The decoder's normalized output, for heads other than the projection onto the vocabulary.

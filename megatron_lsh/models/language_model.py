@@ -133,6 +133,11 @@ class LanguageModel(Model):
         return logits_SBv
 
 
+def by_sample(x_SB: Tensor) -> Tensor:
+    """[S, B] -> [B, S] in memory of its own. (``contiguous`` leaves a view if B is 1, of which ``fully_shard`` warns.)"""
+    return x_SB.t().clone(memory_format=torch.contiguous_format)
+
+
 def positions_of(tokens_BS: Tensor) -> Tensor:
     """0..S-1, int64, where the tokens are."""
     return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lsh.config.config import Config
 from megatron_lsh.config.t5 import T5Config
 from megatron_lsh.models.attention import padding_attention_mask
-from megatron_lsh.models.language_model import LanguageModel, positions_of
+from megatron_lsh.models.language_model import LanguageModel, by_sample, positions_of
 from megatron_lsh.models.relative import RelativePositionBias
 from megatron_lsh.models.shape import ModelShape
 from megatron_lsh.models.stacks import Stack, with_model
@@ -121,7 +121,7 @@ class T5Model(T5Encoder):
             return gather_vocabulary(logits_SBv, self.ctx.tp).transpose(0, 1).contiguous()
         self.telemetry.count_micro_batch()
         loss_SB = vocab_parallel_cross_entropy(logits_SBv, labels_BS.t(), self.ctx.tp)
-        return loss_SB.t().contiguous(), encoder_aux_loss + aux_loss
+        return by_sample(loss_SB), encoder_aux_loss + aux_loss
 
 
 def _relative_positions(cfg: T5Config, ctx: ParallelContext, *, bidirectional: bool) -> RelativePositionBias | None:

@@ -250,3 +250,9 @@ def test_padding_of_the_vocabulary_has_no_probability() -> None:
         assert (model(tokens)[..., 50:] == float("-inf")).all()
         losses.append(loss)
     torch.testing.assert_close(*losses)
+
+
+def test_losses_of_one_sample_are_no_view() -> None:
+    """``fully_shard`` would warn of wrong gradients in every run with one sample per micro-batch."""
+    losses_BS, _ = make_gpt(make_config(**LLAMA_LIKE))(*make_batch(1, 16))
+    assert losses_BS.shape == (1, 16) and not losses_BS._is_view()
