@@ -120,7 +120,7 @@ def test_what_comes_along(tmp_path: Path) -> None:
     save_native(load_hf(tmp_path / "hf"), tmp_path / "native", checks=QUIET)
     config = json.loads((tmp_path / "native/release/config.json").read_text())
     assert config["config"]["data"]["tokenizer_model"] == str(tmp_path / "native/release/hf")
-    assert set(config) == {"model", "moe", "data"}
+    assert set(config["config"]) == {"model", "moe", "data"}
     save_hf(load_native(tmp_path / "native"), tmp_path / "back", checks=QUIET)
     assert {name: (tmp_path / "back" / name).read_text() for name in small} == small
     assert not (tmp_path / "back" / "README.md").exists()
