@@ -35,7 +35,7 @@ def living() -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     for name, way in WAYS.items():
         for recompute in ({}, AGAIN):
-            cfg = make_config(**{**LLAMA_LIKE, **MOE, "num_layers": 2, "moe_layer_freq": 1, **way, **recompute})
+            cfg = make_config(**{**LLAMA_LIKE, **MOE, "num_layers": 1, "moe_layer_freq": 1, **way, **recompute})
             model = make_gpt(cfg, ctx)
             gc.collect()
             gc.disable()
