@@ -36,7 +36,7 @@ from megatron_lsh.checkpoint.compare import (
 from megatron_lsh.checkpoint.manifest import MANIFEST, Manifest, ManifestError, check_file, read_manifest, share
 from megatron_lsh.checkpoint.metadata import Reader, incomplete
 from megatron_lsh.checkpoint.renames import RENAMED, Renamed
-from megatron_lsh.checkpoint.saved import CONFIG, STATE, SavedState, read_config, read_state, sections
+from megatron_lsh.checkpoint.saved import CONFIG, STATE, SavedState, read_config, read_state
 from megatron_lsh.checkpoint.soundness import not_finite
 from megatron_lsh.checkpoint.state import LoadResult, Resize, TrainingState
 from megatron_lsh.checkpoint.tensors import (
@@ -252,7 +252,7 @@ def _prepare(found: Found, state: TrainingState, options: LoadOptions, elsewhere
     metadata = reader.metadata
     if options.optimizer and state.optimizer is not None and saved.optimizer is None:
         raise CheckpointError("it holds no optimizer state; use --no-load-optim or --finetune to go on without")
-    changed = different_optimizer(config, sections(state.config)) if options.optimizer else []
+    changed = different_optimizer(config, state.sections) if options.optimizer else []
     if options.rng and not found.manifest.has_rng:
         raise CheckpointError("it holds no random states; use --no-load-rng or --finetune to go on without")
     model = model_tensors(state.model)
@@ -297,14 +297,14 @@ def _compare(
     options: LoadOptions,
 ) -> list[str]:
     """Raise CheckpointError if the checkpoint is of another model. Returns notices about smaller differences."""
-    settings = different_settings(config, sections(state.config))
+    settings = different_settings(config, state.sections)
     rows = [
         f"{name} has {old} meaningful rows (vocabulary) in the checkpoint and {state.padded_rows[name]} now"
         for name, old in saved.padded_rows.items()
         if state.padded_rows.get(name, old) != old
     ]
     problems = different_tensors(metadata, tensors, padded, ignored)
-    forbidden = [] if options.new_function else different_function(config, sections(state.config))
+    forbidden = [] if options.new_function else different_function(config, state.sections)
     if problems or rows or forbidden:
         details = summary(forbidden or settings), summary(rows), summary(problems)
         raise CheckpointError(

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_lsh.checkpoint.saved import sections
+
 Resize = Callable[[Tensor, torch.Size], Tensor]
 """(a tensor as saved, the shape that is wanted) -> that tensor in this shape"""
 
@@ -64,6 +66,11 @@ class TrainingState:
     @property
     def iteration(self) -> int:
         return int(self.progress["iteration"])
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Those of `config`, as a checkpoint's are read back."""
+        return sections(self.config)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from megatron_lsh.config.swin import SwinConfig
 
 
+_PILLOW_WARNS = 89_478_485  # pixels
+
+
 @dataclass
 class ImageSettings:
     """Pictures with labels: reading, augmentation, evaluation. docs/vision.md describes all of it."""
@@ -26,10 +29,10 @@ class ImageSettings:
         None, "At the end, draw validation pictures with what they are taken for into this PNG file"
     )
     max_image_pixels: int = flag(
-        89_478_485,
+        _PILLOW_WARNS,
         "Pixels above which a picture is refused (Pillow warns from here on)",
         at_least=1,
-        at_most=2 * 89_478_485,
+        at_most=2 * _PILLOW_WARNS,  # beyond which it refuses
     )
     image_mean: list[float] = flag([0.485, 0.456, 0.406], "Mean of each channel, of values between 0 and 1")
     image_std: list[float] = flag([0.229, 0.224, 0.225], "Standard deviation of each channel", above=0)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from megatron_lsh.config.flag import flag
 
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+"""powers of two that fp32 has"""
+
 
 @dataclass
 class ParallelConfig:
@@ -66,14 +69,14 @@ class PrecisionConfig:
     loss_scale: float | None = flag(
         None,
         "Fixed loss scale of --fp16 (default: one that follows the gradients)",
-        at_least=2.0**-126,
-        at_most=2.0**127,
+        at_least=_SMALLEST,
+        at_most=_LARGEST,
     )
     initial_loss_scale: float = flag(
-        2.0**32, "Loss scale of --fp16 to start with", at_least=2.0**-126, at_most=2.0**127
+        2.0**32, "Loss scale of --fp16 to start with", at_least=_SMALLEST, at_most=_LARGEST
     )
     min_loss_scale: float = flag(
-        1.0, "Loss scale of --fp16 below which it never falls", at_least=2.0**-126, at_most=2.0**127
+        1.0, "Loss scale of --fp16 below which it never falls", at_least=_SMALLEST, at_most=_LARGEST
     )
     loss_scale_window: float = flag(
         1000.0, "Iterations without an overflow after which the loss scale doubles", at_least=1

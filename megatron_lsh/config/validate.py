@@ -13,7 +13,6 @@ from megatron_lsh.config.data_paths import data_problems
 from megatron_lsh.config.derive import derive
 from megatron_lsh.config.layer_pattern import moe_layer_pattern
 from megatron_lsh.config.layout_rules import check_context_parallel, check_pipeline, model_parallel_size
-from megatron_lsh.config.moe import LSHConfig
 from megatron_lsh.config.settings import shown
 from megatron_lsh.config.without_effect import tell_what_nothing_reads
 from megatron_lsh.errors import ConfigError
@@ -206,16 +205,12 @@ def _check_rates(cfg: Config, check: Checker) -> None:
             f"lsh.lsh_target_rate ({shown(cfg.lsh.lsh_target_rate)}) {error}: change --lsh-target-rate"
         )
         return
-    if cfg.lsh.lsh_probe_interval is None and cfg.lsh.lsh_probe_warn != LSHConfig.lsh_probe_warn:
-        check.notice("no effect without --lsh-probe-interval: --lsh-probe-warn")
     check.rule(
         "{lsh_probe_interval} must not be given with {moe_expert_dropout}: two passes through the experts differ by it",
         lambda interval, dropout: interval is None or dropout == 0.0,
         "drop --lsh-probe-interval or --moe-expert-dropout",
     )
     if cfg.lsh.lsh_target_energy is None:
-        if cfg.lsh.lsh_least_rate != LSHConfig.lsh_least_rate:
-            check.notice("no effect without --lsh-target-energy: --lsh-least-rate")
         return
     if cfg.moe.num_experts is None or cfg.moe.moe_token_dispatcher_type in ("alltoall", "allgather"):
         check.notice("no effect without --num-experts and --moe-token-dispatcher-type lsh: --lsh-target-energy")
@@ -427,8 +422,6 @@ def _check_checkpoint(cfg: Config, check: Checker) -> None:
 def _check_upcycling(cfg: Config, check: Checker) -> None:
     checkpoint = cfg.checkpoint
     if not checkpoint.moe_use_upcycling:
-        if checkpoint.moe_upcycling_granularity != 1:
-            check.notice("no effect without --moe-use-upcycling: --moe-upcycling-granularity")
         return
     check.required("num_experts", "save")
     source = checkpoint.pretrained_checkpoint if checkpoint.load in (None, checkpoint.save) else checkpoint.load

@@ -36,6 +36,11 @@ _WITHOUT = MappingProxyType({
         lambda cfg: cfg.precision.loss_scale is None or not cfg.precision.fp16,
         ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
     ),
+    "without --lsh-probe-interval": _Reader(lambda cfg: cfg.lsh.lsh_probe_interval is not None, ("lsh_probe_warn",)),
+    "without --lsh-target-energy": _Reader(lambda cfg: cfg.lsh.lsh_target_energy is not None, ("lsh_least_rate",)),
+    "without --moe-use-upcycling": _Reader(
+        lambda cfg: cfg.checkpoint.moe_use_upcycling, ("moe_upcycling_granularity",)
+    ),
     "without --wandb-project": _Reader(
         lambda cfg: cfg.logging.wandb_project is not None, ("wandb_exp_name", "wandb_save_dir", "wandb_entity")
     ),

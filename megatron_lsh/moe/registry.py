@@ -239,8 +239,7 @@ def metadata_bytes(topk: int) -> int:
 def describe(spec: DispatcherSpec) -> str | None:
     """One line for the log where several nodes take part: what was chosen, and how many rows cross the network."""
     nodes, topk = spec.ctx.ep_node.size, spec.moe.moe_router_topk
-    several = len({spec.ctx.node_of_rank[rank] for rank in spec.ctx.ep.ranks}) > 1
-    if not several:
+    if not spec.ctx.ep_spans_nodes:
         return None
     where = f"expert parallelism over nodes of {nodes_in_words(spec)}"
     name = spec.moe.moe_token_dispatcher_type

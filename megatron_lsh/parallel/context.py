@@ -88,6 +88,11 @@ class ParallelContext:
     sequence_parallel: bool = False
     shard_optimizer: bool = False
 
+    @property
+    def ep_spans_nodes(self) -> bool:
+        """Whether this rank's expert-parallel group lies on several nodes."""
+        return len({self.node_of_rank[rank] for rank in self.ep.ranks}) > 1
+
 
 def group_dimensions(sequence_parallel: bool) -> dict[str, tuple[str, ...]]:
     """For each group of a context but the world, the dimensions of the layout in which its ranks differ.

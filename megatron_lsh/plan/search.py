@@ -206,7 +206,7 @@ class _Pricing:
         self._cluster = cluster
         self._counts: dict[tuple[object, ...], ParameterCounts] = {}
         self._vocabularies: dict[type, int] = {}
-        self._ways: dict[tuple[object, ...], Settings | ConfigError] = {}
+        self._ways: dict[tuple[object, ...], Settings | str] = {}
 
     def _parts(self, cfg: Config) -> tuple[Family, ParallelLayout, ParameterCounts, int]:
         family = family_of(cfg)
@@ -238,10 +238,10 @@ class _Pricing:
                 known = settings_of(type(accepted))
                 self._ways[key] = tuple((name, known[name].get(accepted)) for name, _ in way)
             except ConfigError as error:
-                self._ways[key] = error
+                self._ways[key] = str(error)  # the exception itself would collect the frames of everyone who raises it
         found = self._ways[key]
-        if isinstance(found, ConfigError):
-            raise found
+        if isinstance(found, str):
+            raise ConfigError(found)
         return found
 
     def candidate(

@@ -83,13 +83,10 @@ class BestWeights:
             dataclasses.replace(
                 cfg,
                 save=str(self.folder),
-                load=str(self.folder),
-                finetune=True,
+                load=None,
                 save_optim=False,
                 save_rng=False,
                 async_save=False,
-                ckpt_step=None,
-                pretrained_checkpoint=None,
                 # Every iteration is a multiple of 1, none but 0 of this: of several checkpoints only the newest stays.
                 save_retain_interval=1 << 62,
             ),

@@ -33,26 +33,27 @@ _LEAST, _MOST, _ENOUGH = 3, 20, 0.5
 def measure_links(ctx: ParallelContext) -> dict[str, Any]:
     """The sections `inside` and `across`, those that there are. Collective over the world."""
     found: dict[str, Any] = {}
-    several = len({ctx.node_of_rank[rank] for rank in ctx.ep.ranks}) > 1
+    several = ctx.ep_spans_nodes
     per_node = ctx.ep_local.size if several else ctx.ep.size
     if per_node > 1:
         group = ctx.ep_local if several else ctx.ep
         found["inside"] = {"ranks": group.size, "alltoall_us": _curve(group, ctx, group.size - 1, 1)}
-        found["inside"]["send_efficiency"] = _sends(group, ctx, _link(found["inside"]), 1)
+        found["inside"]["send_efficiency"] = _sends(group, ctx, link_of(found["inside"]), 1)
     if several:
         # Of a flat all-to-all, what ranks send on their own node counts as nothing.
         pairs = ctx.ep_node if per_node > 1 else ctx.ep
         curve = _curve(ctx.ep, ctx, ctx.ep.size - per_node, per_node)
         across = found["across"] = {"ranks": pairs.size, "alltoall_us": curve}
-        across["send_efficiency"] = _sends(pairs, ctx, _link(across), per_node)
+        across["send_efficiency"] = _sends(pairs, ctx, link_of(across), per_node)
         if per_node > 1:
-            across["hop_efficiency"] = _hops(pairs, ctx, _link(across), per_node)
+            across["hop_efficiency"] = _hops(pairs, ctx, link_of(across), per_node)
     name = "across" if several else "inside"
-    found[name]["reduction_efficiency"] = _reductions(ctx, _link(found[name]), several)
+    found[name]["reduction_efficiency"] = _reductions(ctx, link_of(found[name]), several)
     return found
 
 
-def _link(section: dict[str, Any]) -> Link:
+def link_of(section: dict[str, Any]) -> Link:
+    """All-to-alls of a section that was measured."""
     return Link.of_curve(section["alltoall_us"], section["ranks"])
 
 

@@ -28,11 +28,10 @@ from megatron_lsh.moe.schedule import Scheduled
 from megatron_lsh.parallel.context import ParallelContext
 from megatron_lsh.parallel.data_parallel import accumulate
 from megatron_lsh.parallel.parameters import is_expert, local
-from megatron_lsh.plan.cluster import Link
 from megatron_lsh.plan.flops import experts_share, forward_flops
 from megatron_lsh.plan.memory import Sizes
 from megatron_lsh.plan.traffic import reduced
-from megatron_lsh.training.link_speeds import finish, measure_links, measure_slowdown, slowest_since
+from megatron_lsh.training.link_speeds import finish, link_of, measure_links, measure_slowdown, slowest_since
 from megatron_lsh.training.pipeline import to_device
 from megatron_lsh.training.run import Run
 
@@ -84,7 +83,7 @@ def measure_primitives(run: Run, steps: int) -> dict[str, Any]:
             f"({ctx.ep.size}) above 1 to measure primitives: change them"
         )
     nodes = len(set(ctx.node_of_rank))
-    if nodes > 1 and len({ctx.node_of_rank[rank] for rank in ctx.ep.ranks}) == 1:
+    if nodes > 1 and not ctx.ep_spans_nodes:
         raise ConfigError(
             f"parallel.expert_model_parallel_size ({ctx.ep.size}) must span the {nodes} nodes, so that the links between "
             "them are measured: raise it"
@@ -285,13 +284,13 @@ def _once(run: Run, steps: int, micro_batch: float, links: dict[str, Any]) -> di
     run.telemetry.collect(ctx, iterations=1)
     update = statistics.median(updates[1:])
     rest = statistics.median(taken[1:]) - update - run.step.micro_batches * micro_batch
-    name = "across" if "across" in links else "inside"
-    link = Link.of_curve(links[name]["alltoall_us"], links[name]["ranks"])
+    section = links["across" if "across" in links else "inside"]
+    link = link_of(section)
     held = 0
     for expert, copies in ((False, ctx.layout.dp * ctx.layout.cp), (True, ctx.layout.edp)):
         numbers = sum(local(p).numel() for p in run.model.parameters() if is_expert(p) == expert)
         held += numbers
         sent = reduced(copies, False, 4.0 * numbers, 0.0)
-        rest -= sent / link.bandwidth / links[name]["reduction_efficiency"]
+        rest -= sent / link.bandwidth / section["reduction_efficiency"]
     speed = held / max(update, 1e-3 * micro_batch) * 1e-9
     return {"optimizer_gparams_per_s": round(speed, 6), "step_ms": round(max(1e3 * rest, 0.0), 3)}

@@ -42,10 +42,9 @@ class ScheduleShape:
         unused: dict[str, Any] = {}
         if self.decay_style == "constant":
             unused |= {"min_lr": 0.0, "decay_samples": 0}
-            unused["decoupled_min_lr"] = None
         if self.decay_style != "WSD":
             unused |= {"wsd_decay_samples": 0, "wsd_decay_style": ""}
-        if self.decoupled_lr is None:
+        if self.decoupled_lr is None or self.decay_style == "constant":
             unused["decoupled_min_lr"] = None
         if self.weight_decay_style == "constant":
             unused |= {"start_weight_decay": self.end_weight_decay, "weight_decay_samples": 0}
