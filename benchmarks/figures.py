@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import ROOT
 
 #: What has a figure of its name in docs/figures/.
-SCRIPTS = ("quality", "rivals", "families", "readme_model", "timeline", "node_ways")
+SCRIPTS = ("quality", "rivals", "families", "readme_model", "timeline", "node_ways", "gradient_error")
 
 
 def panels(columns: int, width: float, height: float, rows: int = 1, **options: Any) -> tuple[Any, list[Any]]:

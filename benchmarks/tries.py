@@ -1,6 +1,8 @@
-"""Two ideas that compete with LSH as it is, decided on the rows that benchmarks/wide_fits.py keeps.
+"""Ideas that compete with LSH as it is, decided on the rows that benchmarks/wide_fits.py keeps.
 
     python -m benchmarks.tries --iters 600 --of 1600 --joined 4
+    python -m benchmarks.tries --iters 300 --sets 2 --name tries_sets --flags
+        --num-experts 16 --moe-router-topk 8 --moe-ffn-hidden-size 64      # and 64 experts: --name tries_sets_64
 
 Seeds inherited from the MoE layer before: rows of an expert whose tokens shared a cluster there begin in one cluster here,
 the largest of these as many as the budget allows; then one refinement, as after hashing and after random seeds. If that were
@@ -10,6 +12,9 @@ A subspace in 4 bits: every row travels, as R coordinates in a basis of its laye
 rows, as a slowly moving basis has them) in int4 with a scale per 32 numbers; outputs likewise. Beside LSH at equal bytes, in
 bf16 and in the same int4.
 
+Tokens with the same experts on a node (``--sets NODES``), which could cluster and be de-duplicated at once: one row per
+cluster of (token, node) rows goes out, and the weighted sum of its experts comes back. Beside LSH by expert at as many rows.
+
 Figures: relative squared error of the tokens' outputs, mean over layers; bytes at most, relative to all rows in bf16
 (coordinates are a multiple of 32).
 """
@@ -18,17 +23,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.clustering import Group, Method, hashed, random_seeds
 from benchmarks.common import ROOT, table, write_result
-from benchmarks.wide_fits import Tokens, saved
+from benchmarks.wide_fits import Tokens, Weights, saved
 from megatron_lsh import lsh
 from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row, nearest_centroid
+from megatron_lsh.moe.experts import Feed
+from megatron_lsh.moe.permute import Permutation, permute, unpermute
 from megatron_lsh.ops import choose
 
 WIRE = "int4x32"
@@ -120,40 +128,158 @@ def subspace(tokens: Tokens, joined: int, dims: int) -> float:
     return error(group, coded(group.outputs(arrived_ND, group.counts_E) @ outputs_DR) @ outputs_DR.T)
 
 
+class OfNode(NamedTuple):
+    """The tokens that have experts on one node, with all that the node adds to them.
+
+    Attributes:
+        x_TD: [T, D].
+        set_T: int64, which set of experts each has there.
+        weights_TE: fp32, those of the experts there, else 0.
+    """
+
+    experts: Weights
+    x_TD: Tensor
+    set_T: Tensor
+    weights_TE: Tensor
+
+    @staticmethod
+    def of(tokens: Tokens, joined: int, nodes: int, node: int) -> OfNode:
+        count = joined * tokens.per_micro_batch
+        x_TD, ids_TK, probs_TK = (t[:count] for t in (tokens.x_TD, tokens.ids_TK, tokens.probs_TK))
+        experts = len(tokens.experts.fc1_EFD)
+        weights_TE = torch.zeros(count, experts).scatter_(1, ids_TK, probs_TK.float())
+        here = slice(node * experts // nodes, (node + 1) * experts // nodes)
+        weights_TE = weights_TE[:, here]
+        there_T = (weights_TE > 0).any(1)
+        _, set_T = (weights_TE[there_T] > 0).unique(dim=0, return_inverse=True)
+        weights = Weights(*(w[here] for w in tokens.experts))
+        return OfNode(weights, x_TD[there_T], set_T, weights_TE[there_T])
+
+    def outputs(self, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
+        """The weighted sum over the node's experts."""
+        y_ND = torch.zeros_like(x_ND)
+        for expert, of_expert_N in enumerate(weights_NE.T):
+            mine_M = of_expert_N.nonzero().squeeze(1)
+            one = Weights(*(w[expert : expert + 1] for w in self.experts))
+            y_ND[mine_M] += of_expert_N[mine_M, None] * one(Feed(x_ND[mine_M], [len(mine_M)]))
+        return y_ND
+
+    def by_expert(self, rate: float) -> tuple[float, int]:
+        """Error of the sums, and rows sent, if rows cluster by expert as they do."""
+        topk = int((self.weights_TE > 0).sum(1).max())
+        probs_TK, ids_TK = self.weights_TE.topk(topk, 1)
+        ids_TK = torch.where(probs_TK > 0, ids_TK, -1)
+        count, experts = int((ids_TK >= 0).sum()), self.weights_TE.shape[1]
+        rows_ND, counts_E, permutation = permute(self.x_TD, ids_TK, experts, num_rows=count)
+        group = Group(self.experts, rows_ND, counts_E, probs_TK, permutation, torch.empty(0))
+        clusters = hashed()(group, rate)
+        restored_TD = unpermute(_one_fit(group.rows_ND, clusters, group.outputs), probs_TK, permutation)
+        return self._error(restored_TD), clusters.num_clusters
+
+    def by_set(self, rate: float) -> tuple[float, int]:
+        """The same if tokens with the same experts cluster, and the sum of their representative comes back."""
+        order_N = self.set_T.argsort(stable=True)
+        counts_S, x_ND, weights_NE = self.set_T.bincount(), self.x_TD[order_N], self.weights_TE[order_N]
+        no_tokens = torch.empty(0, dtype=torch.int64)
+        whole = Permutation(no_tokens, no_tokens, counts_S)
+        clusters = hashed()(Group(self.experts, x_ND, counts_S, torch.empty(0), whole, torch.empty(0)), rate)
+
+        def outputs(sent_CD: Tensor, counts: Tensor) -> Tensor:
+            return self.outputs(sent_CD, weights_NE[lsh.nearest_members(x_ND, clusters)])
+
+        restored_TD = torch.empty_like(self.x_TD)
+        restored_TD[order_N] = _one_fit(x_ND, clusters, outputs)
+        return self._error(restored_TD), clusters.num_clusters
+
+    def _error(self, y_TD: Tensor) -> float:
+        exact_TD = self.outputs(self.x_TD, self.weights_TE)
+        return float((y_TD - exact_TD).square().sum() / exact_TD.square().sum())
+
+
+def _one_fit(rows_ND: Tensor, clusters: Clusters, outputs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    member_C = lsh.nearest_members(rows_ND, clusters)
+    out_CD = outputs(rows_ND[member_C], clusters.counts_E)
+    return lsh.interpolate(out_CD, rows_ND, rows_ND[member_C], clusters, member_C, block=1 << 16)
+
+
+def report_sets(layers: list[Tokens], arguments: argparse.Namespace) -> dict[str, Any]:
+    """By tokens that come together: how many sets there are, and errors of both ways at as many rows, of the first node."""
+    found: dict[str, Any] = {}
+    for joined in arguments.joined:
+        cases = [OfNode.of(tokens, joined, arguments.sets, 0) for tokens in layers]
+        for rate in (arguments.rate, 2 * arguments.rate):
+            of_layers = []
+            for case in cases:
+                joint, rows = case.by_set(rate)
+                apart, _ = case.by_expert(rows / int((case.weights_TE > 0).sum()))
+                tokens = len(case.x_TD)
+                sets = int(case.set_T.max()) + 1
+                of_layers.append({"sets": sets, "rows per token": rows / tokens, "by set": joint, "by expert": apart})
+            mean = {key: statistics.mean(each[key] for each in of_layers) for key in of_layers[0]}
+            found[f"{joined * layers[0].per_micro_batch}, {rate:g}"] = mean | {"layers": of_layers}
+    lines = [
+        [
+            *name.split(", "),
+            f"{f['sets']:.0f}",
+            f"{f['rows per token']:.2f}",
+            f"{f['by set']:.3f}",
+            f"{f['by expert']:.3f}",
+        ]
+        for name, f in found.items()
+    ]
+    header = [
+        "tokens",
+        "rate of tokens",
+        "sets of experts",
+        "rows per token",
+        "error, by set",
+        "by expert, as many rows",
+    ]
+    print(table(header, lines))
+    return found
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iters", type=int, default=1600, help="steps of exact training before")
     parser.add_argument("--of", type=int, help="steps that its learning rate is planned for")
-    parser.add_argument("--joined", type=int, default=4, help="micro-batches whose rows cluster together")
+    parser.add_argument("--joined", nargs="+", type=int, default=[4], help="micro-batches whose rows cluster together")
+    parser.add_argument("--sets", type=int, metavar="NODES", help="only this, over so many nodes")
     parser.add_argument("--micro-batches", type=int, default=16, help="that are kept")
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "wide_fits", help="where rows are kept")
     parser.add_argument("--name", default="tries", help="of the result file")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags for pretrain_gpt_moe.py")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     planned = arguments.of or arguments.iters
-    layers = saved([arguments.iters], planned, arguments.micro_batches, [], arguments.folder)[arguments.iters]
-    by_seeds = seeds(layers, arguments.joined, arguments.rate)
+    found = saved([arguments.iters], planned, arguments.micro_batches, arguments.flags, arguments.folder)
+    layers, joined = found[arguments.iters], arguments.joined[0]
+    settings = {"iters": arguments.iters, "of": planned, "joined": joined, "rate": arguments.rate}
+    if arguments.sets is not None:
+        settings |= {"flags": arguments.flags, "sets": report_sets(layers, arguments)}
+        print(f"wrote {write_result(arguments.name, settings)}")
+        return
+    by_seeds = seeds(layers, joined, arguments.rate)
     print(table(["seeds", "error"], [[name, f"{found:.4f}"] for name, found in by_seeds.items()]))
     results: list[dict[str, Any]] = []
     hidden = layers[0].x_TD.shape[1]
-    groups = [tokens.group(arguments.joined) for tokens in layers]
+    groups = [tokens.group(joined) for tokens in layers]
     for share in (1 / 4, 1 / 8):
         bits = 4 + 16 / 32  # a scale in bf16 per 32 numbers
         rate, rate4, dims = share, share * 16 / bits, int(share * hidden * 16 / bits) // 32 * 32
         errors = {
             f"LSH, bf16, {rate:.0%} of the rows": [error(g, restored(g, hashed()(g, rate))) for g in groups],
             f"LSH, {WIRE}, {rate4:.0%} of the rows": [error(g, restored(g, hashed()(g, rate4), True)) for g in groups],
-            f"{dims} of {hidden} coordinates, {WIRE}": [subspace(t, arguments.joined, dims) for t in layers],
+            f"{dims} of {hidden} coordinates, {WIRE}": [subspace(t, joined, dims) for t in layers],
         }
         results += [
             {"bytes": share, "way": way, "error": statistics.mean(each), "layers": each} for way, each in errors.items()
         ]
     lines = [[f"{r['bytes']:.1%}", r["way"], f"{r['error']:.4f}"] for r in results]
     print(table(["bytes at most", "way", "error"], lines))
-    settings = {"iters": arguments.iters, "of": planned, "joined": arguments.joined, "rate": arguments.rate}
     print(f"wrote {write_result(arguments.name, settings | {'seeds': by_seeds, 'equal bytes': results})}")
 
 
