@@ -1,8 +1,9 @@
 """Wide fits in few coordinates: interpolation between hundreds of representatives, in r coordinates of rows and outputs.
 
     python -m benchmarks.wide_fits --iters 150 300 600 --of 1600 --joined 4 16
-    python -m benchmarks.wide_fits --iters 300 600 --of 600 --joined 16 --ranks 16 32 64 128 --name wide_fits_512 --flags
-        --hidden-size 512 --moe-ffn-hidden-size 1024 --num-layers 2 --micro-batch-size 2 --global-batch-size 2 --lr 2e-3
+    python -m benchmarks.wide_fits --iters 100 300 600 --of 600 --joined 16 --ranks 16 32 64 128 --repeats 0
+        --name wide_fits_512 --flags --hidden-size 512 --moe-ffn-hidden-size 1024 --num-layers 2 --num-attention-heads 8
+        --micro-batch-size 2 --global-batch-size 2 --lr 2e-3
 
 Trains the model of benchmarks/quality.py exactly and takes the rows of its MoE layers, those of --joined micro-batches
 together as a node would have them (kept in runs/: a second call reads them). Then --lsh-residual interpolate restores them,
