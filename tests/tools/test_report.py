@@ -25,7 +25,7 @@ from megatron_lsh.observing.report.charts import (
     ticks,
 )
 from megatron_lsh.observing.report.page import render
-from megatron_lsh.observing.report.runs import REST, differing_settings, read_run, read_runs
+from megatron_lsh.observing.report.runs import REST, RunData, differing_settings, read_run, read_runs
 from tests.data.helpers import run_tool
 
 
@@ -92,6 +92,18 @@ def check(page: str) -> Checker:
     assert "script" not in checker.seen and not re.search(r"url\((?!#)|@import|https?:", page)
     assert "nan" not in page.lower().split("<style>")[0] and not re.search(r'"(nan|inf)|[ ,](nan|inf)[ ,"]', page)
     return checker
+
+
+def test_a_run_that_ended_without_a_loss_has_none() -> None:
+    """Not the one that it had before: null is what a number becomes that is not finite."""
+    evaluations = [{"iteration": 2, "validation_loss": 3.0}, {"iteration": 4, "validation_loss": None}]
+    run = RunData("diverged", [{"iteration": 4, "lm_loss": None}], evaluations)
+    assert run.last("validation_loss") is None and run.last("iteration") == 4 and run.last("validation_top1") is None
+    assert run.curve("validation_loss") == [(2, 3.0)]
+    later = RunData(
+        "with a test", [], [*evaluations, {"iteration": 4, "test_loss": 2.0}, {"iteration": 4, "validation_loss": 1.0}]
+    )
+    assert later.last("validation_loss") == 1.0 and later.last("test_loss") == 2.0
 
 
 def test_page_of_two_runs_stands_alone(tmp_path: Path) -> None:

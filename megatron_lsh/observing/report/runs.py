@@ -64,8 +64,10 @@ class RunData:
     def curve(self, key: str, axis: str = "steps") -> list[Point]:
         """A quantity of the training records, or of the evaluations, along an axis."""
         places = self.positions(axis)
-        records = self.evaluations if key.startswith(("validation", "test")) else self.training
-        return [(_place(places, r["iteration"]), r[key]) for r in records if r.get(key) is not None]
+        return [(_place(places, r["iteration"]), r[key]) for r in self._records(key) if r.get(key) is not None]
+
+    def _records(self, key: str) -> list[dict[str, Any]]:
+        return self.evaluations if key.startswith(("validation", "test")) else self.training
 
     def steady(self, key: str) -> float | None:
         """Median over the last three quarters of the log intervals; None if it was never measured."""
@@ -73,9 +75,8 @@ class RunData:
         return statistics.median(values) if values else None
 
     def last(self, key: str) -> float | None:
-        """The last value of a training or evaluation quantity."""
-        curve = self.curve(key)
-        return curve[-1][1] if curve else None
+        """The last value of a training or evaluation quantity; None if it was never measured, or was not finite then."""
+        return next((record[key] for record in reversed(self._records(key)) if key in record), None)
 
     def breakdown(self) -> dict[str, float]:
         """Milliseconds of a step by part, without the parts that take none."""
