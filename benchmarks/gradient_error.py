@@ -2,7 +2,7 @@
 
     python -m benchmarks.gradient_error                      # trains the model exactly first, 825 of 2,000 steps
     python -m benchmarks.gradient_error --load FOLDER        # or takes it from the checkpoint of such a run
-    python -m benchmarks.gradient_error --load FOLDER --variants "20%" "35%" --batches 8
+    python -m benchmarks.gradient_error --variants "10%" "20%" --group-rows 8192 --batches 4 --name gradient_error_8192
 
 Two nodes emulated by one process, as in benchmarks/node_quality.py, whose model and data these are. The same weights see the
 same micro-batches with each dispatcher. Figures, over --batches micro-batches:
@@ -54,6 +54,8 @@ VARIANTS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "20% per rank": ("rank", ()),
 }
 KINDS = ("experts", "router", "others")
+#: What the figure is made of, by rows per node and expert.
+FILES = {ROWS: "gradient_error", 4 * ROWS: "gradient_error_8192"}
 
 
 class Found(NamedTuple):
@@ -63,9 +65,9 @@ class Found(NamedTuple):
     losses: list[float]
 
 
-def flags(variant: str, extra: tuple[Any, ...]) -> list[str]:
-    """Those of the training run, without what it reads and writes."""
-    words = list(map(str, flags_for(Job(variant, 1, STEPS, ROWS), Path("none"))))
+def flags(variant: str, extra: tuple[Any, ...], rows: int) -> list[str]:
+    """Those of a training run with so many rows per node and expert, without what it reads and writes."""
+    words = list(map(str, flags_for(Job(variant, 1, STEPS, rows), Path("none"))))
     for name in ("--metrics-jsonl", "--save", "--load", "--save-interval", "--save-retain-interval"):
         place = words.index(name)
         del words[place : place + 2]
@@ -90,11 +92,14 @@ def trained(folder: Path, steps: int) -> Path:
     return place / "state"
 
 
-def gradients(variant: str, extra: tuple[Any, ...], load: Path, count: int) -> Found:
+def gradients(variant: str, extra: tuple[Any, ...], load: Path, count: int, rows: int = ROWS) -> Found:
     """Of ``count`` micro-batches, for the weights of this checkpoint."""
     by_kind: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     losses = []
-    with a_run([*flags(variant, extra), "--load", str(load)]) as run, run.batches("train") as batches:
+    with (
+        a_run([*flags(variant, extra, rows), "--load", str(load), "--finetune"]) as run,
+        run.batches("train") as batches,
+    ):
         run.model.train()
         step = run.step
         for number in range(count):
@@ -158,23 +163,25 @@ def power_of_rate(results: dict[str, dict[str, Any]]) -> float | None:
     return math.log(rates[low]["all"] / rates[high]["all"]) / math.log(high / low)
 
 
-def drawn(name: str = "gradient_error") -> Any:
-    """Noise and loss by rate, and of other ways at 20%."""
-    results = json.loads(result_path(name).read_text())["results"]
-    rates = by_rate(results)
+def drawn() -> Any:
+    """Noise and loss by rate, for groups of two sizes, and of other ways at 20%."""
+    found = {rows: json.loads(result_path(name).read_text())["results"] for rows, name in FILES.items()}
     others = ["20%, blocks of 128", "20% per rank, own node exact", "20% per rank"]
-    figure, axes = figures.panels(2, 10, 4.6)
+    figure, axes = figures.panels(2, 10, 4.8)
     shown = (
         (lambda r: r["of noise"], "gradient: error / noise of a micro-batch"),
         (lambda r: statistics.mean(r["loss"]), "loss above exact, nats (weights of exact training)"),
     )
     for axis, (figure_of, title) in zip(axes, shown, strict=True):
-        axis.plot(list(rates), [figure_of(r) for r in rates.values()], "o-", label="a node's rows, one fit")
+        for rows, results in found.items():
+            rates = by_rate(results)
+            line = [figure_of(r) for r in rates.values()]
+            axis.plot(list(rates), line, "o-", label=f"a node's {rows:,} rows, one fit")
         for way, marker in zip(others, "sD^", strict=True):
-            if way in results:
-                axis.plot([20], [figure_of(results[way])], marker, label=way)
+            axis.plot([20], [figure_of(found[ROWS][way])], marker, label=way)
         axis.set(xscale="log", yscale="log", xlabel="rows sent across the network, %", title=title)
-        axis.set_xticks(list(rates), [f"{rate:g}" for rate in rates])
+        ticks = list(by_rate(found[ROWS]))
+        axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         figures.legend_below(axis, 2)
@@ -188,7 +195,8 @@ def main() -> None:
     )
     parser.add_argument("--after", type=int, default=AFTER, help="steps of exact training, without --load")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), metavar="VARIANT", default=list(VARIANTS))
-    parser.add_argument("--batches", type=int, default=8, help="micro-batches of 4,096 tokens")
+    parser.add_argument("--batches", type=int, default=8, help="micro-batches")
+    parser.add_argument("--group-rows", type=int, default=ROWS, help="rows per node and expert, half of its tokens")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "gradient_error")
     parser.add_argument("--name", default="gradient_error", help="of the result file")
     arguments = parser.parse_args()
@@ -196,17 +204,26 @@ def main() -> None:
     load = arguments.load or trained(arguments.folder, arguments.after)
     steps = int((load / "latest_checkpointed_iteration.txt").read_text())
     started = time.monotonic()
-    exact, results = gradients("exact", (), load, arguments.batches), {}
+    how = load, arguments.batches, arguments.group_rows
+    exact, results = gradients("exact", (), *how), {}
     for number, name in enumerate(arguments.variants):
-        results[name] = compare(gradients(*VARIANTS[name], load, arguments.batches), exact)
+        results[name] = compare(gradients(*VARIANTS[name], *how), exact)
         progress(number + 1, len(arguments.variants), started, "measuring")
-    print(f"{steps} steps of exact training before, {arguments.batches} micro-batches\n\n{report(results)}\n")
+    batches = f"{arguments.batches} micro-batches of {2 * arguments.group_rows:,} tokens"
+    print(f"{steps} steps of exact training before, {batches}\n\n{report(results)}\n")
     power = power_of_rate(results)
     if power is not None:
         print(f"the error falls as rate^-{power:.1f}")
-    found = {"steps": steps, "batches": arguments.batches, "power of the rate": power, "results": results}
+    found = {
+        "steps": steps,
+        "batches": arguments.batches,
+        "group rows": arguments.group_rows,
+        "power of the rate": power,
+        "results": results,
+    }
     print(f"wrote {write_result(arguments.name, found)}")
-    figures.save(drawn(arguments.name), arguments.name)
+    if arguments.name in FILES.values():
+        figures.save(drawn(), "gradient_error")
 
 
 if __name__ == "__main__":
