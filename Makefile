@@ -19,6 +19,7 @@ RESTART ?=
 ARGS    ?=
 
 PYTEST_ARGS ?=
+JOBS        ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install data pretrain gpu test test-all lint clean clean-venv
@@ -33,7 +34,7 @@ help:
 	@echo "                   ARGS='...'    further flags, e.g. ARGS='--moe-token-dispatcher-type alltoall'"
 	@echo "make data        only the data of MODEL: corpus and tokenizer in data/stdlib/, pictures in data/digits/"
 	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
-	@echo "                   PYTEST_ARGS='tests/moe -k router'"
+	@echo "                   PYTEST_ARGS='tests/moe -k router'   JOBS=2, files at a time (0: in one process, for --pdb)"
 	@echo "make test-all    the same, with the tests that take more than ten seconds each"
 	@echo "make gpu         on a machine with a GPU: build, tests, sanitizers, kernels, layer, restoration, training"
 	@echo "                   PART=layer    one of them alone;  ARGS=--dry-run  on a CPU at a small size"
@@ -42,6 +43,9 @@ help:
 	@echo "                   PYTHON=python3.12   VENV=.venv   TORCH='torch==2.13.0'   TORCH_INDEX=URL"
 	@echo "make clean       remove caches and build products (keeps the environment, data/ and runs/)"
 	@echo "make clean-venv  remove the virtual environment"
+
+# A file's tests stay in one process: they share what is slow to set up.
+PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # Two stages of the environment: what training needs, and what developing needs on top. Each is made again when its inputs change.
 INSTALLED     := $(VENV)/.installed
@@ -72,10 +76,10 @@ gpu: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m benchmarks.gpu $(PART) $(ARGS)
 
 test: lint
-	MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: lint
-	MPLBACKEND=Agg HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m '' $(PYTEST_ARGS)
+	$(PYTEST) -m '' $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

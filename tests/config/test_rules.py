@@ -429,12 +429,13 @@ def test_a_dry_run_needs_neither_data_nor_schedule_nor_folders(tmp_path: Path) -
     assert not folder.exists()
 
 
-def test_output_folders_are_created_and_must_be_writable(tmp_path: Path) -> None:
+def test_output_folders_are_created_and_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # messages cut long paths short
     (tmp_path / "file").write_text("")
     cfg = small(f"--save {tmp_path}/a/b --tensorboard-dir {tmp_path}/c --metrics-jsonl {tmp_path}/d/m.jsonl")
     assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "c").is_dir() and (tmp_path / "d").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == [] and cfg.checkpoint.save
-    bad = f"{tmp_path}/file/run"
+    bad = "file/run"
     assert lines_for(f"--save {bad} --metrics-jsonl {bad}/m.jsonl") == [
         f"checkpoint.save ({bad}) must be writable (Not a directory): choose another place or free it",
         f"logging.metrics_jsonl ({bad}/m.jsonl) must be writable (Not a directory): choose another place or free it",
