@@ -34,7 +34,7 @@ help:
 	@echo "                   ARGS='...'    further flags, e.g. ARGS='--moe-token-dispatcher-type alltoall'"
 	@echo "make data        only the data of MODEL: corpus and tokenizer in data/stdlib/, pictures in data/digits/"
 	@echo "make test        install with the development tools, then lint, type-check and run all tests on the CPU"
-	@echo "                   PYTEST_ARGS='tests/moe -k router'   JOBS=2, files at a time (0: in one process, for --pdb)"
+	@echo "                   PYTEST_ARGS='tests/moe -k router'   JOBS=2, files at a time (0: in one process, for a debugger)"
 	@echo "make test-all    the same, with the tests that take more than ten seconds each"
 	@echo "make gpu         on a machine with a GPU: build, tests, sanitizers, kernels, layer, restoration, training"
 	@echo "                   PART=layer    one of them alone;  ARGS=--dry-run  on a CPU at a small size"

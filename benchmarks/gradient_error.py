@@ -45,7 +45,6 @@ STEPS, AFTER, ROWS = 2000, 825, 2048
 #: A variant of benchmarks/node_quality.py, and further flags.
 VARIANTS: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"{rate}%": ("node, one fit", ("--lsh-target-rate", rate / 100)) for rate in (10, 20, 25, 30, 35, 50)},
-    "20%, in 32 coordinates": ("node, one fit", ("--lsh-interpolation-rank", 32)),
     "20%, blocks of 128": ("node, blocks of 128", ()),
     "20%, 4 steps of refinement": ("node, one fit", ("--lsh-refine-steps", 4)),
     "20%, means": ("node, one fit", ("--lsh-representative", "mean")),

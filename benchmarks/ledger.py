@@ -47,7 +47,8 @@ def train_recorded(
     waiting = [job for job in jobs if job.key not in found]
     started, total, done = time.monotonic(), sum(map(cost, waiting)), 0.0
     for ended in as_they_end(waiting, parallel):
-        found[ended.key] = outcome(ended.place)
+        # Another command may have added its runs meanwhile.
+        found |= recorded(name, fields) | {ended.key: outcome(ended.place)}
         runs = [dict(zip(fields, key, strict=True)) | run for key, run in found.items()]
         write_result(name, head | {"runs": runs})
         shutil.rmtree(ended.place / "state", ignore_errors=True)

@@ -10,8 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import against, families, figures, layouts, overhead, peers, quality, slow_network, time_to_loss, vision
+from benchmarks import (
+    against,
+    families,
+    figures,
+    gradient_error,
+    layouts,
+    overhead,
+    peers,
+    quality,
+    slow_network,
+    time_to_loss,
+    vision,
+)
 from benchmarks.common import TrainingJob, finished, read_metrics, train_all
 from benchmarks.slow_link import SlowLinks, why_not
 from benchmarks.variants import Variant
@@ -243,6 +256,26 @@ def test_peers(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"megatron_lsh, exact", "megatron_lsh, LSH 20%"} <= set(result["versions"])
     assert "fairscale" in {**result["versions"], **result["skipped"]}
     assert "tokens/s, full speed" in capsys.readouterr().out
+
+
+def test_errors_of_gradients_are_compared_with_their_noise() -> None:
+    """Against errors that are known: the same in all micro-batches, and other noise of the same size."""
+    generator = torch.Generator().manual_seed(0)
+    noise = {kind: torch.randn(8, 1000, generator=generator) for kind in gradient_error.KINDS}
+    exact = gradient_error.Found({kind: 3.0 + each for kind, each in noise.items()}, [2.0] * 8)
+    off = gradient_error.compare(
+        gradient_error.Found({k: g + 0.5 for k, g in exact.gradients.items()}, [2.5] * 8), exact
+    )
+    assert off["kept by the mean"] == pytest.approx(1.0) and off["of noise"] == pytest.approx(0.25, rel=0.05)
+    assert off["experts"] == pytest.approx(0.25 / 10.0, rel=0.05) and off["loss"] == [0.5] * 8
+    fresh = {kind: torch.randn(8, 1000, generator=generator) for kind in gradient_error.KINDS}
+    other = gradient_error.compare(gradient_error.Found({k: 3.0 + g for k, g in fresh.items()}, [2.0] * 8), exact)
+    assert other["of noise"] == pytest.approx(2.0, rel=0.05) and other["kept by the mean"] == pytest.approx(
+        1 / 8, rel=0.1
+    )
+    results = {"10%": {"all": 0.4}, "20%": {"all": 0.1}, "20%, means": {"all": 0.3}}
+    assert list(gradient_error.by_rate(results)) == [10.0, 20.0]
+    assert gradient_error.power_of_rate(results) == pytest.approx(2.0)
 
 
 def test_accuracies_of_pictures_are_compared_by_pairs(tmp_path: Path) -> None:

@@ -90,6 +90,25 @@ def test_runs_are_recorded_one_by_one_and_not_made_again(tmp_path: Path, monkeyp
     assert listed.endswith("3 runs, 3.0 hours of one core; 2 of them are recorded")
 
 
+def test_two_commands_that_record_in_one_file_keep_each_others_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_LSH_RESULTS", str(tmp_path))
+    ours, theirs = (TrainingJob(Job("exact", seed, 10), tmp_path / str(seed), []) for seed in (1, 2))
+
+    def record(job: TrainingJob) -> None:
+        ledger.train_recorded("both", Job._fields, [job], lambda place: {"validation_loss": float(place.name)}, {})
+
+    def ends(waiting: Any, parallel: int) -> Any:
+        if waiting == [ours]:
+            record(theirs)  # while ours runs
+        yield from waiting
+
+    monkeypatch.setattr(ledger, "as_they_end", ends)
+    record(ours)
+    assert {key[1] for key in ledger.recorded("both", Job._fields)} == {1, 2}
+
+
 def test_rows_of_a_subspace_travel_and_what_is_not_in_it_is_lost() -> None:
     """With all directions it is exact; with few, outputs of every expert lie in as many, and gradients of rows too."""
     x = tokens(0)
