@@ -78,6 +78,8 @@ gpu: $(INSTALLED_DEV)
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
+# Slow tests measure time and memory: nothing runs beside them.
+test-all: JOBS = 0
 test-all: lint
 	$(PYTEST) -m '' $(PYTEST_ARGS)
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,9 +221,8 @@ def evaluate(
 
 
 @contextmanager
-def training(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
-    """The model of benchmarks/quality.py before exact training, and its batches."""
-    words = [*MODEL, *DATA_FLAGS, "--train-iters", iters, "--eval-iters", 24, "--seed", 1, *flags]
+def running(words: Iterable[object]) -> Iterator[tuple[Run, BatchIterator]]:
+    """A run of this process with these flags, and its batches."""
     cfg: Config = validate(parse_args(list(map(str, words))), 1)
     run = set_up(cfg, GPT, initialize(cfg.parallel, moe=True))
     with run.batches("train") as batches:
@@ -231,15 +230,20 @@ def training(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
     shutdown(run.ctx)
 
 
+def training(iters: int, *flags: object) -> AbstractContextManager[tuple[Run, BatchIterator]]:
+    """The model of benchmarks/quality.py before exact training, and its batches."""
+    return running([*MODEL, *DATA_FLAGS, "--train-iters", iters, "--eval-iters", 24, "--seed", 1, *flags])
+
+
 @contextmanager
 def trained(iters: int, *flags: object) -> Iterator[tuple[Run, BatchIterator]]:
     """The same after it, and the batches that follow."""
     with training(iters, *flags) as (run, batches):
-        started = time.monotonic()
+        began = time.monotonic()
         for iteration in range(iters):
             run.step(batches, iteration, stop=False)
             if (iteration + 1) % 50 == 0:
-                progress(iteration + 1, iters, started, "training")
+                progress(iteration + 1, iters, began, "training")
         yield run, batches
 
 

@@ -22,8 +22,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import figures
+from benchmarks.clustering import running
 from benchmarks.common import ROOT, finish, progress, result_path, spread, start_training, table, write_result
-from benchmarks.node_quality import Job, flags_for
-from megatron_lsh.config import Config, parse_args, validate
-from megatron_lsh.families import GPT
+from benchmarks.node_quality import Job, flags_for, kept_in
 from megatron_lsh.families.losses import MAIN
-from megatron_lsh.parallel.initialize import initialize, shutdown
 from megatron_lsh.parallel.parameters import local
-from megatron_lsh.training.run import Run, set_up
 
 STEPS, AFTER, ROWS = 2000, 825, 2048
 
@@ -64,47 +59,35 @@ class Found(NamedTuple):
     losses: list[float]
 
 
-def flags(variant: str, extra: tuple[Any, ...], rows: int) -> list[str]:
-    """Those of a training run with so many rows per node and expert, without what it reads and writes."""
-    words = list(map(str, flags_for(Job(variant, 1, STEPS, rows), Path("none"))))
-    for name in ("--metrics-jsonl", "--save", "--load", "--save-interval", "--save-retain-interval"):
-        place = words.index(name)
-        del words[place : place + 2]
-    return [*words, *map(str, extra)]
-
-
-@contextmanager
-def a_run(words: list[str]) -> Iterator[Run]:
-    cfg: Config = validate(parse_args(words), 1)
-    run = set_up(cfg, GPT, initialize(cfg.parallel, moe=True))
-    yield run
-    shutdown(run.ctx)
-
-
 def trained(folder: Path, steps: int) -> Path:
-    """A checkpoint of the exact run after so many steps; made unless it is there."""
+    """A checkpoint of the exact run after so many steps; made, or gone on with, unless it is there."""
     place = folder / f"exact-after-{steps}"
-    if not (place / "state" / "latest_checkpointed_iteration.txt").exists():
-        print(f"training {steps} steps: progress is in {place / 'log.txt'}", flush=True)
-        words = [*flags_for(Job("exact", 1, STEPS, ROWS), place), "--exit-interval", steps]
-        finish(start_training(words, place / "log.txt"), place / "log.txt")
-    return place / "state"
+    state, log = place / "state", place / "log.txt"
+    if iteration_of(state) != steps:
+        print(f"training {steps} steps: progress is in {log}", flush=True)
+        words = [*flags_for(Job("exact", 1, STEPS, ROWS)), *kept_in(place), "--exit-interval", steps]
+        finish(start_training(words, log), log)
+    return state
 
 
-def gradients(variant: str, extra: tuple[Any, ...], load: Path, count: int, rows: int = ROWS) -> Found:
-    """Of ``count`` micro-batches, for the weights of this checkpoint."""
+def iteration_of(state: Path) -> int | None:
+    """Of the newest checkpoint; None where there is none."""
+    latest = state / "latest_checkpointed_iteration.txt"
+    return int(latest.read_text()) if latest.exists() else None
+
+
+def gradients(variant: str, extra: tuple[Any, ...], load: Path, count: int, group_rows: int) -> Found:
+    """Of ``count`` micro-batches with so many rows per node and expert, for the weights of this checkpoint."""
     by_kind: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     losses = []
-    with (
-        a_run([*flags(variant, extra, rows), "--load", str(load), "--finetune"]) as run,
-        run.batches("train") as batches,
-    ):
+    words = [*flags_for(Job(variant, 1, STEPS, group_rows)), *extra, "--load", load, "--finetune"]
+    with running(words) as (run, batches):
         run.model.train()
         step = run.step
         for number in range(count):
             run.model.set_iteration(number, STEPS)
             step.optimizer.zero_grad(set_to_none=True)
-            sums = step.pipeline.train(batches, 1, step.forward_step, lambda losses: losses.objective(1, None))
+            sums = step.pipeline.train(batches, 1, step.forward_step, lambda found: found.objective(1, None))
             total, tokens = sums[MAIN].tolist()
             losses.append(total / tokens)
             parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
@@ -114,7 +97,7 @@ def gradients(variant: str, extra: tuple[Any, ...], load: Path, count: int, rows
                     parts[kind].append(local(parameter.grad).detach().flatten())
             for kind, tensors in parts.items():
                 by_kind[kind].append(torch.cat(tensors))
-    return Found({kind: torch.stack(rows) for kind, rows in by_kind.items()}, losses)
+    return Found({kind: torch.stack(each) for kind, each in by_kind.items()}, losses)
 
 
 def compare(found: Found, exact: Found) -> dict[str, Any]:
@@ -138,10 +121,14 @@ def _energy(x: Tensor) -> float:
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
-    header = ["dispatch", *(f"{kind}, error" for kind in KINDS), "all", "of noise", "kept by the mean", "loss"]
-    shares = (*KINDS, "all", "of noise", "kept by the mean")
+    together = ("all", "of noise", "kept by the mean")
+    header = ["dispatch", *(f"{kind}, error" for kind in KINDS), *together, "loss"]
     lines = [
-        [name, *(f"{r[key]:.1%}" for key in shares), f"{statistics.mean(r['loss']):+.3f} ({spread(r['loss'])})"]
+        [
+            name,
+            *(f"{r[key]:.1%}" for key in (*KINDS, *together)),
+            f"{statistics.mean(r['loss']):+.3f} ({spread(r['loss'])})",
+        ]
         for name, r in results.items()
     ]
     return table(header, lines)
@@ -177,7 +164,8 @@ def drawn() -> Any:
             line = [figure_of(r) for r in rates.values()]
             axis.plot(list(rates), line, "o-", label=f"a node's {rows:,} rows, one fit")
         for way, marker in zip(others, "sD^", strict=True):
-            axis.plot([20], [figure_of(found[ROWS][way])], marker, label=way)
+            if way in found[ROWS]:
+                axis.plot([20], [figure_of(found[ROWS][way])], marker, label=way)
         axis.set(xscale="log", yscale="log", xlabel="rows sent across the network, %", title=title)
         ticks = list(by_rate(found[ROWS]))
         axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
@@ -201,13 +189,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = arguments.load or trained(arguments.folder, arguments.after)
-    steps = int((load / "latest_checkpointed_iteration.txt").read_text())
-    started = time.monotonic()
+    steps, began = iteration_of(load), time.monotonic()
     how = load, arguments.batches, arguments.group_rows
     exact, results = gradients("exact", (), *how), {}
     for number, name in enumerate(arguments.variants):
         results[name] = compare(gradients(*VARIANTS[name], *how), exact)
-        progress(number + 1, len(arguments.variants), started, "measuring")
+        progress(number + 1, len(arguments.variants), began, "measuring")
     batches = f"{arguments.batches} micro-batches of {2 * arguments.group_rows:,} tokens"
     print(f"{steps} steps of exact training before, {batches}\n\n{report(results)}\n")
     power = power_of_rate(results)

@@ -74,8 +74,8 @@ def _plan() -> list[Job]:
     return jobs + [Job(variant, 1, 2000, 8192) for variant in main[:2]]
 
 
-def flags_for(job: Job, folder: Path, gpu: bool = False) -> list[Any]:
-    """The command line of one run. Four evaluations along it; clusters of an evaluation are as in training."""
+def flags_for(job: Job, gpu: bool = False) -> list[Any]:
+    """What one run is. Four evaluations along it; clusters of an evaluation are as in training."""
     scope, extra = VARIANTS[job.variant]
     ranks = job.group_rows // ROWS_PER_RANK
     batch = SEQUENCES_PER_RANK * ranks
@@ -83,10 +83,16 @@ def flags_for(job: Job, folder: Path, gpu: bool = False) -> list[Any]:
     return [
         *MODEL, *DATA_FLAGS, "--micro-batch-size", batch, "--global-batch-size", batch, "--seed", job.seed,
         "--train-iters", job.iters, "--log-interval", max(job.iters // 20, 1), "--eval-interval", job.iters // 4,
-        "--eval-iters", max(96 // batch, 2), "--lsh-eval", "both", "--metrics-jsonl", folder / "metrics.jsonl",
-        "--save", folder / "state", "--load", folder / "state", "--save-interval", 25,
-        "--save-retain-interval", 1_000_000,
+        "--eval-iters", max(96 // batch, 2), "--lsh-eval", "both",
         "--moe-token-dispatcher-type", f"benchmarks.emulation:{name}", *extra, *(GPU if gpu else ()),
+    ]  # fmt: skip
+
+
+def kept_in(folder: Path) -> list[Any]:
+    """Where a run writes, and goes on from."""
+    return [
+        "--metrics-jsonl", folder / "metrics.jsonl", "--save", folder / "state", "--load", folder / "state",
+        "--save-interval", 25, "--save-retain-interval", 1_000_000,
     ]  # fmt: skip
 
 
@@ -125,7 +131,7 @@ def _cost(of: TrainingJob) -> float:
 
 def training_job(job: Job, folder: Path, gpu: bool = False) -> TrainingJob:
     place = folder / "-".join(map(str, job)).replace(" ", "-").replace("%", "").replace(",", "")
-    return TrainingJob(job, place, flags_for(job, place, gpu))
+    return TrainingJob(job, place, [*flags_for(job, gpu), *kept_in(place)])
 
 
 def results(name: str) -> dict[Job, dict[str, Any]]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,12 @@ from benchmarks.common import ROOT, table, write_result
 from benchmarks.wide_fits import Tokens, Weights, saved
 from megatron_lsh import lsh
 from megatron_lsh.lsh import Clusters, cluster_sizes, expert_of_row, nearest_centroid
+from megatron_lsh.lsh.interpolate import BLOCK
 from megatron_lsh.moe.experts import Feed
-from megatron_lsh.moe.permute import Permutation, permute, unpermute
+from megatron_lsh.moe.permute import Permutation, permute
 from megatron_lsh.ops import choose
 
-WIRE = "int4x32"
+WIRE, ONE_FIT = "int4x32", 1 << 16
 
 
 def coded(rows_ND: Tensor) -> Tensor:
@@ -51,17 +52,21 @@ def coded(rows_ND: Tensor) -> Tensor:
 
 def error(group: Group, rows_out_ND: Tensor) -> float:
     """Of the tokens' outputs."""
-    exact_TD = group.tokens(group.outputs(group.rows_ND, group.counts_E))
-    return float((group.tokens(rows_out_ND) - exact_TD).square().sum() / exact_TD.square().sum())
+    return relative(group.tokens(rows_out_ND), group.tokens(group.outputs(group.rows_ND, group.counts_E)))
 
 
-def restored(group: Group, clusters: Clusters, in_few_bits: bool = False) -> Tensor:
+def relative(y_TD: Tensor, exact_TD: Tensor) -> float:
+    """The error's share of the energy."""
+    return float((y_TD - exact_TD).square().sum() / exact_TD.square().sum())
+
+
+def restored(group: Group, clusters: Clusters, in_few_bits: bool = False, block: int = BLOCK) -> Tensor:
     """What LSH gives back for these clusters."""
     member_C = lsh.nearest_members(group.rows_ND, clusters)
     sent_CD = coded(group.rows_ND[member_C]) if in_few_bits else group.rows_ND[member_C]
     out_CD = group.outputs(sent_CD, clusters.counts_E)
     out_CD = coded(out_CD) if in_few_bits else out_CD
-    return lsh.interpolate(out_CD, group.rows_ND, sent_CD, clusters, member_C)
+    return lsh.interpolate(out_CD, group.rows_ND, sent_CD, clusters, member_C, block=block)
 
 
 def inherited(before_T: Tensor) -> Method:
@@ -135,107 +140,82 @@ class OfNode(NamedTuple):
         x_TD: [T, D].
         set_T: int64, which set of experts each has there.
         weights_TE: fp32, those of the experts there, else 0.
+        exact_TD: the weighted sum over these experts.
     """
 
     experts: Weights
     x_TD: Tensor
     set_T: Tensor
     weights_TE: Tensor
+    exact_TD: Tensor
 
     @staticmethod
     def of(tokens: Tokens, joined: int, nodes: int, node: int) -> OfNode:
         count = joined * tokens.per_micro_batch
         x_TD, ids_TK, probs_TK = (t[:count] for t in (tokens.x_TD, tokens.ids_TK, tokens.probs_TK))
         experts = len(tokens.experts.fc1_EFD)
-        weights_TE = torch.zeros(count, experts).scatter_(1, ids_TK, probs_TK.float())
         here = slice(node * experts // nodes, (node + 1) * experts // nodes)
-        weights_TE = weights_TE[:, here]
+        weights_TE = torch.zeros(count, experts).scatter_(1, ids_TK, probs_TK.float())[:, here]
         there_T = (weights_TE > 0).any(1)
-        _, set_T = (weights_TE[there_T] > 0).unique(dim=0, return_inverse=True)
-        weights = Weights(*(w[here] for w in tokens.experts))
-        return OfNode(weights, x_TD[there_T], set_T, weights_TE[there_T])
+        x_TD, weights_TE = x_TD[there_T], weights_TE[there_T]
+        _, set_T = (weights_TE > 0).unique(dim=0, return_inverse=True)
+        on_node = Weights(*(w[here] for w in tokens.experts))
+        return OfNode(on_node, x_TD, set_T, weights_TE, _weighted_sum(on_node, x_TD, weights_TE))
 
-    def outputs(self, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
-        """The weighted sum over the node's experts."""
-        y_ND = torch.zeros_like(x_ND)
-        for expert, of_expert_N in enumerate(weights_NE.T):
-            mine_M = of_expert_N.nonzero().squeeze(1)
-            one = Weights(*(w[expert : expert + 1] for w in self.experts))
-            y_ND[mine_M] += of_expert_N[mine_M, None] * one(Feed(x_ND[mine_M], [len(mine_M)]))
-        return y_ND
-
-    def by_expert(self, rate: float) -> tuple[float, int]:
-        """Error of the sums, and rows sent, if rows cluster by expert as they do."""
-        topk = int((self.weights_TE > 0).sum(1).max())
-        probs_TK, ids_TK = self.weights_TE.topk(topk, 1)
+    def by_expert(self, rate: float) -> float:
+        """Error of the sums if rows cluster by expert as they do."""
+        probs_TK, ids_TK = self.weights_TE.topk(int((self.weights_TE > 0).sum(1).max()), 1)
         ids_TK = torch.where(probs_TK > 0, ids_TK, -1)
         count, experts = int((ids_TK >= 0).sum()), self.weights_TE.shape[1]
         rows_ND, counts_E, permutation = permute(self.x_TD, ids_TK, experts, num_rows=count)
         group = Group(self.experts, rows_ND, counts_E, probs_TK, permutation, torch.empty(0))
-        clusters = hashed()(group, rate)
-        restored_TD = unpermute(_one_fit(group.rows_ND, clusters, group.outputs), probs_TK, permutation)
-        return self._error(restored_TD), clusters.num_clusters
+        return relative(group.tokens(restored(group, hashed()(group, rate), block=ONE_FIT)), self.exact_TD)
 
     def by_set(self, rate: float) -> tuple[float, int]:
-        """The same if tokens with the same experts cluster, and the sum of their representative comes back."""
-        order_N = self.set_T.argsort(stable=True)
-        counts_S, x_ND, weights_NE = self.set_T.bincount(), self.x_TD[order_N], self.weights_TE[order_N]
-        no_tokens = torch.empty(0, dtype=torch.int64)
-        whole = Permutation(no_tokens, no_tokens, counts_S)
+        """The same if tokens with the same experts cluster, and the sum of their representative comes back; and how many
+        rows are sent."""
+        order_N, counts_S = self.set_T.argsort(stable=True), self.set_T.bincount()
+        x_ND, weights_NE = self.x_TD[order_N], self.weights_TE[order_N]
+        nothing = torch.empty(0, dtype=torch.int64)
+        whole = Permutation(nothing, nothing, counts_S)
         clusters = hashed()(Group(self.experts, x_ND, counts_S, torch.empty(0), whole, torch.empty(0)), rate)
-
-        def outputs(sent_CD: Tensor, counts: Tensor) -> Tensor:
-            return self.outputs(sent_CD, weights_NE[lsh.nearest_members(x_ND, clusters)])
-
-        restored_TD = torch.empty_like(self.x_TD)
-        restored_TD[order_N] = _one_fit(x_ND, clusters, outputs)
-        return self._error(restored_TD), clusters.num_clusters
-
-    def _error(self, y_TD: Tensor) -> float:
-        exact_TD = self.outputs(self.x_TD, self.weights_TE)
-        return float((y_TD - exact_TD).square().sum() / exact_TD.square().sum())
+        member_C = lsh.nearest_members(x_ND, clusters)
+        out_CD = _weighted_sum(self.experts, x_ND[member_C], weights_NE[member_C])
+        y_ND = lsh.interpolate(out_CD, x_ND, x_ND[member_C], clusters, member_C, block=ONE_FIT)
+        return relative(y_ND, self.exact_TD[order_N]), clusters.num_clusters
 
 
-def _one_fit(rows_ND: Tensor, clusters: Clusters, outputs: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    member_C = lsh.nearest_members(rows_ND, clusters)
-    out_CD = outputs(rows_ND[member_C], clusters.counts_E)
-    return lsh.interpolate(out_CD, rows_ND, rows_ND[member_C], clusters, member_C, block=1 << 16)
+def _weighted_sum(experts: Weights, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
+    """Of each row's experts, those with a weight."""
+    y_ND = torch.zeros_like(x_ND)
+    for expert, of_expert_N in enumerate(weights_NE.T):
+        mine_M = of_expert_N.nonzero().squeeze(1)
+        one = Weights(*(w[expert : expert + 1] for w in experts))
+        y_ND[mine_M] += of_expert_N[mine_M, None] * one(Feed(x_ND[mine_M], [len(mine_M)]))
+    return y_ND
 
 
-def report_sets(layers: list[Tokens], arguments: argparse.Namespace) -> dict[str, Any]:
-    """By tokens that come together: how many sets there are, and errors of both ways at as many rows, of the first node."""
-    found: dict[str, Any] = {}
-    for joined in arguments.joined:
-        cases = [OfNode.of(tokens, joined, arguments.sets, 0) for tokens in layers]
-        for rate in (arguments.rate, 2 * arguments.rate):
-            of_layers = []
-            for case in cases:
-                joint, rows = case.by_set(rate)
-                apart, _ = case.by_expert(rows / int((case.weights_TE > 0).sum()))
-                tokens = len(case.x_TD)
-                sets = int(case.set_T.max()) + 1
-                of_layers.append({"sets": sets, "rows per token": rows / tokens, "by set": joint, "by expert": apart})
-            mean = {key: statistics.mean(each[key] for each in of_layers) for key in of_layers[0]}
-            found[f"{joined * layers[0].per_micro_batch}, {rate:g}"] = mean | {"layers": of_layers}
+def by_sets(layers: list[Tokens], joined: int, nodes: int, rates: Sequence[float]) -> list[dict[str, Any]]:
+    """Errors of both ways at as many rows, of the first node; means over the layers."""
+    cases, found = [OfNode.of(tokens, joined, nodes, 0) for tokens in layers], []
+    for rate in rates:
+        of_layers = []
+        for case in cases:
+            joint, rows = case.by_set(rate)
+            of_layers.append({
+                "sets": int(case.set_T.max()) + 1,
+                "rows per token": rows / len(case.x_TD),
+                "by set": joint,
+                "by expert": case.by_expert(rows / int((case.weights_TE > 0).sum())),
+            })  # fmt: skip
+        mean = {key: statistics.mean(each[key] for each in of_layers) for key in of_layers[0]}
+        found.append({"rate": rate, **mean, "layers": of_layers})
     lines = [
-        [
-            *name.split(", "),
-            f"{f['sets']:.0f}",
-            f"{f['rows per token']:.2f}",
-            f"{f['by set']:.3f}",
-            f"{f['by expert']:.3f}",
-        ]
-        for name, f in found.items()
-    ]
-    header = [
-        "tokens",
-        "rate of tokens",
-        "sets of experts",
-        "rows per token",
-        "error, by set",
-        "by expert, as many rows",
-    ]
-    print(table(header, lines))
+        [f"{f['rate']:g}", f"{f['sets']:.0f}", f"{f['rows per token']:.2f}", f"{f['by set']:.3f}", f"{f['by expert']:.3f}"]
+        for f in found
+    ]  # fmt: skip
+    header = ["rate of tokens", "sets of experts", "rows per token", "error, by set", "by expert, as many rows"]
+    print(f"{joined * layers[0].per_micro_batch:,} tokens\n\n{table(header, lines)}")
     return found
 
 
@@ -244,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iters", type=int, default=1600, help="steps of exact training before")
     parser.add_argument("--of", type=int, help="steps that its learning rate is planned for")
-    parser.add_argument("--joined", nargs="+", type=int, default=[4], help="micro-batches whose rows cluster together")
+    parser.add_argument("--joined", type=int, default=4, help="micro-batches whose rows cluster together")
     parser.add_argument("--sets", type=int, metavar="NODES", help="only this, over so many nodes")
     parser.add_argument("--micro-batches", type=int, default=16, help="that are kept")
     parser.add_argument("--rate", type=float, default=0.2)
@@ -255,11 +235,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     planned = arguments.of or arguments.iters
-    found = saved([arguments.iters], planned, arguments.micro_batches, arguments.flags, arguments.folder)
-    layers, joined = found[arguments.iters], arguments.joined[0]
-    settings = {"iters": arguments.iters, "of": planned, "joined": joined, "rate": arguments.rate}
+    joined, iters = arguments.joined, arguments.iters
+    layers = saved([iters], planned, arguments.micro_batches, arguments.flags, arguments.folder)[iters]
+    settings = {"iters": iters, "of": planned, "joined": joined, "rate": arguments.rate}
     if arguments.sets is not None:
-        settings |= {"flags": arguments.flags, "sets": report_sets(layers, arguments)}
+        found = by_sets(layers, joined, arguments.sets, (arguments.rate, 2 * arguments.rate))
+        settings |= {"flags": arguments.flags, "nodes": arguments.sets, "sets": found}
         print(f"wrote {write_result(arguments.name, settings)}")
         return
     by_seeds = seeds(layers, joined, arguments.rate)
